@@ -1,0 +1,39 @@
+"""What a job is: dataclasses whose fields are command-line flags, presets, the parser. Imports nothing of ours."""
+
+from megatron_fsvideo.config.cli import run_script
+from megatron_fsvideo.config.data import DataConfig, VideoDataConfig
+from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
+from megatron_fsvideo.config.flags import build_job, differences, from_dict, make_parser, parse_job, to_dict
+from megatron_fsvideo.config.fsae import FSAEConfig, FSAETrainingConfig
+from megatron_fsvideo.config.jobs import DiTJob, FSAEJob, check_layout
+from megatron_fsvideo.config.parallel import ParallelConfig
+from megatron_fsvideo.config.presets import DIT_PRESETS, FSAE_PRESETS
+from megatron_fsvideo.config.require import require
+from megatron_fsvideo.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
+
+__all__ = [
+    "DIT_PRESETS",
+    "FSAE_PRESETS",
+    "CheckpointConfig",
+    "DataConfig",
+    "DiTConfig",
+    "DiTJob",
+    "DiffusionConfig",
+    "FSAEConfig",
+    "FSAEJob",
+    "FSAETrainingConfig",
+    "LoggingConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "TrainingConfig",
+    "VideoDataConfig",
+    "build_job",
+    "check_layout",
+    "differences",
+    "from_dict",
+    "make_parser",
+    "parse_job",
+    "require",
+    "run_script",
+    "to_dict",
+]

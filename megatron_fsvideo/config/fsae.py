@@ -1,0 +1,80 @@
+"""What the video autoencoder is (paper section 2.2) and how it is trained."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class FSAEConfig:
+    """architecture of the video autoencoder (the defaults are the paper's 64x64x4, 128 channels)"""
+
+    widths: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024, 2048)
+    """Channels per stage, pixel side first; n stages give a spatial factor of 2^(n-1)."""
+    encoder_depths: tuple[int, ...] = (2, 2, 2, 3, 3, 3, 3)
+    """Blocks per encoder stage."""
+    decoder_depths: tuple[int, ...] = (3, 3, 3, 3, 3, 3, 3)
+    """Blocks per decoder stage, pixel side first."""
+    attention_stages: int = 4
+    """How many of the innermost stages use EfficientViT blocks; the others use residual blocks."""
+    latent_channels: int = 128
+    """Channels of the latents."""
+    attention_head_dim: int = 32
+    """Width of one head of the linear attention."""
+    norm_affine: bool = True
+    """Pixel norm with gain and bias (keeps DC-AE weights exact) or without."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of the pixel norm."""
+    residual_init: float = 1.0
+    """Initial gain of the norm that ends each residual branch."""
+    resample_init: float = 1.0
+    """Factor on the initial weights of the down- and up-sampling convolutions."""
+    patchify_init: bool = False
+    """Start the stem as an identity on its first channels instead of randomly."""
+
+    def __post_init__(self) -> None:
+        stages = len(self.widths)
+        if stages < 3:
+            raise ValueError(f"widths needs at least 3 stages (the temporal factor 4 uses two), got {self.widths}")
+        if len(self.encoder_depths) != stages or len(self.decoder_depths) != stages:
+            raise ValueError(
+                f"widths has {stages} stages, but encoder_depths {len(self.encoder_depths)} "
+                f"and decoder_depths {len(self.decoder_depths)}"
+            )
+        if not 0 <= self.attention_stages <= stages:
+            raise ValueError(f"attention_stages must be in 0..{stages}, got {self.attention_stages}")
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent position, per side."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame after the first."""
+        return 4
+
+
+@dataclass(frozen=True)
+class FSAETrainingConfig:
+    """losses and phases of autoencoder training"""
+
+    l1_weight: float = 1.0
+    """Weight of the mean absolute error."""
+    perceptual_weight: float = 0.1
+    """Weight of the perceptual loss (paper: 0.1)."""
+    perceptual_trunk: Literal["none", "vgg16", "efficientnet-lite0"] = "none"
+    """Frozen network behind the perceptual loss."""
+    perceptual_trunk_path: str | None = None
+    """Weights of the trunk, where it does not come with a package."""
+    gradient_weight: float = 0.0
+    """Weight of the L1 distance of spatial image gradients."""
+    multiscale_weight: float = 0.0
+    """Weight of the L1 distance of 2x and 4x averaged frames."""
+    image_fraction: float = 0.0
+    """Share of batches that are single frames."""
+    image_warmup_iters: int = 0
+    """Iterations on single frames only, before the temporal taps are remapped and video begins."""
+    image_batch_size: int = 16
+    """Samples of a single-frame batch."""
+    latent_noise: float = 0.0
+    """Latents get Gaussian noise of a standard deviation uniform in [0, this] before decoding, in training."""

@@ -1,0 +1,117 @@
+"""Named starting points: field name -> value, for `--preset NAME`. A flag on the command line overrides a preset."""
+
+from typing import Any
+
+Preset = dict[str, Any]
+
+_QUICKSTART_DIT: Preset = {
+    "num_layers": 4,
+    "hidden_size": 192,
+    "num_attention_heads": 6,
+    "ffn_hidden_size": 768,
+    "latent_channels": 32,
+    "text_embed_dim": 384,
+    "image_embed_dim": 0,
+    "freq_dim": 256,
+    "qk_norm_init": 2.0,
+    "rotary_base": 100.0,
+    "sigma_mean": 0.8,
+    "prediction_type": "sample",
+    "repeat_condition": True,
+    "text_dropout": 0.0,
+    "micro_batch_size": 4,
+    "global_batch_size": 4,
+    "train_iters": 1300,
+    "bf16": False,
+    "lr": 2e-3,
+    "lr_warmup_iters": 50,
+    "lr_decay_style": "cosine",
+    "lr_decay_start": 0.5,
+    "ema_decay": 0.99,
+}
+
+DIT_PRESETS: dict[str, Preset] = {
+    # The paper's base DiT: Wan2.1-I2V-14B's structure with layer memory on 64x64x4, 128-channel latents.
+    "dit_14b": {"bf16": True, "sequence_parallel": False},
+    # About 1.3B parameters (Wan2.1-1.3B's sizes), for one GPU.
+    "dit_1b": {
+        "num_layers": 30,
+        "hidden_size": 1536,
+        "num_attention_heads": 12,
+        "ffn_hidden_size": 8960,
+        "bf16": True,
+    },
+    "dit_quickstart": _QUICKSTART_DIT,
+    # Seconds on a CPU.
+    "dit_debug": {
+        "num_layers": 2,
+        "hidden_size": 48,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 96,
+        "latent_channels": 4,
+        "text_embed_dim": 12,
+        "image_embed_dim": 10,
+        "freq_dim": 32,
+        "micro_batch_size": 2,
+        "global_batch_size": 2,
+        "train_iters": 10,
+        "log_interval": 1,
+        "ema_decay": 0.9,
+    },
+}
+
+FSAE_PRESETS: dict[str, Preset] = {
+    # The paper's 64x64x4 autoencoder before its Standard and Lite decoders are split off (training phase 1).
+    "fsae_causal": {
+        "bf16": True,
+        "lr_warmup_iters": 2000,
+        "weight_decay": 0.0,
+        "ema_decay": 0.999,
+        "image_fraction": 0.2,
+        "perceptual_trunk": "vgg16",
+    },
+    # 8x8x4, 32 channels: convincing after minutes on two CPU cores.
+    "fsae_quickstart": {
+        "widths": (32, 64, 64, 128),
+        "encoder_depths": (0, 1, 1, 1),
+        "decoder_depths": (0, 1, 1, 1),
+        "attention_stages": 1,
+        "latent_channels": 32,
+        "residual_init": 0.1,
+        "resample_init": 0.3,
+        "patchify_init": True,
+        "bf16": True,
+        "optimizer": "muon",
+        "muon_lr": 0.05,
+        "lr": 2e-3,
+        "weight_decay": 0.0,
+        "ema_decay": 0.0,
+        "num_frames": 17,
+        "resolution": 64,
+        "short_side": 144,
+        "holdout_every": 5,
+        "perceptual_weight": 0.0,
+        "gradient_weight": 1.0,
+        "multiscale_weight": 1.0,
+        "image_warmup_iters": 400,
+        "micro_batch_size": 4,
+        "global_batch_size": 4,
+        "train_iters": 850,
+    },
+    # Seconds on a CPU.
+    "fsae_debug": {
+        "widths": (8, 16, 16),
+        "encoder_depths": (1, 1, 1),
+        "decoder_depths": (1, 1, 1),
+        "attention_stages": 1,
+        "latent_channels": 4,
+        "attention_head_dim": 8,
+        "num_frames": 5,
+        "resolution": 32,
+        "short_side": 32,
+        "train_iters": 10,
+        "log_interval": 1,
+        "perceptual_weight": 0.0,
+        "ema_decay": 0.0,
+    },
+}

@@ -1,0 +1,99 @@
+"""How long, how fast and with what record a job trains; shared by every entry script."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """batches, iterations, precision, validation"""
+
+    micro_batch_size: int = 1
+    """Samples per data-parallel rank in one forward pass."""
+    global_batch_size: int = 1
+    """Samples per optimizer step over all ranks."""
+    train_iters: int = 100
+    """Optimizer steps of the whole run."""
+    seed: int = 1234
+    """Seed of initial weights, data order, noise and sigmas."""
+    bf16: bool = False
+    """Train in bfloat16 with fp32 master weights."""
+    eval_interval: int = 0
+    """Iterations between validations; 0 validates only at the start and the end."""
+    eval_iters: int = 0
+    """Validation batches (of the global batch size) each time; 0 validates never."""
+    exit_interval: int = 0
+    """Save and leave after this many iterations of this process; 0 runs to train_iters."""
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """optimizer, learning-rate schedule, moving average"""
+
+    optimizer: Literal["adam", "muon"] = "adam"
+    """AdamW on everything, or Muon on matrices and AdamW on the rest."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon's matrices (with optimizer muon)."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay, as a value of lr."""
+    lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Shape of the decay."""
+    lr_decay_start: float = 0.0
+    """Share of train_iters after which the decay begins."""
+    lr_warmup_iters: int = 0
+    """Iterations of linear warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; none on biases, norms, modulation and router."""
+    adam_beta1: float = 0.9
+    """AdamW's first beta (paper: 0.9)."""
+    adam_beta2: float = 0.95
+    """AdamW's second beta (paper: 0.95)."""
+    adam_eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+    router_lr_mult: float = 10.0
+    """The layer-memory router's learning rate as a multiple of lr (LIMe uses 10)."""
+    ema_decay: float = 0.9999
+    """Decay of the moving average of the weights; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if not 0.0 <= self.lr_decay_start < 1.0:
+            raise ValueError(f"lr_decay_start is a share of train_iters in [0, 1), got {self.lr_decay_start}")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """where the run's state is kept"""
+
+    save: str | None = None
+    """Folder for checkpoints; none saves nothing."""
+    load: str | None = None
+    """Folder to continue from. It may be the --save folder, and may still be empty."""
+    save_interval: int = 0
+    """Iterations between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: int = 0
+    """Newest checkpoints that are kept; 0 keeps all."""
+    finetune: bool = False
+    """Load only the weights: optimizer, iteration and data position start anew."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """what the run writes down"""
+
+    log_interval: int = 10
+    """Iterations between log lines."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard events and metrics.jsonl; none writes neither."""
