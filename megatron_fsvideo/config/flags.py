@@ -18,7 +18,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar
 
 JobT = TypeVar("JobT")
 Presets = Mapping[str, Mapping[str, Any]]
@@ -60,14 +60,7 @@ def build_job(job_class: type[JobT], values: Mapping[str, Any]) -> JobT:
 
 def make_parser(job_class: type, presets: Presets | None = None) -> argparse.ArgumentParser:
     """The argparse parser of a job: one argument group per dataclass. Flags that are not given are absent."""
-    parser = argparse.ArgumentParser(
-        description=inspect.cleandoc(sys.modules[job_class.__module__].__doc__ or "").split("\n\n")[0]
-        if job_class.__module__ == "__main__"
-        else inspect.getdoc(job_class),
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _Parser(description=inspect.getdoc(job_class), allow_abbrev=False, argument_default=argparse.SUPPRESS)
     if presets is not None:
         parser.add_argument("--preset", choices=sorted(presets), help="start from these values; flags override them")
     for group_class in typing.get_type_hints(job_class).values():
@@ -164,6 +157,12 @@ def _argument(hint: Any) -> dict[str, Any]:
         return {"type": element, "nargs": "*" if variable else 1 + len(rest), "action": _StoreTuple}
     assert hint in (int, float, str), f"no flag for a field of type {hint}"
     return {"type": hint}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # argparse prints its usage first; with a hundred flags that hides the one line that matters.
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
 
 
 class _StoreTuple(argparse.Action):

@@ -32,7 +32,7 @@ _QUICKSTART_DIT: Preset = {
 
 DIT_PRESETS: dict[str, Preset] = {
     # The paper's base DiT: Wan2.1-I2V-14B's structure with layer memory on 64x64x4, 128-channel latents.
-    "dit_14b": {"bf16": True, "sequence_parallel": False},
+    "dit_14b": {"bf16": True},
     # About 1.3B parameters (Wan2.1-1.3B's sizes), for one GPU.
     "dit_1b": {
         "num_layers": 30,

@@ -1,0 +1,147 @@
+"""Configuration: a field is a flag, precedence is default < preset < flag, JSON round trips, mistakes are one line."""
+
+import dataclasses
+import json
+import typing
+from dataclasses import dataclass, field
+
+import pytest
+
+from megatron_fsvideo.config import (
+    DIT_PRESETS,
+    FSAE_PRESETS,
+    DiTConfig,
+    DiTJob,
+    FSAEJob,
+    ParallelConfig,
+    check_layout,
+    differences,
+    from_dict,
+    make_parser,
+    parse_job,
+    require,
+    run_script,
+    to_dict,
+)
+
+JOBS = [(DiTJob, DIT_PRESETS), (FSAEJob, FSAE_PRESETS)]
+EVERY_PRESET = [(job, presets, name) for job, presets in JOBS for name in presets]
+
+
+@pytest.mark.parametrize(("job_class", "presets", "name"), EVERY_PRESET)
+def test_presets_build_and_round_trip_through_json(job_class, presets, name):
+    job = parse_job(job_class, presets, ["--preset", name])
+    assert from_dict(job_class, json.loads(json.dumps(to_dict(job)))) == job
+
+
+def test_precedence_is_default_then_preset_then_flag():
+    assert parse_job(DiTJob, DIT_PRESETS, []).model.num_layers == 40
+    preset = parse_job(DiTJob, DIT_PRESETS, ["--preset", "dit_debug"])
+    assert preset.model.num_layers == DIT_PRESETS["dit_debug"]["num_layers"] == 2
+    flag = parse_job(DiTJob, DIT_PRESETS, ["--num-layers", "6", "--preset", "dit_debug"])
+    assert flag.model.num_layers == 6
+    assert flag.model.hidden_size == preset.model.hidden_size
+
+
+def test_a_flag_that_repeats_the_default_still_beats_the_preset():
+    job = parse_job(DiTJob, DIT_PRESETS, ["--preset", "dit_debug", "--num-layers", "40"])
+    assert job.model.num_layers == 40
+
+
+def test_flag_types():
+    argv = "--patch-size 1 2 2 --data-path 0.7 a 0.3 b --no-layer-memory --sequence-parallel".split()
+    job = parse_job(DiTJob, DIT_PRESETS, [*argv, "--tensor-model-parallel-size", "2"])
+    assert job.model.patch_size == (1, 2, 2)
+    assert job.data.data_path == ("0.7", "a", "0.3", "b")
+    assert job.model.layer_memory is False
+    assert job.parallel.sequence_parallel is True
+    assert job.checkpoint.save is None
+
+
+@pytest.mark.parametrize(("job_class", "presets"), JOBS)
+def test_help_groups_flags_and_shows_meaning_and_default(job_class, presets):
+    text = " ".join(make_parser(job_class, presets).format_help().split())
+    for group_class in typing.get_type_hints(job_class).values():
+        assert f"{group_class.__name__}: " in text
+        for flag in dataclasses.fields(group_class):
+            assert "--" + flag.name.replace("_", "-") in text
+    assert "Optimizer steps of the whole run. (default: 100)" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--tensor-model-parallel-size", "3"], ["3", "num_attention_heads 40"]),
+        (["--tensor-model-parallel-size", "4", "--context-parallel-size", "4"], ["4 x", "16", "Ulysses"]),
+        (["--pipeline-model-parallel-size", "3"], ["3", "num_layers 40"]),
+        (["--sequence-parallel"], ["tensor_model_parallel_size"]),
+        (["--num-layer", "3"], ["unrecognized", "--num-layer"]),
+        (["--micro-batch-size", "3", "--global-batch-size", "4"], ["global_batch_size 4", "micro_batch_size 3"]),
+        (["--hidden-size", "100", "--num-attention-heads", "3"], ["100", "3"]),
+        (["--preset", "dit_15b"], ["dit_15b", "dit_14b"]),
+    ],
+)
+def test_a_bad_command_line_is_one_line_with_the_numbers(argv, words, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse_job(DiTJob, DIT_PRESETS, argv)
+    message = capsys.readouterr().err
+    assert exit_info.value.code == 2
+    assert message.count("\n") == 1
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"), [(["--num-frames", "16"], ["4k+1", "16"]), (["--resolution", "100"], ["100", "64"])]
+)
+def test_bad_video_sizes_are_named(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_job(FSAEJob, FSAE_PRESETS, argv)
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+
+
+def test_uneven_pipeline_stages_are_legal():
+    check_layout(
+        DiTConfig(num_layers=41), ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=20)
+    )
+
+
+def test_differences_name_the_field_and_both_values():
+    assert differences(DiTConfig(), DiTConfig(num_layers=30)) == ["num_layers: checkpoint 40, this run 30"]
+
+
+def test_from_dict_refuses_unknown_fields():
+    with pytest.raises(ValueError, match="num_heads"):
+        from_dict(DiTJob, {"model": {"num_heads": 3}})
+
+
+def test_a_field_without_a_docstring_is_refused():
+    @dataclass(frozen=True)
+    class Group:
+        """a group"""
+
+        number: int = 0
+
+    @dataclass(frozen=True)
+    class Job:
+        """a job"""
+
+        group: Group = field(default_factory=Group)
+
+    # Local classes: their hints resolve by class, not by name.
+    Job.__annotations__["group"] = Group
+    with pytest.raises(TypeError, match="number"):
+        make_parser(Job)
+
+
+def test_require_names_the_extra():
+    with pytest.raises(ImportError, match=r"megatron_fsvideo\[eval\]"):
+        require("a_library_that_is_not_there", "eval")
+
+
+def test_run_script_lets_our_own_defects_keep_their_traceback():
+    def main():
+        raise RuntimeError("a defect")
+
+    with pytest.raises(RuntimeError):
+        run_script(main)
