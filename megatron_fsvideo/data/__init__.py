@@ -1,0 +1,1 @@
+"""Videos, buckets, latent shards, the resumable sampler and the batch."""

@@ -1,0 +1,138 @@
+"""Buckets: the few clip shapes a data set is cut to, so that batches have one shape (paper section 3; Wan, NovelAI).
+
+A bucket is spelled frames x height x width: `121x704x1280`. A *global* batch holds one bucket, with a batch size that
+keeps the number of tokens about constant.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """Shape of a clip in pixels. `num_frames` is 4k+1: the causal autoencoder keeps frame 0 and groups the others."""
+
+    num_frames: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        check_num_frames(self.num_frames)
+        if min(self.height, self.width) < 1:
+            raise ValueError(f"bucket {self}: sides must be positive")
+
+    def __str__(self) -> str:
+        return f"{self.num_frames}x{self.height}x{self.width}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Bucket":
+        """Read `frames x height x width`, as in 9x96x96.
+
+        Raises:
+            ValueError: not three whole numbers, or a frame count that is not 4k+1.
+        """
+        parts = text.lower().split("x")
+        if len(parts) != 3 or not all(part.isdigit() for part in parts):
+            raise ValueError(f"bucket {text!r} is not spelled frames x height x width, as in 9x96x96")
+        return cls(*map(int, parts))
+
+    @property
+    def aspect_ratio(self) -> float:
+        """Width over height."""
+        return self.width / self.height
+
+    def check_factors(self, spatial_factor: int, temporal_factor: int = 4) -> None:
+        """Refuse sides or frames that the autoencoder cannot divide.
+
+        Raises:
+            ValueError: with the numbers and the nearest size that works.
+        """
+        check_num_frames(self.num_frames, temporal_factor)
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side % spatial_factor:
+                below = side // spatial_factor * spatial_factor
+                nearest = f"{below} or {below + spatial_factor}" if below else f"{spatial_factor}"
+                raise ValueError(
+                    f"bucket {self}: {name} {side} is not a multiple of the autoencoder's spatial factor "
+                    f"{spatial_factor}; try {nearest}"
+                )
+
+    def latent_shape(self, spatial_factor: int, temporal_factor: int = 4) -> tuple[int, int, int]:
+        """(t, h, w) of the clip's latents."""
+        self.check_factors(spatial_factor, temporal_factor)
+        return (
+            1 + (self.num_frames - 1) // temporal_factor,
+            self.height // spatial_factor,
+            self.width // spatial_factor,
+        )
+
+    def num_tokens(
+        self,
+        spatial_factor: int,
+        temporal_factor: int = 4,
+        patch_size: tuple[int, int, int] = (1, 1, 1),
+    ) -> int:
+        """Tokens of one clip in the DiT.
+
+        Raises:
+            ValueError: the patch does not divide the latents.
+        """
+        count = 1
+        shape = self.latent_shape(spatial_factor, temporal_factor)
+        for name, length, patch in zip(("frames", "rows", "columns"), shape, patch_size, strict=True):
+            if length % patch:
+                raise ValueError(f"bucket {self}: {length} latent {name} are not a multiple of the patch's {patch}")
+            count *= length // patch
+        return count
+
+
+def check_num_frames(num_frames: int, temporal_factor: int = 4) -> None:
+    """Refuse a frame count that is not `temporal_factor` k + 1.
+
+    Raises:
+        ValueError: with the neighbouring counts that work.
+    """
+    if num_frames < 1 or num_frames % temporal_factor != 1 % temporal_factor:
+        below = max(0, num_frames - 1) // temporal_factor * temporal_factor + 1
+        raise ValueError(
+            f"a clip of {num_frames} frames: the count must be {temporal_factor}k+1; "
+            f"try {below} or {below + temporal_factor}"
+        )
+
+
+def choose_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: int) -> Bucket | None:
+    """The bucket for a source clip: nearest log aspect ratio, then most frames, then most pixels.
+
+    Only buckets the clip is long enough for are taken; None when there is none. A clip smaller than its bucket is
+    enlarged: whether that is wanted is a question of curation.
+    """
+    fitting = [bucket for bucket in buckets if bucket.num_frames <= num_frames]
+    if not fitting:
+        return None
+    ratio = log(width / height)
+    # Rounded, so that ratios equal up to arithmetic tie and the next criterion decides.
+    return min(
+        fitting,
+        key=lambda b: (
+            round(abs(log(b.aspect_ratio) - ratio), 6),
+            -b.num_frames,
+            -b.height * b.width,
+            b,
+        ),
+    )
+
+
+def bucket_batch_size(
+    reference_batch_size: int,
+    reference_tokens: int,
+    num_tokens: int,
+    multiple_of: int = 1,
+) -> int:
+    """Samples per global batch of a bucket with `num_tokens` tokens a sample.
+
+    The token budget is `reference_batch_size` samples of `reference_tokens` tokens; the result is the nearest multiple
+    of `multiple_of` (data-parallel size x micro-batch size), at least one of them.
+    """
+    budget = reference_batch_size * reference_tokens / num_tokens
+    return max(1, round(budget / multiple_of)) * multiple_of

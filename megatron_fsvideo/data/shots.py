@@ -1,0 +1,126 @@
+"""Shot boundaries, and the split of a collection into training and held-out shots.
+
+A clip that crosses a cut teaches a model that scenes jump, and a held-out clip from a training shot measures memory:
+so clips are cut inside shots, and whole shots are held out. The detector is deliberately simple: two frames belong to
+different shots when their colours are distributed differently (histogram distance) *and* their thumbnails differ (mean
+absolute difference), or when the thumbnails alone differ far more than they do in the frames around. Dark frames (fades
+through black) end a shot and belong to none.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_fsvideo.data.video import iterate_frames
+
+THUMBNAIL = (36, 64)
+BINS = 8
+"""Histogram bins per colour."""
+HISTOGRAM_CUT = 0.35
+"""Share of the pixels that changed their colour bin."""
+DIFFERENCE_FLOOR = 0.06
+"""A cut moves the thumbnail's mean absolute difference (of 1) by at least this."""
+DIFFERENCE_CUT = 0.15
+"""With this difference, and 4 times that of the neighbours, the histogram need not agree."""
+DARK = 0.05
+"""Mean brightness (of 1) under which a frame is black."""
+
+
+@dataclass(frozen=True, order=True)
+class Shot:
+    """Frames [start, start + num_frames) of a file, without a cut inside."""
+
+    path: str
+    start: int
+    num_frames: int
+
+    @property
+    def end(self) -> int:
+        """The frame after the last."""
+        return self.start + self.num_frames
+
+    @property
+    def name(self) -> str:
+        """Stable name of the shot: file and range."""
+        return f"{Path(self.path).name}:{self.start}-{self.end}"
+
+
+def find_shots(path: str | Path, min_frames: int = 1) -> list[Shot]:
+    """Shots of a file with at least `min_frames` frames, in order. Decodes the whole file once.
+
+    Raises:
+        VideoError: the file is damaged.
+    """
+    ranges = detect_shots(iterate_frames(path, size=THUMBNAIL))
+    return [Shot(str(path), start, end - start) for start, end in ranges if end - start >= min_frames]
+
+
+def detect_shots(frames: Iterable[np.ndarray]) -> list[tuple[int, int]]:
+    """Ranges [start, end) of the shots of uint8 `[h, w, 3]` frames (small ones do: THUMBNAIL)."""
+    dark, histogram_steps, differences = _measure(frames)
+    num_frames = len(dark)
+    starts = {0} | {k + 1 for k in range(num_frames - 1) if _is_cut(histogram_steps, differences, k)}
+    ranges = []
+    begin: int | None = None
+    for k in range(num_frames + 1):
+        ends_here = k == num_frames or dark[k] or k in starts
+        if begin is not None and ends_here:
+            ranges.append((begin, k))
+            begin = None
+        if k < num_frames and not dark[k] and begin is None:
+            begin = k
+    return ranges
+
+
+def split_shots(shots: Sequence[Shot], holdout_every: int) -> tuple[list[Shot], list[Shot]]:
+    """Deal shots to training and held-out: of each file's shots, in order, every `holdout_every`-th is held out.
+
+    The split depends on the list alone, so the autoencoder's training, the DiT's and the evaluation agree on it as long
+    as they make the list with the same `find_shots(path, min_frames)`. 0 holds out none.
+
+    Raises:
+        ValueError: `holdout_every` is negative or 1 (nothing would be left to train on).
+    """
+    if holdout_every < 0 or holdout_every == 1:
+        raise ValueError(f"holdout_every must be 0 (none) or at least 2, got {holdout_every}")
+    train: list[Shot] = []
+    held_out: list[Shot] = []
+    position: dict[str, int] = {}
+    for shot in sorted(shots):
+        position[shot.path] = position.get(shot.path, 0) + 1
+        is_held_out = holdout_every > 0 and position[shot.path] % holdout_every == 0
+        (held_out if is_held_out else train).append(shot)
+    return train, held_out
+
+
+def _measure(
+    frames: Iterable[np.ndarray],
+) -> tuple[list[bool], list[float], list[float]]:
+    """Per frame: is it dark; per step to the next frame: histogram distance and mean absolute difference, both 0..1."""
+    dark: list[bool] = []
+    histogram_steps: list[float] = []
+    differences: list[float] = []
+    previous: tuple[np.ndarray, np.ndarray] | None = None
+    for frame in frames:
+        thumbnail = frame.astype(np.float32) / 255.0
+        dark.append(float(thumbnail.mean()) < DARK)
+        bins = (frame // (256 // BINS)).reshape(-1, 3).astype(np.int64)
+        codes = (bins[:, 0] * BINS + bins[:, 1]) * BINS + bins[:, 2]
+        histogram = np.bincount(codes, minlength=BINS**3) / len(codes)
+        if previous is not None:
+            histogram_steps.append(float(np.abs(histogram - previous[0]).sum() / 2))
+            differences.append(float(np.abs(thumbnail - previous[1]).mean()))
+        previous = histogram, thumbnail
+    return dark, histogram_steps, differences
+
+
+def _is_cut(histogram_steps: Sequence[float], differences: Sequence[float], k: int) -> bool:
+    """Is there a cut between frames k and k + 1?"""
+    around = [*differences[max(0, k - 3) : k], *differences[k + 1 : k + 4]]
+    # A pan or a flash changes many steps in a row, a cut one: compare with the neighbours.
+    stands_out = differences[k] > 2.5 * float(np.median(around)) if around else True
+    colours_change = histogram_steps[k] > HISTOGRAM_CUT and differences[k] > DIFFERENCE_FLOOR
+    jumps = differences[k] > DIFFERENCE_CUT and (not around or differences[k] > 4 * float(np.median(around)))
+    return (colours_change and stands_out) or jumps

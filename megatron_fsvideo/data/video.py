@@ -1,0 +1,300 @@
+"""Reading, writing and measuring video files with PyAV.
+
+Videos in memory are `frames [f, h, w, 3]`, uint8, RGB, unless a name says otherwise; `to_unit` and `from_unit` convert to
+and from `video [3, f, h, w]` in [-1, 1]. Frame numbers are exact for any file that decodes: they count decoded
+frames, and a seek is used only where the timestamps prove that it landed on the same frames.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+
+# Decoding and discarding this many frames costs less than a second opening of the file with a seek.
+SEEK_FROM = 64
+
+
+class VideoError(ValueError):
+    """A video file that cannot be read as asked. The message is one line that names the file."""
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file holds: exact number of frames, size in pixels, average frames per second."""
+
+    num_frames: int
+    height: int
+    width: int
+    fps: float
+
+
+def list_videos(folder: str | Path) -> list[Path]:
+    """All video files below a folder, sorted by path.
+
+    Raises:
+        ValueError: the folder is missing or has no video file.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f"{folder} is not a folder of videos")
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
+    if not found:
+        raise ValueError(f"no video file below {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
+    return found
+
+
+def probe(path: str | Path) -> VideoInfo:
+    """Measure a file by walking its packets, without decoding: containers' own frame counts are often absent or wrong.
+
+    Raises:
+        VideoError: not a video, or fewer packets than the header promises (a truncated file).
+    """
+    with _opened(path) as (container, stream):
+        return _probe(path, container, stream)[0]
+
+
+def iterate_frames(path: str | Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
+    """Decode a file from its first frame, one `[h, w, 3]` uint8 RGB array at a time.
+
+    Args:
+        size: (height, width) to scale each frame to while converting; a fast filter, meant for analysis.
+
+    Raises:
+        VideoError: the file is damaged or ends before the frame its header promises.
+    """
+    with _opened(path) as (container, stream):
+        promised = stream.frames
+        count = 0
+        for frame in _decode(path, container, stream):
+            yield _rgb(frame, size)
+            count += 1
+        if count < promised:
+            raise VideoError(f"{path}: truncated or damaged: {count} of {promised} frames decode")
+        if not count:
+            raise VideoError(f"{path}: no frame decodes")
+
+
+def read_video(
+    path: str | Path,
+    start: int = 0,
+    num_frames: int | None = None,
+    *,
+    stride: int = 1,
+    fps: float | None = None,
+    size: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Read frames `start`, `start + stride`, ... as uint8 `[num_frames, h, w, 3]`.
+
+    Args:
+        start: number of the first source frame.
+        num_frames: frames to return; None reads to the end.
+        stride: source frames per returned frame.
+        fps: sample at this rate instead (the nearest source frame each time); excludes `stride`.
+        size: (height, width): scaled to cover it, then cropped around the centre.
+
+    Raises:
+        VideoError: damaged, or too short for the range asked for.
+    """
+    if fps is not None and stride != 1:
+        raise ValueError(f"read_video takes stride or fps, got stride {stride} and fps {fps}")
+    with _opened(path) as (container, stream):
+        info, timestamps = _probe(path, container, stream)
+    step = info.fps / fps if fps is not None else stride
+    indices = clip_indices(start, num_frames, step, info.num_frames)
+    if not indices or indices[-1] >= info.num_frames:
+        wanted = f"frames {start} to {indices[-1]}" if indices else f"a frame from {start}"
+        raise VideoError(f"{path}: has {info.num_frames} frames, asked for {wanted}")
+    first, last = indices[0], indices[-1]
+    source = _read_range(path, first, last, timestamps)
+    frames = torch.from_numpy(np.stack([source[index - first] for index in indices]))
+    return frames if size is None else resize_and_crop(frames, *size)
+
+
+def clip_indices(start: int, num_frames: int | None, step: float, available: int) -> list[int]:
+    """Source frame of each clip frame: start, start + step, ... rounded half up; None takes all that are there."""
+    if num_frames is None:
+        num_frames = max(0, int(np.ceil((available - start) / step)))
+    indices = [start + int(k * step + 0.5) for k in range(num_frames)]
+    return indices
+
+
+def write_video(path: str | Path, frames: torch.Tensor, fps: float, quality: int = 18) -> None:
+    """Write uint8 `[f, h, w, 3]` as H.264 mp4, whole or not at all (a temporary file is renamed at the end).
+
+    Args:
+        fps: frames per second.
+        quality: x264's constant rate factor: 0 is lossless up to the colour subsampling, 18 hard to tell from the
+            source, 28 small.
+
+    Raises:
+        ValueError: frames of another shape or type, or odd sides (4:2:0 needs even ones).
+    """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(f"write_video takes uint8 [f, h, w, 3], got {frames.dtype} {list(frames.shape)}")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 video needs even sides, got {height}x{width} (height x width) for {path}")
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with av.open(str(temporary), "w", format="mp4") as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.options = {"crf": str(quality), "preset": "veryfast"}
+            for array in frames.cpu().numpy():
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
+            container.mux(stream.encode())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def resize_short_side(frames: torch.Tensor, short_side: int) -> torch.Tensor:
+    """Scale uint8 `[f, h, w, 3]` so that the short side has `short_side` pixels; the long side is rounded."""
+    height, width = frames.shape[1:3]
+    scale = short_side / min(height, width)
+    return _resize(frames, round(height * scale), round(width * scale))
+
+
+def resize_and_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Scale uint8 `[f, h, w, 3]` until it covers height x width, keep the aspect ratio, crop around the centre."""
+    source_height, source_width = frames.shape[1:3]
+    scale = max(height / source_height, width / source_width)
+    scaled = _resize(
+        frames,
+        max(height, round(source_height * scale)),
+        max(width, round(source_width * scale)),
+    )
+    top, left = (scaled.shape[1] - height) // 2, (scaled.shape[2] - width) // 2
+    return scaled[:, top : top + height, left : left + width].contiguous()
+
+
+def to_unit(frames: torch.Tensor) -> torch.Tensor:
+    """uint8 `[..., f, h, w, 3]` -> fp32 `[..., 3, f, h, w]` in [-1, 1]."""
+    return frames.movedim(-1, -4).float().div_(127.5).sub_(1.0)
+
+
+def from_unit(video: torch.Tensor) -> torch.Tensor:
+    """`[..., 3, f, h, w]` in [-1, 1] (clamped) -> uint8 `[..., f, h, w, 3]`."""
+    return video.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).movedim(-4, -1).contiguous()
+
+
+def _resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    if frames.shape[1:3] == (height, width):
+        return frames
+    # Without antialiasing, shrinking a video makes edges flicker, which an autoencoder then has to learn.
+    scaled = F.interpolate(frames.movedim(-1, 1), size=(height, width), mode="bilinear", antialias=True)
+    return scaled.movedim(1, -1).contiguous()
+
+
+class _opened:
+    """`with _opened(path) as (container, stream)`: PyAV's errors become VideoError with the file's name."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        self.container: Any = None
+
+    def __enter__(self) -> tuple[Any, Any]:
+        if not Path(self.path).is_file():
+            raise VideoError(f"{self.path}: no such file")
+        try:
+            self.container = av.open(str(self.path))
+        except (av.FFmpegError, OSError) as error:
+            raise VideoError(f"{self.path}: not a readable video, truncated or damaged ({error.strerror})") from error
+        if not self.container.streams.video:
+            self.container.close()
+            raise VideoError(f"{self.path}: has no video stream")
+        stream = self.container.streams.video[0]
+        stream.thread_type = "AUTO"
+        return self.container, stream
+
+    def __exit__(self, *error: object) -> None:
+        self.container.close()
+
+
+def _probe(path: str | Path, container: Any, stream: Any) -> tuple[VideoInfo, list[int] | None]:
+    """The file's measures and the presentation timestamps of its frames in order (None where some are missing)."""
+    timestamps = []
+    try:
+        for packet in container.demux(stream):
+            if packet.size:
+                timestamps.append(packet.pts)
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: truncated or damaged after {len(timestamps)} frames ({error.strerror})") from error
+    if len(timestamps) < max(1, stream.frames):
+        raise VideoError(f"{path}: truncated: {len(timestamps)} of {stream.frames} frames are there")
+    rate = stream.average_rate or stream.base_rate
+    if not rate:
+        raise VideoError(f"{path}: does not say its frame rate")
+    info = VideoInfo(
+        len(timestamps),
+        stream.codec_context.height,
+        stream.codec_context.width,
+        float(rate),
+    )
+    known = None not in timestamps and len(set(timestamps)) == len(timestamps)
+    return info, sorted(timestamps) if known else None
+
+
+def _decode(path: str | Path, container: Any, stream: Any) -> Iterator[Any]:
+    count = 0
+    try:
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise VideoError(f"{path}: frame {count} is damaged")
+            yield frame
+            count += 1
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: truncated or damaged after {count} frames ({error.strerror})") from error
+
+
+def _rgb(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    if size is None:
+        return frame.to_ndarray(format="rgb24")
+    return frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
+
+
+def _read_range(path: str | Path, first: int, last: int, timestamps: list[int] | None) -> list[np.ndarray]:
+    """Frames first..last, both included."""
+    if first >= SEEK_FROM and timestamps is not None:
+        frames = _read_by_seek(path, timestamps[first : last + 1])
+        if frames is not None:
+            return frames
+    with _opened(path) as (container, stream):
+        decoded = islice(_decode(path, container, stream), first, last + 1)
+        frames = [_rgb(frame) for frame in decoded]
+    if len(frames) < last + 1 - first:
+        raise VideoError(f"{path}: truncated or damaged: frame {first + len(frames)} of {last} does not decode")
+    return frames
+
+
+def _read_by_seek(path: str | Path, wanted: list[int]) -> list[np.ndarray] | None:
+    """Frames with exactly these timestamps, or None when the seek did not give them all."""
+    frames: list[np.ndarray] = []
+    with _opened(path) as (container, stream):
+        try:
+            container.seek(wanted[0], stream=stream, backward=True)
+            for frame in container.decode(stream):
+                if frame.pts is None or frame.is_corrupt:
+                    return None
+                if frame.pts < wanted[0]:
+                    continue
+                if frame.pts != wanted[len(frames)]:
+                    return None
+                frames.append(_rgb(frame))
+                if len(frames) == len(wanted):
+                    return frames
+        except (av.FFmpegError, OSError):
+            return None
+    return None
