@@ -1,6 +1,6 @@
 """Reading, writing and measuring video files with PyAV.
 
-Videos in memory are `frames [f, h, w, 3]`, uint8, RGB, unless a name says otherwise; `to_unit` and `from_unit` convert to
+Videos in memory are `frames [f, h, w, 3]`, uint8, RGB, unless named otherwise; `to_unit` and `from_unit` convert to
 and from `video [3, f, h, w]` in [-1, 1]. Frame numbers are exact for any file that decodes: they count decoded
 frames, and a seek is used only where the timestamps prove that it landed on the same frames.
 """
@@ -105,19 +105,104 @@ def read_video(
     Raises:
         VideoError: damaged, or too short for the range asked for.
     """
-    if fps is not None and stride != 1:
-        raise ValueError(f"read_video takes stride or fps, got stride {stride} and fps {fps}")
-    with _opened(path) as (container, stream):
-        info, timestamps = _probe(path, container, stream)
-    step = info.fps / fps if fps is not None else stride
-    indices = clip_indices(start, num_frames, step, info.num_frames)
-    if not indices or indices[-1] >= info.num_frames:
-        wanted = f"frames {start} to {indices[-1]}" if indices else f"a frame from {start}"
-        raise VideoError(f"{path}: has {info.num_frames} frames, asked for {wanted}")
-    first, last = indices[0], indices[-1]
-    source = _read_range(path, first, last, timestamps)
-    frames = torch.from_numpy(np.stack([source[index - first] for index in indices]))
-    return frames if size is None else resize_and_crop(frames, *size)
+    with VideoReader(path) as reader:
+        return reader.read(start, num_frames, stride=stride, fps=fps, size=size)
+
+
+class VideoReader:
+    """An open video file. Clips read in rising order cost one pass over the file; any order is exact.
+
+    Attributes:
+        path: the file.
+        info: its exact measures.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        with _opened(path) as (container, stream):
+            self.info, self._timestamps = _probe(path, container, stream)
+        self._open: _opened | None = None
+        self._decoder: Iterator[Any] = iter(())
+        self._position = 0
+
+    def __enter__(self) -> "VideoReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; reading again opens it."""
+        if self._open is not None:
+            self._open.__exit__()
+            self._open = None
+
+    def read(
+        self,
+        start: int = 0,
+        num_frames: int | None = None,
+        *,
+        stride: int = 1,
+        fps: float | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """As `read_video`."""
+        if fps is not None and stride != 1:
+            raise ValueError(f"read_video takes stride or fps, got stride {stride} and fps {fps}")
+        step = self.info.fps / fps if fps is not None else stride
+        indices = clip_indices(start, num_frames, step, self.info.num_frames)
+        if not indices or indices[-1] >= self.info.num_frames or start < 0:
+            wanted = f"frames {start} to {indices[-1]}" if indices else f"a frame from {start}"
+            raise VideoError(f"{self.path}: has {self.info.num_frames} frames, asked for {wanted}")
+        first, last = indices[0], indices[-1]
+        wanted_offsets = {index - first for index in indices}
+        decoded = {k: _rgb(frame) for k, frame in enumerate(self._range(first, last)) if k in wanted_offsets}
+        frames = torch.from_numpy(np.stack([decoded[index - first] for index in indices]))
+        return frames if size is None else resize_and_crop(frames, *size)
+
+    def _range(self, first: int, last: int) -> list[Any]:
+        """Decoded frames first..last, both included."""
+        if self._open is None or first < self._position or first > self._position + SEEK_FROM:
+            if first >= SEEK_FROM and (frames := self._seek(first, last)) is not None:
+                return frames
+            if self._open is None or first < self._position:
+                self._restart()
+        frames = list(islice(self._decoder, first - self._position, last + 1 - self._position))
+        if len(frames) < last + 1 - first:
+            self.close()
+            raise VideoError(f"{self.path}: truncated or damaged: frame {first + len(frames)} does not decode")
+        self._position = last + 1
+        return frames
+
+    def _restart(self) -> tuple[Any, Any]:
+        self.close()
+        self._open = _opened(self.path)
+        container, stream = self._open.__enter__()
+        self._decoder, self._position = _decode(self.path, container, stream), 0
+        return container, stream
+
+    def _seek(self, first: int, last: int) -> list[Any] | None:
+        """Frames first..last by a seek, or None (and a restart due) unless it gave exactly their timestamps."""
+        if self._timestamps is None:
+            return None
+        wanted = self._timestamps[first : last + 1]
+        container, stream = self._restart()
+        frames: list[Any] = []
+        try:
+            container.seek(wanted[0], stream=stream, backward=True)
+            for frame in self._decoder:
+                if frame.pts is not None and frame.pts < wanted[0]:
+                    continue
+                if frame.pts != wanted[len(frames)]:
+                    break
+                frames.append(frame)
+                if len(frames) == len(wanted):
+                    self._position = last + 1
+                    return frames
+        except (VideoError, av.FFmpegError):
+            pass  # The slow way decides whether the file is damaged.
+        self.close()
+        return None
 
 
 def clip_indices(start: int, num_frames: int | None, step: float, available: int) -> list[int]:
@@ -128,13 +213,24 @@ def clip_indices(start: int, num_frames: int | None, step: float, available: int
     return indices
 
 
-def write_video(path: str | Path, frames: torch.Tensor, fps: float, quality: int = 18) -> None:
+def write_video(
+    path: str | Path,
+    frames: torch.Tensor,
+    fps: float,
+    quality: int = 18,
+    *,
+    full_color: bool = False,
+    keyframe_interval: int | None = None,
+) -> None:
     """Write uint8 `[f, h, w, 3]` as H.264 mp4, whole or not at all (a temporary file is renamed at the end).
 
     Args:
         fps: frames per second.
         quality: x264's constant rate factor: 0 is lossless up to the colour subsampling, 18 hard to tell from the
             source, 28 small.
+        full_color: store colour at full resolution (4:4:4; few players show it). Otherwise 4:2:0, which every player
+            shows and which needs even sides.
+        keyframe_interval: frames from one keyframe to the next; None leaves it to x264.
 
     Raises:
         ValueError: frames of another shape or type, or odd sides (4:2:0 needs even ones).
@@ -142,7 +238,7 @@ def write_video(path: str | Path, frames: torch.Tensor, fps: float, quality: int
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(f"write_video takes uint8 [f, h, w, 3], got {frames.dtype} {list(frames.shape)}")
     height, width = frames.shape[1:3]
-    if height % 2 or width % 2:
+    if (height % 2 or width % 2) and not full_color:
         raise ValueError(f"H.264 video needs even sides, got {height}x{width} (height x width) for {path}")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -150,8 +246,10 @@ def write_video(path: str | Path, frames: torch.Tensor, fps: float, quality: int
     try:
         with av.open(str(temporary), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p" if full_color else "yuv420p"
             stream.options = {"crf": str(quality), "preset": "veryfast"}
+            if keyframe_interval is not None:
+                stream.options |= {"g": str(keyframe_interval), "sc_threshold": "0"}
             for array in frames.cpu().numpy():
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
             container.mux(stream.encode())
@@ -263,38 +361,3 @@ def _rgb(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     if size is None:
         return frame.to_ndarray(format="rgb24")
     return frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
-
-
-def _read_range(path: str | Path, first: int, last: int, timestamps: list[int] | None) -> list[np.ndarray]:
-    """Frames first..last, both included."""
-    if first >= SEEK_FROM and timestamps is not None:
-        frames = _read_by_seek(path, timestamps[first : last + 1])
-        if frames is not None:
-            return frames
-    with _opened(path) as (container, stream):
-        decoded = islice(_decode(path, container, stream), first, last + 1)
-        frames = [_rgb(frame) for frame in decoded]
-    if len(frames) < last + 1 - first:
-        raise VideoError(f"{path}: truncated or damaged: frame {first + len(frames)} of {last} does not decode")
-    return frames
-
-
-def _read_by_seek(path: str | Path, wanted: list[int]) -> list[np.ndarray] | None:
-    """Frames with exactly these timestamps, or None when the seek did not give them all."""
-    frames: list[np.ndarray] = []
-    with _opened(path) as (container, stream):
-        try:
-            container.seek(wanted[0], stream=stream, backward=True)
-            for frame in container.decode(stream):
-                if frame.pts is None or frame.is_corrupt:
-                    return None
-                if frame.pts < wanted[0]:
-                    continue
-                if frame.pts != wanted[len(frames)]:
-                    return None
-                frames.append(_rgb(frame))
-                if len(frames) == len(wanted):
-                    return frames
-        except (av.FFmpegError, OSError):
-            return None
-    return None
