@@ -1,0 +1,263 @@
+"""Latent datasets as training sees them: map-style, random access by byte range, several folders blended by weight.
+
+`LatentDataset` answers "sample 17 of stream 2"; which samples make a batch is the sampler's business (sampler.py), how
+they become tensors batch.py's. A *stream* is one folder's samples of one bucket.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.latent_shards import (
+    DATASET_FILE,
+    NULL_TEXT_FILE,
+    SHARD_FOLDER,
+    LatentSample,
+    LatentStatistics,
+    SampleEntry,
+    ShardError,
+    read_json,
+    read_manifest,
+    read_sample,
+)
+
+logger = logging.getLogger(__name__)
+
+# Parts of dataset.json that must be equal in all folders of a blend: the model sees one latent and one text space.
+SHARED_FIELDS = ("autoencoder", "text_encoder", "image_encoder")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One folder's samples of one bucket.
+
+    Attributes:
+        bucket: shape of its clips.
+        folder_index: which folder of the blend.
+        share: samples it contributes to one round of the blend; its own number of samples when nothing is weighted.
+    """
+
+    bucket: Bucket
+    folder_index: int
+    num_samples: int
+    share: Fraction
+
+
+class LatentDataset:
+    """Samples of one or more latent dataset folders.
+
+    Args:
+        data_path: folders, or weights and folders in turn: `0.7 videos/ 0.3 images/`.
+        max_bad_fraction: a larger share of unreadable samples raises; up to it they are replaced, counted and named.
+        normalization: (mean, std) per channel to use instead of the folders' own. Validation passes the training
+            data's: `normalization=train_dataset.normalization`.
+
+    Raises:
+        ShardError: a damaged folder, or folders made by different autoencoders or encoders.
+    """
+
+    def __init__(
+        self,
+        data_path: Sequence[str],
+        max_bad_fraction: float = 0.01,
+        normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+    ) -> None:
+        weights, self.folders = parse_data_path(data_path)
+        self._datasets = [read_dataset_json(folder) for folder in self.folders]
+        _check_agreement(self.folders, self._datasets)
+        self.max_bad_fraction = max_bad_fraction
+        self.bad_samples: dict[str, str] = {}
+        tables = [_read_entries(folder, values) for folder, values in zip(self.folders, self._datasets, strict=True)]
+        self._samples: list[list[tuple[Path, SampleEntry]]] = []
+        self.streams: list[Stream] = []
+        shares = _round_shares(weights, [sum(map(len, table.values())) for table in tables])
+        for folder_index, (table, share) in enumerate(zip(tables, shares, strict=True)):
+            for bucket in sorted(table):
+                self._samples.append(table[bucket])
+                size = len(table[bucket])
+                self.streams.append(Stream(bucket, folder_index, size, share * size))
+        self.normalization = normalization or _pooled_normalization(self._datasets)
+        self.null_text, self.negative_text = self._read_null_text()
+
+    def __len__(self) -> int:
+        return sum(stream.num_samples for stream in self.streams)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """All shapes there are."""
+        return sorted({stream.bucket for stream in self.streams})
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self._datasets[0]["autoencoder"]["latent_channels"]
+
+    @property
+    def text_length(self) -> int:
+        """Rows every text embedding is padded to (they are attended to, so the length is part of the model)."""
+        return self._datasets[0]["text_encoder"]["max_length"]
+
+    @property
+    def text_embed_dim(self) -> int:
+        """Width of the text embeddings; 0 without text."""
+        return self._datasets[0]["text_encoder"]["embed_dim"]
+
+    @property
+    def image_embed_dim(self) -> int:
+        """Width of the image embeddings; 0 without image encoder."""
+        return self._datasets[0]["image_encoder"]["embed_dim"]
+
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint stores about its data, JSON-able: generation needs no dataset folder."""
+        mean, std = self.normalization
+        shared = {name: self._datasets[0][name] for name in SHARED_FIELDS}
+        return shared | {
+            "latent_mean": list(mean),
+            "latent_std": list(std),
+            "fps": self._datasets[0]["fps"],
+            "buckets": [str(bucket) for bucket in self.buckets],
+        }
+
+    def bucket_tokens(self, patch_size: tuple[int, int, int]) -> dict[Bucket, int]:
+        """Tokens of one sample of each bucket."""
+        autoencoder = self._datasets[0]["autoencoder"]
+        factors = autoencoder["spatial_factor"], autoencoder["temporal_factor"]
+        return {bucket: bucket.num_tokens(*factors, patch_size) for bucket in self.buckets}
+
+    def read(self, stream_index: int, position: int) -> LatentSample:
+        """One sample. An unreadable one is replaced by the next of its stream, counted and named.
+
+        Raises:
+            ShardError: more than the allowed share of the dataset is unreadable.
+        """
+        samples = self._samples[stream_index]
+        for step in range(len(samples)):
+            path, entry = samples[(position + step) % len(samples)]
+            if f"{path}:{entry.key}" in self.bad_samples:
+                continue
+            try:
+                return read_sample(path, entry)
+            except ShardError as error:
+                self._count_bad(f"{path}:{entry.key}", str(error))
+        raise ShardError(f"{self.folders[self.streams[stream_index].folder_index]}: no readable sample left")
+
+    def _count_bad(self, name: str, reason: str) -> None:
+        self.bad_samples[name] = reason
+        logger.warning("skipped a bad sample (%d of %d so far): %s", len(self.bad_samples), len(self), reason)
+        if len(self.bad_samples) > ceil(self.max_bad_fraction * len(self)):
+            raise ShardError(
+                f"{len(self.bad_samples)} of {len(self)} samples are unreadable, more than max_bad_fraction "
+                f"{self.max_bad_fraction}; the last: {reason}"
+            )
+
+    def _read_null_text(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encodings [l, e] of the empty and of the negative prompt, fp32."""
+        path = self.folders[0] / NULL_TEXT_FILE
+        try:
+            tensors = safetensors.torch.load_file(path)
+            return tensors["null_text"].float(), tensors["negative_text"].float()
+        except (OSError, KeyError, safetensors.SafetensorError) as error:
+            raise ShardError(f"{path}: missing or damaged ({error})") from error
+
+
+def parse_data_path(data_path: Sequence[str]) -> tuple[list[Fraction] | None, list[Path]]:
+    """Split `0.7 a/ 0.3 b/` into weights that sum to 1 and folders; weights are None for plain folders.
+
+    Raises:
+        ValueError: nothing given, weights for some folders only, or a weight that is not positive.
+    """
+    if not data_path:
+        raise ValueError("data_path names no latent dataset; make one with tools/preprocess_latents.py")
+    numbers = [_as_weight(item) for item in data_path]
+    if all(number is None for number in numbers):
+        return None, [Path(item) for item in data_path]
+    paired = len(data_path) % 2 == 0 and all((number is not None) == (k % 2 == 0) for k, number in enumerate(numbers))
+    if not paired:
+        raise ValueError(f"data_path is folders, or weight folder weight folder ..., got: {' '.join(data_path)}")
+    weights = [number for number in numbers if number is not None]
+    if min(weights) <= 0:
+        raise ValueError(f"data_path weights must be positive, got {' '.join(data_path[::2])}")
+    return [weight / sum(weights) for weight in weights], [Path(item) for item in data_path[1::2]]
+
+
+def read_dataset_json(folder: Path) -> dict[str, Any]:
+    """Read and check a folder's `dataset.json`.
+
+    Raises:
+        ShardError: missing (not a dataset, or preprocessing has not finished) or damaged.
+    """
+    path = folder / DATASET_FILE
+    if not path.is_file():
+        raise ShardError(f"{path} is missing: not a latent dataset, or tools/preprocess_latents.py has not finished")
+    values = read_json(path)
+    if missing := [name for name in (*SHARED_FIELDS, "shards", "statistics", "fps") if name not in values]:
+        raise ShardError(f"{path}: damaged, no field {missing}")
+    return values
+
+
+def _as_weight(item: str) -> Fraction | None:
+    try:
+        return Fraction(item)
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _round_shares(weights: list[Fraction] | None, sizes: Sequence[int]) -> list[Fraction]:
+    """How often a round of the blend uses each sample of a folder. A round has as many samples as all folders."""
+    if weights is None:
+        return [Fraction(1)] * len(sizes)
+    return [weight * sum(sizes) / size for weight, size in zip(weights, sizes, strict=True)]
+
+
+def _read_entries(folder: Path, values: dict[str, Any]) -> dict[Bucket, list[tuple[Path, SampleEntry]]]:
+    """All samples of a folder by bucket, in the order of shards and of samples in them."""
+    table: dict[Bucket, list[tuple[Path, SampleEntry]]] = {}
+    fingerprint = values["autoencoder"]["fingerprint"]
+    for name in values["shards"]:
+        tar = folder / SHARD_FOLDER / name
+        manifest = read_manifest(tar.with_suffix(".json"))
+        if manifest.autoencoder != fingerprint:
+            raise ShardError(
+                f"{tar} was made by autoencoder {manifest.autoencoder[:12]}, {folder / DATASET_FILE} says "
+                f"{fingerprint[:12]}: run tools/preprocess_latents.py again into an empty folder"
+            )
+        for entry in manifest.samples:
+            table.setdefault(Bucket.parse(entry.bucket), []).append((tar, entry))
+    if not table:
+        raise ShardError(f"{folder}: the dataset has no samples")
+    return table
+
+
+def _check_agreement(folders: Sequence[Path], datasets: Sequence[dict[str, Any]]) -> None:
+    for folder, values in zip(folders[1:], datasets[1:], strict=True):
+        ours, theirs = datasets[0]["autoencoder"]["fingerprint"], values["autoencoder"]["fingerprint"]
+        if ours != theirs:
+            raise ShardError(
+                f"{folders[0]} was made by autoencoder {ours[:12]}, {folder} by {theirs[:12]}: latents of two "
+                "autoencoders do not mix; encode both with one"
+            )
+        for name in ("text_encoder", "image_encoder"):
+            if datasets[0][name] != values[name]:
+                raise ShardError(
+                    f"{folders[0]} has {name} {datasets[0][name]['name']}, {folder} has {values[name]['name']}: "
+                    "make both with the same"
+                )
+
+
+def _pooled_normalization(datasets: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+    """Mean and std of one folder as stored; of several folders, of all their latents together."""
+    if len(datasets) == 1:
+        return datasets[0]["latent_mean"], datasets[0]["latent_std"]
+    pooled = LatentStatistics()
+    for values in datasets:
+        sums = values["statistics"]
+        pooled += LatentStatistics(sums["count"], tuple(sums["total"]), tuple(sums["total_square"]))
+    return pooled.mean_std()

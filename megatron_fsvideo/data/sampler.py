@@ -1,0 +1,218 @@
+"""Which samples make which global batch: a pure function of (seed, consumed_samples), for exact resume.
+
+A *global* batch holds one bucket, so that shapes are constant within a step. Its ordered list of samples does not
+depend on the number of data-parallel ranks; `deal` then shares it out. Nothing is stored but the number of consumed
+samples.
+
+How it works. A stream (one folder, one bucket) is an endless row of its samples, shuffled anew for each epoch. Round r
+of the blend takes each stream's next `share` samples, mixes the streams of one bucket into that bucket's queue, cuts
+the queues into batches (what does not fill a batch waits for the next round: nothing is dropped) and shuffles the
+batches. All positions have closed forms, so any round can be entered directly.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import floor
+
+import numpy as np
+
+from megatron_fsvideo.data.buckets import Bucket, bucket_batch_size
+from megatron_fsvideo.data.latent_dataset import Stream
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """A sample: its stream, its position in the stream's folder, and how often the stream has been through before."""
+
+    stream_index: int
+    position: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One optimizer step's samples.
+
+    Attributes:
+        consumed_samples: samples consumed before this batch.
+    """
+
+    bucket: Bucket
+    samples: tuple[SampleRef, ...]
+    consumed_samples: int
+
+
+class BucketSampler:
+    """The endless sequence of global batches.
+
+    Args:
+        streams: from `LatentDataset.streams`.
+        batch_sizes: samples of a global batch of each bucket (`bucket_batch_sizes` makes them).
+        seed: of the shuffles.
+        shuffle: False keeps the stored order and interleaves nothing: for validation.
+    """
+
+    def __init__(
+        self, streams: Sequence[Stream], batch_sizes: Mapping[Bucket, int], seed: int, shuffle: bool = True
+    ) -> None:
+        self.streams = list(streams)
+        self.buckets = sorted({stream.bucket for stream in streams})
+        if missing := [str(bucket) for bucket in self.buckets if bucket not in batch_sizes]:
+            raise ValueError(f"no batch size for bucket {' '.join(missing)}")
+        self.batch_sizes = dict(batch_sizes)
+        self.seed = seed
+        self.shuffle = shuffle
+        # Bound methods are cached per object, or the cache would keep every sampler alive.
+        self._round_queue = lru_cache(maxsize=4 * len(self.buckets))(self._make_round_queue)
+        self._round_batches = lru_cache(maxsize=2)(self._make_round_batches)
+        self._permutation = lru_cache(maxsize=2 * len(self.streams))(self._make_permutation)
+
+    def batches(self, consumed_samples: int = 0) -> Iterator[GlobalBatch]:
+        """Global batches from `consumed_samples` on, without end.
+
+        When `consumed_samples` lies inside a batch (the batch size was changed), that batch is the first.
+        """
+        round_index = self._round_of(consumed_samples)
+        consumed = self._consumed_before(round_index)
+        while True:
+            for bucket, batch_index in self._round_batches(round_index):
+                size = self.batch_sizes[bucket]
+                if consumed + size > consumed_samples:
+                    yield GlobalBatch(bucket, self._batch(bucket, batch_index), consumed)
+                consumed += size
+            round_index += 1
+
+    def batch_at(self, consumed_samples: int) -> GlobalBatch:
+        """The batch that starts at (or contains) `consumed_samples`."""
+        return next(self.batches(consumed_samples))
+
+    def _stream_start(self, stream_index: int, round_index: int) -> int:
+        """Samples a stream has given before a round."""
+        return floor(round_index * self.streams[stream_index].share)
+
+    def _queue_start(self, bucket: Bucket, round_index: int) -> int:
+        """Samples a bucket's queue has received before a round."""
+        return sum(self._stream_start(k, round_index) for k, s in enumerate(self.streams) if s.bucket == bucket)
+
+    def _batches_before(self, bucket: Bucket, round_index: int) -> int:
+        return self._queue_start(bucket, round_index) // self.batch_sizes[bucket]
+
+    def _consumed_before(self, round_index: int) -> int:
+        return sum(self._batches_before(bucket, round_index) * self.batch_sizes[bucket] for bucket in self.buckets)
+
+    def _round_of(self, consumed_samples: int) -> int:
+        """The round in which a sample count falls: the last that starts at or before it."""
+        low, high = 0, 1
+        while self._consumed_before(high) <= consumed_samples:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._consumed_before(middle) <= consumed_samples:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _make_round_batches(self, round_index: int) -> list[tuple[Bucket, int]]:
+        """(bucket, number of the batch in the bucket's queue) of a round, in the order they are used."""
+        batches = [
+            (bucket, k)
+            for bucket in self.buckets
+            for k in range(self._batches_before(bucket, round_index), self._batches_before(bucket, round_index + 1))
+        ]
+        if not self.shuffle:
+            return batches
+        order = _generator(self.seed, "batches", round_index).permutation(len(batches))
+        return [batches[k] for k in order]
+
+    def _batch(self, bucket: Bucket, batch_index: int) -> tuple[SampleRef, ...]:
+        size = self.batch_sizes[bucket]
+        samples: list[SampleRef] = []
+        position = batch_index * size
+        round_index = self._queue_round(bucket, position)
+        while len(samples) < size:
+            queue = self._round_queue(bucket, round_index)
+            begin = position + len(samples) - self._queue_start(bucket, round_index)
+            samples += queue[begin : begin + size - len(samples)]
+            round_index += 1
+        return tuple(samples)
+
+    def _queue_round(self, bucket: Bucket, position: int) -> int:
+        """The round that put queue position `position` there."""
+        high = 1
+        while self._queue_start(bucket, high) <= position:
+            high *= 2
+        low = 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._queue_start(bucket, middle) <= position:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def _make_round_queue(self, bucket: Bucket, round_index: int) -> list[SampleRef]:
+        """What a round adds to a bucket's queue, in order."""
+        added = []
+        for k, stream in enumerate(self.streams):
+            if stream.bucket == bucket:
+                begin, end = self._stream_start(k, round_index), self._stream_start(k, round_index + 1)
+                added += [self._stream_sample(k, number) for number in range(begin, end)]
+        if not self.shuffle:
+            return added
+        # The streams are in shuffled order already; this mixes the streams of one bucket.
+        order = _generator(self.seed, "queue", bucket, round_index).permutation(len(added))
+        return [added[k] for k in order]
+
+    def _stream_sample(self, stream_index: int, number: int) -> SampleRef:
+        epoch, place = divmod(number, self.streams[stream_index].num_samples)
+        return SampleRef(stream_index, int(self._permutation(stream_index, epoch)[place]), epoch)
+
+    def _make_permutation(self, stream_index: int, epoch: int) -> np.ndarray:
+        stream = self.streams[stream_index]
+        if not self.shuffle:
+            return np.arange(stream.num_samples)
+        generator = _generator(self.seed, "epoch", stream.folder_index, stream.bucket, epoch)
+        return generator.permutation(stream.num_samples)
+
+
+def deal(
+    samples: Sequence[SampleRef], dp_rank: int, dp_size: int, micro_batch_size: int
+) -> list[tuple[SampleRef, ...]]:
+    """One data-parallel rank's micro-batches of a global batch.
+
+    The batch is cut into micro-batches in order and these are dealt round: micro-batch m of rank r is number
+    m * dp_size + r, so the union over ranks is the same list for any number of ranks.
+
+    Raises:
+        ValueError: the ranks cannot share the batch evenly.
+    """
+    if len(samples) % (dp_size * micro_batch_size):
+        raise ValueError(
+            f"a global batch of {len(samples)} samples is not a multiple of data-parallel size {dp_size} x "
+            f"micro_batch_size {micro_batch_size} = {dp_size * micro_batch_size}"
+        )
+    micro_batches = [tuple(samples[k : k + micro_batch_size]) for k in range(0, len(samples), micro_batch_size)]
+    return micro_batches[dp_rank::dp_size]
+
+
+def bucket_batch_sizes(tokens: Mapping[Bucket, int], global_batch_size: int, multiple_of: int) -> dict[Bucket, int]:
+    """Global batch size of each bucket for a constant number of tokens: the largest bucket has `global_batch_size`.
+
+    Args:
+        tokens: tokens of one sample of each bucket.
+        multiple_of: data-parallel size x micro-batch size. Batches stay the same at another data-parallel size as
+            long as this product does.
+    """
+    largest = max(tokens.values())
+    return {
+        bucket: bucket_batch_size(global_batch_size, largest, count, multiple_of) for bucket, count in tokens.items()
+    }
+
+
+def _generator(seed: int, *role: object) -> np.random.Generator:
+    """Random numbers that belong to (seed, role) alone."""
+    digest = hashlib.sha256("/".join([str(seed), *map(str, role)]).encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
