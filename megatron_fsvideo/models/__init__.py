@@ -1,0 +1,1 @@
+"""Models: the DiT, the video autoencoder, frozen encoders."""
