@@ -1,0 +1,93 @@
+"""Lets megatron-core 0.16.1, unmodified, run on CPU with gloo.
+
+megatron-core assumes CUDA in three ways, and each has one answer here:
+
+| megatron-core | assumption | answer |
+|---|---|---|
+| p2p_communication, tensor allocation | `torch.cuda.current_device()` is a device | it returns `cpu` |
+| schedules, p2p_communication, checkpointing | `torch.cuda.synchronize()` works | it does nothing |
+| schedules, clip_grads, optimizer | `device="cuda"`, `.cuda()`, `.to("cuda")` | `megatron_on_cpu()` reads cuda as cpu |
+| clip_grads, optimizer, distrib_optimizer | `tensor.type() == "torch.cuda.FloatTensor"` | `megatron_on_cpu()` spells it so |
+| distrib_optimizer | the optimizer keeps `step` per group, as FusedAdam does | torch's per-parameter `step` stays as loaded |
+
+`install()` makes the first, second and last for the process. The other two lie to every library that looks at a tensor
+while they hold, cost about 1.3 us per operation and stop torch.compile, so they hold only inside `megatron_on_cpu()`,
+in one thread, around calls of Megatron's schedule, optimizer and checkpointing.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def needed() -> bool:
+    """Whether this machine has no CUDA device."""
+    return not torch.cuda.is_available()
+
+
+def install() -> None:
+    """Patch what must hold for the whole process. Called when the process groups are made; safe to repeat.
+
+    Raises:
+        RuntimeError: there is a CUDA device, which this would hide.
+    """
+    if not needed():
+        raise RuntimeError("the CPU backend is for machines without a CUDA device")
+    torch.cuda.current_device = lambda: CPU
+    torch.cuda.synchronize = lambda device=None: None
+    _keep_adam_steps()
+
+
+@contextmanager
+def megatron_on_cpu() -> Iterator[None]:
+    """Around a call into Megatron's schedule, optimizer or checkpointing: `cuda` means `cpu`. With CUDA, nothing."""
+    if not needed():
+        yield
+        return
+    with _CudaMeansCpu():
+        yield
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable, types: tuple, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.cuda:
+            return args[0]
+        if func is Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _means_cuda(kwargs.get("device")):
+            kwargs = kwargs | {"device": CPU}
+        if func is Tensor.to and any(_means_cuda(arg) for arg in args[1:]):
+            args = tuple(CPU if _means_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+def _means_cuda(value: Any) -> bool:
+    if isinstance(value, torch.device):
+        return value.type == "cuda"
+    return isinstance(value, str) and value.startswith("cuda")
+
+
+def _keep_adam_steps() -> None:
+    """Let a `fully_reshardable` checkpoint load although its tensors have no `step`: see the table above."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+    if original.__module__ == __name__:
+        return
+
+    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+        group_index, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][order]]
+        steps = {"step": state["step"]} if "step" in state else {}
+        original(self, model_param, steps | tensors)
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states

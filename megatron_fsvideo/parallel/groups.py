@@ -1,0 +1,200 @@
+"""Process groups: made once at the start, passed to everyone as `ProcessGroups`.
+
+Ranks are dealt out as Megatron-LM does, fastest first: tensor, context, data, pipeline. The named operations at the end
+are what other packages use instead of torch.distributed.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_fsvideo.config import ParallelConfig
+from megatron_fsvideo.parallel import cpu_backend
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """This rank's place in the layout.
+
+    Attributes:
+        collection: the groups as Megatron's modules take them.
+        tp, cp, pp, dp: one group per axis; dp_cp joins data and context, over which gradients are reduced.
+        device: where this rank's tensors live.
+    """
+
+    collection: ProcessGroupCollection
+    tp: ProcessGroup
+    cp: ProcessGroup
+    pp: ProcessGroup
+    dp: ProcessGroup
+    dp_cp: ProcessGroup
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        """Rank in the whole job."""
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the whole job."""
+        return dist.get_world_size()
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this rank writes logs and files."""
+        return self.rank == 0
+
+    @property
+    def tp_rank(self) -> int:
+        """Rank in the tensor-parallel group."""
+        return self.tp.rank()
+
+    @property
+    def tp_size(self) -> int:
+        """Size of the tensor-parallel group."""
+        return self.tp.size()
+
+    @property
+    def cp_rank(self) -> int:
+        """Rank in the context-parallel group."""
+        return self.cp.rank()
+
+    @property
+    def cp_size(self) -> int:
+        """Size of the context-parallel group."""
+        return self.cp.size()
+
+    @property
+    def pp_rank(self) -> int:
+        """Pipeline stage."""
+        return self.pp.rank()
+
+    @property
+    def pp_size(self) -> int:
+        """Number of pipeline stages."""
+        return self.pp.size()
+
+    @property
+    def dp_rank(self) -> int:
+        """Rank in the data-parallel group."""
+        return self.dp.rank()
+
+    @property
+    def dp_size(self) -> int:
+        """Size of the data-parallel group."""
+        return self.dp.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds the input."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the head and the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+
+def initialize(parallel: ParallelConfig) -> ProcessGroups:
+    """Join the job and make its groups; under torchrun, or alone in one process.
+
+    Raises:
+        ValueError: the number of processes is not a multiple of TP x CP x PP.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size % parallel.model_parallel_size:
+        raise ValueError(
+            f"{world_size} processes cannot hold tensor_model_parallel_size {parallel.tensor_model_parallel_size} x "
+            f"context_parallel_size {parallel.context_parallel_size} x "
+            f"pipeline_model_parallel_size {parallel.pipeline_model_parallel_size} = {parallel.model_parallel_size}; "
+            f"start a multiple of {parallel.model_parallel_size} processes"
+        )
+    device = _local_device()
+    if not dist.is_initialized():
+        _join(device, world_size, parallel.distributed_timeout_minutes)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        create_gloo_process_groups=True,
+    )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return ProcessGroups(
+        collection=collection,
+        tp=collection.tp,
+        cp=collection.cp,
+        pp=collection.pp,
+        dp=collection.dp,
+        dp_cp=collection.dp_cp,
+        device=device,
+    )
+
+
+def shutdown() -> None:
+    """Leave the job, so that `initialize` may be called again."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank of the job."""
+    dist.barrier()
+
+
+def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Sum over the ranks of a group, in place; of the whole job without a group. No gradient flows."""
+    dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def broadcast_object(value: Any, group: ProcessGroup | None = None, source: int = 0) -> Any:
+    """A Python object of the group's rank `source`, on every rank of it. Only for objects this job made itself."""
+    box = [value]
+    dist.broadcast_object_list(box, src=_global_rank(group, source), group=group)
+    return box[0]
+
+
+def broadcast_tensor(tensor: Tensor, group: ProcessGroup, source: int = 0) -> Tensor:
+    """Overwrite `tensor` with the one of the group's rank `source`."""
+    dist.broadcast(tensor, src=_global_rank(group, source), group=group)
+    return tensor
+
+
+def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """Every rank's object, in rank order, on every rank. Only for objects this job made itself."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _global_rank(group: ProcessGroup | None, rank: int) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)
+
+
+def _local_device() -> torch.device:
+    if cpu_backend.needed():
+        cpu_backend.install()
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join(device: torch.device, world_size: int, timeout_minutes: int) -> None:
+    backend = "gloo" if device.type == "cpu" else "nccl"
+    timeout = timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=int(os.environ["RANK"]))
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), world_size=1, rank=0)

@@ -1,0 +1,125 @@
+"""Cutting and joining the token stream over ranks, with the gradients that go with each move.
+
+Tokens are cut contiguously: first over the context-parallel group, then (with sequence parallelism) each part over the
+tensor-parallel group. This model attends in both directions, so the zig-zag order of causal models is not needed.
+"""
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def local_slice(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """This rank's contiguous part of `tensor`, which every rank of the group holds whole. No gradient is gathered.
+
+    Raises:
+        ValueError: the size is not a multiple of the group's.
+    """
+    size = tensor.shape[dim]
+    if size % group.size():
+        raise ValueError(f"{size} tokens cannot be shared evenly by {group.size()} ranks")
+    part = size // group.size()
+    return tensor.narrow(dim, group.rank() * part, part)
+
+
+def all_gather_slices(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """The inverse of `local_slice`, without gradient."""
+    if group.size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def enter_tensor_parallel(hidden_states: Tensor, sequence_parallel: bool, group: ProcessGroup) -> Tensor:
+    """The input of column-parallel linears that are built without a reduction of their own.
+
+    One collective serves all linears that read `hidden_states` [s, b, h]: with sequence parallelism the tokens are
+    gathered (backward: reduce-scatter), without it they are copied (backward: all-reduce).
+    """
+    if group.size() == 1:
+        return hidden_states
+    if sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=True, group=group)
+    return copy_to_tensor_model_parallel_region(hidden_states, group=group)
+
+
+def gather_output_tokens(hidden_states: Tensor, group: ProcessGroup) -> Tensor:
+    """All tokens [s, b, h] from sequence-parallel parts, where every rank goes on to compute the same loss.
+
+    The gradients are then equal on all ranks: each takes its part of them. (Megatron's default sums them, which would
+    multiply every gradient by the size of the group.)
+    """
+    return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False, group=group)
+
+
+def sum_over_ranks(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum over a group whose ranks each go on with the sum in a computation of their own (backward: sum)."""
+    return tensor if group.size() == 1 else _SumOverRanks.apply(tensor, group)
+
+
+def sum_for_same_loss(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum over a group whose ranks all go on to the same loss (backward: identity)."""
+    return tensor if group.size() == 1 else _SumForSameLoss.apply(tensor, group)
+
+
+def tokens_to_heads(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Ulysses all-to-all: all heads of some tokens [s/p, b, n, d] -> some heads of all tokens [s, b, n/p, d]."""
+    return tensor if group.size() == 1 else _AllToAll.apply(tensor, 2, 0, group)
+
+
+def heads_to_tokens(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """The inverse of `tokens_to_heads`."""
+    return tensor if group.size() == 1 else _AllToAll.apply(tensor, 0, 2, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+class _SumForSameLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, cut_dim: int, join_dim: int, group: ProcessGroup) -> Tensor:
+        ctx.moves = cut_dim, join_dim, group
+        return _exchange(tensor, cut_dim, join_dim, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        cut_dim, join_dim, group = ctx.moves
+        return _exchange(gradient, join_dim, cut_dim, group), None, None, None
+
+
+def _exchange(tensor: Tensor, cut_dim: int, join_dim: int, group: ProcessGroup) -> Tensor:
+    """Cut along one dimension, send part i to rank i, join what arrives along the other, in rank order."""
+    send = torch.stack(tensor.chunk(group.size(), dim=cut_dim))
+    received = torch.empty_like(send)
+    dist.all_to_all_single(received, send, group=group)
+    return torch.cat(received.unbind(), dim=join_dim)
