@@ -30,8 +30,8 @@ class DiTConfig:
     """Width of the sinusoidal timestep embedding."""
     layernorm_epsilon: float = 1e-6
     """Epsilon of every norm in the blocks and the head."""
-    qk_norm_init: float = 1.0
-    """Initial gain of the query and key RMSNorm."""
+    q_norm_init: float = 1.0
+    """Initial gain of the query RMSNorm."""
     rotary_base: float = 10000.0
     """Base of the rotary position embedding, on each of the three axes."""
     rope_scale_hw: float = 1.0

@@ -13,7 +13,7 @@ _QUICKSTART_DIT: Preset = {
     "text_embed_dim": 384,
     "image_embed_dim": 0,
     "freq_dim": 256,
-    "qk_norm_init": 2.0,
+    "q_norm_init": 2.0,
     "rotary_base": 100.0,
     "sigma_mean": 0.8,
     "prediction_type": "sample",

@@ -2,17 +2,17 @@
 
 megatron-core assumes CUDA in three ways, and each has one answer here:
 
-| megatron-core | assumption | answer |
+| where | assumption | answer |
 |---|---|---|
 | p2p_communication, tensor allocation | `torch.cuda.current_device()` is a device | it returns `cpu` |
 | schedules, p2p_communication, checkpointing | `torch.cuda.synchronize()` works | it does nothing |
-| schedules, clip_grads, optimizer | `device="cuda"`, `.cuda()`, `.to("cuda")` | `megatron_on_cpu()` reads cuda as cpu |
-| clip_grads, optimizer, distrib_optimizer | `tensor.type() == "torch.cuda.FloatTensor"` | `megatron_on_cpu()` spells it so |
-| distrib_optimizer | the optimizer keeps `step` per group, as FusedAdam does | torch's per-parameter `step` stays as loaded |
+| schedules, clip_grads, optimizer | `device="cuda"`, `.cuda()`, `.to("cuda")` | the mode reads cuda as cpu |
+| clip_grads, optimizer, distrib_optimizer | `tensor.type() == "torch.cuda.FloatTensor"` | the mode spells it so |
+| distrib_optimizer | `step` is per group, as in FusedAdam | torch's per-parameter `step` stays as loaded |
 
-`install()` makes the first, second and last for the process. The other two lie to every library that looks at a tensor
-while they hold, cost about 1.3 us per operation and stop torch.compile, so they hold only inside `megatron_on_cpu()`,
-in one thread, around calls of Megatron's schedule, optimizer and checkpointing.
+`install()` makes the first two and the last, for the process. The others are made by a mode, `megatron_on_cpu()`: it
+lies to every library that looks at a tensor, costs about 1.3 us per operation and stops torch.compile, so it holds in
+one thread, only around calls of Megatron's schedule, optimizer and checkpointing.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,0 +1,101 @@
+"""From our configuration to a model: the only place that knows Megatron's TransformerConfig."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_fsvideo.config import DiTConfig, ParallelConfig, check_layout
+from megatron_fsvideo.models.backends import backend_for
+from megatron_fsvideo.models.dit.model import DiTModel
+from megatron_fsvideo.models.dit.specs import dit_layer_spec
+from megatron_fsvideo.models.dit.weights import initialize_weights
+from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.parallel.marks import mark_sliced
+
+
+def build_dit(
+    model_config: DiTConfig,
+    parallel: ParallelConfig,
+    pgs: ProcessGroups,
+    *,
+    params_dtype: torch.dtype,
+    seed: int = 1234,
+    device: torch.device | None = None,
+) -> DiTModel:
+    """This rank's part of the DiT, with initial weights that depend on `seed` alone.
+
+    Args:
+        device: where the weights live; this rank's device when None. On "meta" nothing is allocated or initialised.
+
+    Raises:
+        ValueError: the layout does not fit the model, or a backend is missing.
+    """
+    check_layout(model_config, parallel)
+    device = device or pgs.device
+    layer_spec = dit_layer_spec(model_config, backend_for(parallel.transformer_impl))
+    config = transformer_config(model_config, parallel, params_dtype)
+    with torch.device(device):
+        model = DiTModel(model_config, config, layer_spec, pgs, pgs.is_first_stage, pgs.is_last_stage)
+    _mark_sliced_weights(model)
+    if device.type != "meta":
+        initialize_weights(model, seed)
+    return model
+
+
+def transformer_config(
+    model_config: DiTConfig, parallel: ParallelConfig, params_dtype: torch.dtype
+) -> TransformerConfig:
+    """Megatron's configuration of the layers. What matters here is explicit: its defaults are a language model's."""
+    config = TransformerConfig(
+        num_layers=model_config.num_layers,
+        hidden_size=model_config.hidden_size,
+        num_attention_heads=model_config.num_attention_heads,
+        kv_channels=model_config.head_dim,
+        ffn_hidden_size=model_config.ffn_hidden_size,
+        activation_func=partial(F.gelu, approximate="tanh"),
+        normalization="LayerNorm",
+        layernorm_epsilon=model_config.layernorm_epsilon,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        add_bias_linear=True,
+        params_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type="a2a",
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
+        pipeline_dtype=params_dtype,
+        # Packed states differ in length from boundary to boundary: stages tell each other the shapes.
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",  # a check of variable_seq_lengths asks for it; there are no experts
+        deallocate_pipeline_outputs=True,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method="uniform" if parallel.recompute_granularity == "full" else None,
+        recompute_num_layers=1 if parallel.recompute_granularity == "full" else None,
+        # Weights are made on the surrounding torch.device and drawn by weights.py.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        hetereogenous_dist_checkpoint=True,  # routers differ in shape from layer to layer
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+    )
+    config.has_cond_embedder = True  # Megatron then sums the gradients of the stages' embedder copies
+    return config
+
+
+def _mark_sliced_weights(model: DiTModel) -> None:
+    """Megatron marks its linears' weights when it draws them, which it does not do here."""
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear):
+            mark_sliced(module.weight, dim=0)
+        elif isinstance(module, RowParallelLinear):
+            mark_sliced(module.weight, dim=1)

@@ -1,0 +1,115 @@
+"""What conditions the DiT: the timestep, the text and the image, embedded to the token stream's width.
+
+Letters: b samples, l text tokens, n image tokens, h hidden size.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_fsvideo.config import DiTConfig
+
+NUM_MODULATIONS = 6  # shift, scale and gate, for self-attention and for the feed-forward layer
+
+
+class Conditioning(NamedTuple):
+    """What every layer receives beside the tokens.
+
+    Attributes:
+        timestep: embedding [b, h], fp32; the head's.
+        modulation: projected embedding [b, 6, h], fp32; the layers'.
+        text: [l, b, h], or None without text attention.
+        image: [n, b, h], or None without image attention.
+    """
+
+    timestep: Tensor
+    modulation: Tensor
+    text: Tensor | None
+    image: Tensor | None
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid, then two linear layers; all fp32: in bf16 timesteps near 1000 are 4 apart."""
+
+    def __init__(self, freq_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.freq_dim = freq_dim
+        self.linear_1 = nn.Linear(freq_dim, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(sinusoid(timesteps, self.freq_dim))))  # (b) -> (b, h)
+
+
+class TextEmbedder(nn.Module):
+    """Text encoder's width to the token stream's. [b, l, e] -> [b, l, h]"""
+
+    def __init__(self, text_embed_dim: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(text_embed_dim, hidden_size, dtype=dtype)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size, dtype=dtype)
+
+    def forward(self, text: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(text), approximate="tanh"))
+
+
+class ImageEmbedder(nn.Module):
+    """Image encoder's width to the token stream's, normed on both sides (eps 1e-5, as Wan). [b, n, e] -> [b, n, h]"""
+
+    def __init__(self, image_embed_dim: int, hidden_size: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(image_embed_dim, dtype=dtype)
+        self.linear_1 = nn.Linear(image_embed_dim, image_embed_dim, dtype=dtype)
+        self.linear_2 = nn.Linear(image_embed_dim, hidden_size, dtype=dtype)
+        self.norm2 = nn.LayerNorm(hidden_size, dtype=dtype)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm2(self.linear_2(F.gelu(self.linear_1(self.norm1(image)))))
+
+
+class ConditionEmbedder(nn.Module):
+    """Every pipeline stage has a copy, so that no condition travels between stages."""
+
+    def __init__(self, config: DiTConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.dtype = dtype
+        self.time_embedder = TimestepEmbedder(config.freq_dim, hidden_size)
+        self.time_proj = nn.Linear(hidden_size, NUM_MODULATIONS * hidden_size)
+        self.text_embedder = TextEmbedder(config.text_embed_dim, hidden_size, dtype) if config.text_embed_dim else None
+        self.image_embedder = (
+            ImageEmbedder(config.image_embed_dim, hidden_size, dtype) if config.image_embed_dim else None
+        )
+
+    def forward(self, timesteps: Tensor, text: Tensor | None, image: Tensor | None) -> Conditioning:
+        """timesteps [b] fp32, text [b, l, e], image [b, n, e].
+
+        Raises:
+            ValueError: text or image is missing where the model attends to it.
+        """
+        timestep = self.time_embedder(timesteps)  # (b, h)
+        modulation = self.time_proj(F.silu(timestep)).unflatten(1, (NUM_MODULATIONS, -1))  # (b, 6, h)
+        return Conditioning(
+            timestep,
+            modulation,
+            self._embed(self.text_embedder, text, "text"),
+            self._embed(self.image_embedder, image, "image"),
+        )
+
+    def _embed(self, embedder: nn.Module | None, features: Tensor | None, name: str) -> Tensor | None:
+        if embedder is None:
+            return None
+        if features is None:
+            raise ValueError(f"this model attends to {name} features, and none were given")
+        return embedder(features.to(self.dtype)).transpose(0, 1)  # (b, l, e) -> (l, b, h)
+
+
+def sinusoid(timesteps: Tensor, dim: int) -> Tensor:
+    """Cosines then sines [b, dim] of timesteps [b] at dim / 2 frequencies from 1 down to 1e-4, fp32."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device) / half)
+    angles = timesteps.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

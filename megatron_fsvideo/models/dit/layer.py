@@ -1,0 +1,85 @@
+"""One layer of the DiT: modulated self-attention with layer memory, cross-attention, modulated feed-forward.
+
+    a = LN(x) (1 + scale1) + shift1          m = memory mixed from earlier states, normed and modulated the same way
+    x = x + gate1 * SelfAttention(q: a, k and v: m)
+    x = x + CrossAttention(LN(x), text, image)
+    x = x + gate2 * FFN(LN(x) (1 + scale2) + shift2)
+
+Wan2.1's block (dit_spec 1.4) with the paper's layer memory (section 2.3). Modulation is in fp32.
+"""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+
+from megatron_fsvideo.config import DiTConfig
+from megatron_fsvideo.models.dit.embeddings import NUM_MODULATIONS, Conditioning
+from megatron_fsvideo.models.dit.layer_memory import LayerMemory, normalized
+from megatron_fsvideo.models.dit.rope import Rotary
+from megatron_fsvideo.parallel.marks import mark_sees_local_tokens
+
+
+class DiTLayer(TransformerLayer):
+    """A Megatron transformer layer whose forward takes what a DiT layer needs, under its own names."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: TransformerLayerSubmodules,
+        model_config: DiTConfig,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config, submodules, layer_number, pg_collection=pg_collection, vp_stage=vp_stage)
+        self.model_config = model_config
+        self.scale_shift_table = nn.Parameter(torch.zeros(NUM_MODULATIONS, config.hidden_size))
+        self.layer_memory = None
+        if model_config.layer_memory and self.layer_number > 1:
+            self.layer_memory = LayerMemory(self.layer_number, config.hidden_size, model_config.layer_memory_init)
+            mark_sees_local_tokens(self.layer_memory.parameters(), config.sequence_parallel)
+        mark_sees_local_tokens([self.scale_shift_table], config.sequence_parallel)
+
+    def forward(self, states: list[Tensor], conditioning: Conditioning, rotary: Rotary) -> Tensor:
+        """The layer's output [s, b, h] from the states X_0 .. X_{l-1} before it; without layer memory the last only."""
+        hidden_states = states[-1]
+        modulation = self.scale_shift_table + conditioning.modulation  # (b, 6, h)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(dim=1)
+
+        query_source = modulate(self.input_layernorm(hidden_states), shift1, scale1).to(hidden_states.dtype)
+        key_value_source = self._read_memory(query_source, states, shift1, scale1)
+        attended = self.self_attention(query_source, key_value_source, rotary)
+        hidden_states = gated_residual(hidden_states, attended, gate1)
+
+        attended = self.cross_attention(
+            self.pre_cross_attn_layernorm(hidden_states), conditioning.text, conditioning.image
+        )
+        hidden_states = hidden_states + attended
+
+        transformed, bias = self.mlp(
+            modulate(self.pre_mlp_layernorm(hidden_states), shift2, scale2).to(hidden_states.dtype)
+        )
+        return gated_residual(hidden_states, transformed + bias, gate2)
+
+    def _read_memory(self, query_source: Tensor, states: list[Tensor], shift: Tensor, scale: Tensor) -> Tensor:
+        """The source of keys and values: the mix of all states, modulated like the queries' source."""
+        if self.layer_memory is None:
+            return query_source
+        if self.model_config.layer_memory_norm == "normalized":
+            epsilon = self.config.layernorm_epsilon
+            memory = self.layer_memory(query_source, [normalized(state, epsilon) for state in states])
+        else:
+            memory = self.input_layernorm(self.layer_memory(query_source, states).to(query_source.dtype))
+        return modulate(memory, shift, scale).to(query_source.dtype)
+
+
+def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normed [s, b, h] scaled and shifted per sample by [b, h]."""
+    return normed * (1 + scale) + shift
+
+
+def gated_residual(hidden_states: Tensor, branch: Tensor, gate: Tensor) -> Tensor:
+    """hidden_states [s, b, h] plus a branch gated per sample by [b, h]; the sum in fp32."""
+    return (hidden_states.float() + branch.float() * gate).to(hidden_states.dtype)

@@ -1,0 +1,36 @@
+"""Latents to tokens and back. Tokens run over (t, h, w), w fastest."""
+
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+def token_grid(latent_shape: tuple[int, int, int], patch_size: Grid) -> Grid:
+    """Tokens along (t, h, w) for latents of shape (t, h, w).
+
+    Raises:
+        ValueError: a side is not a multiple of the patch's.
+    """
+    for name, size, patch in zip(("frames", "rows", "columns"), latent_shape, patch_size, strict=True):
+        if size % patch:
+            raise ValueError(f"{size} latent {name} are not a multiple of the patch's {patch}")
+    t, h, w = (size // patch for size, patch in zip(latent_shape, patch_size, strict=True))
+    return t, h, w
+
+
+def patchify(latents: Tensor, patch_size: Grid) -> Tensor:
+    """[b, c, t, h, w] -> [b, n, c * pt * ph * pw]; within a token the channel runs slowest, as in a Conv3d kernel."""
+    batch, channels, *shape = latents.shape
+    t, h, w = token_grid(tuple(shape), patch_size)
+    pt, ph, pw = patch_size
+    parts = latents.reshape(batch, channels, t, pt, h, ph, w, pw)
+    return parts.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, t * h * w, channels * pt * ph * pw)
+
+
+def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid) -> Tensor:
+    """The inverse of `patchify`: [b, n, c * pt * ph * pw] -> [b, c, t, h, w]; `grid` counts tokens."""
+    t, h, w = grid
+    pt, ph, pw = patch_size
+    batch = tokens.shape[0]
+    parts = tokens.reshape(batch, t, h, w, -1, pt, ph, pw)
+    return parts.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, -1, t * pt, h * ph, w * pw)
