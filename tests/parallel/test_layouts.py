@@ -1,0 +1,209 @@
+"""Layouts do not change the result: loss, every gradient, the gradient norm and the weights after clipped steps.
+
+One process is the reference. All weights are random, also those that start at zero or at the identity, so that no
+gradient vanishes; the test asserts that none does. fp32 on gloo.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_fsvideo.config import DiTConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_fsvideo.diffusion.losses import per_sample_loss, squared_errors
+from megatron_fsvideo.models.dit import build_dit, patchify
+from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
+from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+from megatron_fsvideo.parallel.seeds import weight_generator
+from megatron_fsvideo.parallel.sequence import all_gather_slices, local_slice, sum_for_same_loss
+from megatron_fsvideo.training.optimizer import build_optimizer, wrap_ddp
+from tests.parallel.harness import run_workers
+
+NUM_MICROBATCHES = 4
+NUM_STEPS = 2
+
+MODEL = DiTConfig(
+    num_layers=4,
+    hidden_size=48,
+    num_attention_heads=4,
+    ffn_hidden_size=96,
+    latent_channels=6,
+    text_embed_dim=10,
+    image_embed_dim=8,
+    freq_dim=16,
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One case: how many processes, how they are used, and which model."""
+
+    name: str
+    world_size: int
+    parallel: ParallelConfig
+    model: DiTConfig = MODEL
+
+
+def layout(name: str, world_size: int, model: DiTConfig = MODEL, **parallel: int | bool | str) -> Layout:
+    names = {"tp": "tensor_model_parallel_size", "cp": "context_parallel_size", "pp": "pipeline_model_parallel_size"}
+    return Layout(name, world_size, ParallelConfig(**{names.get(k, k): v for k, v in parallel.items()}), model)
+
+
+NORMALIZED = DiTConfig(**{**MODEL.__dict__, "layer_memory_norm": "normalized", "patch_size": (1, 2, 2)})
+WITHOUT_MEMORY = DiTConfig(**{**MODEL.__dict__, "layer_memory": False})
+
+LAYOUTS = [
+    layout("tp2", 2, tp=2),
+    layout("tp2_sp", 2, tp=2, sequence_parallel=True),
+    layout("cp2", 2, cp=2),
+    layout("pp2", 2, pp=2),
+    layout("tp2_pp2", 4, tp=2, pp=2),
+    layout("dp2", 2),
+    layout("pp2_dp2_distributed_optimizer", 4, pp=2, use_distributed_optimizer=True),
+    layout("tp2_sp_cp2", 4, tp=2, cp=2, sequence_parallel=True),
+    layout("tp2_sp_pp2", 4, tp=2, pp=2, sequence_parallel=True),
+    layout("pp4", 4, pp=4),
+    layout("pp2_uneven", 2, pp=2, num_layers_in_first_pipeline_stage=3, num_layers_in_last_pipeline_stage=1),
+    layout("tp2_sp_recompute", 2, tp=2, sequence_parallel=True, recompute_granularity="full"),
+    layout("pp2_recompute", 2, pp=2, recompute_granularity="full"),
+    layout("dp2_overlap_distributed_optimizer", 2, use_distributed_optimizer=True, overlap_grad_reduce=True),
+    layout("normalized_patch2_tp2_sp", 2, NORMALIZED, tp=2, sequence_parallel=True),
+    layout("without_memory_pp2", 2, WITHOUT_MEMORY, pp=2),
+]
+
+
+def random_weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Random values of every weight, drawn whole by name; gains around 1."""
+    centre = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+    return centre + 0.2 * torch.randn(shape, generator=weight_generator(7, name))
+
+
+def microbatches(num: int, first: int) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of two samples each, with errors that differ much between samples."""
+    batches = []
+    for index in range(first, first + num):
+        generator = torch.Generator().manual_seed(index)
+        shape = (2, MODEL.latent_channels, 3, 4, 4)
+        channels = MODEL.in_channels
+        batches.append(
+            {
+                "model_input": torch.randn(2, channels, 3, 4, 4, generator=generator),
+                "timesteps": 1000 * torch.rand(2, generator=generator),
+                "text": torch.randn(2, 5, MODEL.text_embed_dim, generator=generator),
+                "image": torch.randn(2, 3, MODEL.image_embed_dim, generator=generator),
+                "target": (1 + index) * torch.randn(shape, generator=generator),
+            }
+        )
+    return batches
+
+
+def forward_step(iterator, wrapped, *, pgs):
+    """Megatron's forward step: the prediction, and a function of it that is the loss."""
+    batch = next(iterator)
+    prediction = wrapped(batch["model_input"], batch["timesteps"], batch["text"], batch["image"])
+
+    def loss_function(prediction):
+        patch_size = wrapped.module.model_config.patch_size
+        target = local_slice(patchify(batch["target"], patch_size), 1, pgs.cp)
+        errors = sum_for_same_loss(squared_errors(prediction, target), pgs.cp)
+        loss = per_sample_loss(errors, batch["target"][0].numel(), "pseudo_huber", 0.5).mean()
+        return loss, {"loss": loss.detach().clone()}
+
+    return prediction, loss_function
+
+
+def whole_tensor(local: torch.Tensor, parameter: torch.nn.Parameter, pgs) -> torch.Tensor:
+    """A parameter's tensor of all tensor-parallel ranks."""
+    if pgs.tp_size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return local.clone()
+    return all_gather_slices(local, parameter.partition_dim, pgs.tp)
+
+
+def gather_gradient_shards(wrapped, pgs) -> None:
+    """With the distributed optimizer each data-parallel rank has reduced only its shard of a bucket: join them."""
+    for buffer in wrapped.buffers:
+        for bucket in buffer.buckets:
+            shard = bucket.grad_data.chunk(pgs.dp_cp.size())[pgs.dp_cp.rank()].clone()
+            bucket.grad_data.copy_(all_gather_slices(shard, 0, pgs.dp_cp))
+
+
+def train(case: Layout) -> dict:
+    """Two clipped steps; what this rank's stage knows of losses, gradients, norms and weights."""
+    pgs = groups.initialize(case.parallel)
+    model = build_dit(case.model, case.parallel, pgs, params_dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in named_global_parameters(model):
+            shape = list(parameter.shape)
+            if getattr(parameter, "tensor_model_parallel", False):
+                shape[parameter.partition_dim] *= pgs.tp_size
+            parameter.copy_(slice_of_whole(random_weights(name, tuple(shape)), parameter, pgs.tp_rank, pgs.tp_size))
+    wrapped = wrap_ddp(model, case.parallel, pgs)
+    settings = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=0.05, router_lr_mult=3.0)
+    optimizer = build_optimizer(wrapped, settings, case.parallel, TrainingConfig(), pgs)
+
+    local_number = NUM_MICROBATCHES // pgs.dp_size
+    result: dict = {"losses": [], "norms": [], "gradients": {}, "weights": {}}
+    for step in range(NUM_STEPS):
+        first = step * NUM_MICROBATCHES
+        mine = microbatches(NUM_MICROBATCHES, first)[pgs.dp_rank :: pgs.dp_size]
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        with megatron_on_cpu():
+            metrics = get_forward_backward_func()(
+                forward_step_func=functools.partial(forward_step, pgs=pgs),
+                data_iterator=iter(mine),
+                model=[wrapped],
+                num_microbatches=local_number,
+                seq_length=1,  # stages tell each other the shapes
+                micro_batch_size=2,
+                forward_only=False,
+            )
+            if step == 0:
+                if case.parallel.use_distributed_optimizer:
+                    gather_gradient_shards(wrapped, pgs)
+                for name, parameter in named_global_parameters(model):
+                    result["gradients"][name] = whole_tensor(parameter.main_grad, parameter, pgs)
+            _, norm, _ = optimizer.step()
+        if pgs.is_last_stage:
+            total = torch.stack([entry["loss"] for entry in metrics]).sum()
+            result["losses"].append((groups.all_reduce_sum(total, pgs.dp) / NUM_MICROBATCHES).item())
+        result["norms"].append(float(norm))
+    for name, parameter in named_global_parameters(model):
+        result["weights"][name] = whole_tensor(parameter.detach(), parameter, pgs)
+    groups.shutdown()
+    return result
+
+
+@functools.cache
+def reference(model: DiTConfig) -> dict:
+    return run_workers(train, 1, Layout("one process", 1, ParallelConfig(), model))[0]
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
+def test_layout_equals_one_process(case):
+    expected = reference(case.model)
+    for name, gradient in expected["gradients"].items():
+        assert gradient.abs().max() > 1e-7, f"the gradient of {name} vanishes: the test would prove nothing"
+    assert max(expected["norms"]) > 0.1, "the steps are not clipped"
+
+    ranks = run_workers(train, case.world_size, case)
+    assert len({name for rank in ranks for name in rank["weights"]}) == len(expected["weights"])
+    for rank in ranks:
+        assert rank["gradients"].keys() == rank["weights"].keys()
+        for norm, expected_norm in zip(rank["norms"], expected["norms"], strict=True):
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
+        for loss, expected_loss in zip(rank["losses"], expected["losses"], strict=False):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+        for name, gradient in rank["gradients"].items():
+            error = relative(gradient, expected["gradients"][name])
+            assert error < 1e-5, f"gradient of {name}: {error:.2e}"
+        for name, weight in rank["weights"].items():
+            error = relative(weight, expected["weights"][name])
+            assert error < 1e-4, f"{name} after {NUM_STEPS} steps: {error:.2e}"
