@@ -1,0 +1,1 @@
+"""Saving, loading and converting weights; no file that a user was given is ever unpickled."""
