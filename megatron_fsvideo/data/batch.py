@@ -4,20 +4,17 @@ Dimension letters: b samples, c latent channels, t h w latent frames, rows, colu
 e embedding width.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 
-import safetensors
-import safetensors.torch
 import torch
 
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.latent_shards import LatentSample, sample_id
 from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch, SampleRef, deal
-from megatron_fsvideo.parallel.groups import ProcessGroups, broadcast_over_tp
+from megatron_fsvideo.parallel.groups import ProcessGroups, broadcast_object
 
 
 @dataclass
@@ -138,30 +135,8 @@ class BatchLoader:
 
 
 def broadcast_batch(batch: Batch | None, pgs: ProcessGroups) -> Batch:
-    """Give every rank of a tensor-parallel group the batch that its rank 0 read (the others pass None).
-
-    One message of bytes carries names, shapes and values, so that the receivers need not know the shape beforehand.
-    """
-    if pgs.tp_size == 1:
-        assert batch is not None
-        return batch.to(pgs.device)
-    payload = torch.empty(0, dtype=torch.uint8)
-    if pgs.tp_rank == 0:
-        assert batch is not None, "tensor-parallel rank 0 has the batch to send"
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in batch.tensors().items()}
-        data = safetensors.torch.save(tensors, {"captions": json.dumps(batch.captions)})
-        payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    size = broadcast_over_tp(torch.tensor([payload.numel()], dtype=torch.int64, device=pgs.device), pgs)
-    received = torch.empty(int(size), dtype=torch.uint8, device=pgs.device)
-    if pgs.tp_rank == 0:
-        received.copy_(payload)
-    received = broadcast_over_tp(received, pgs)
-    return _unpack(received.cpu().numpy().tobytes()).to(pgs.device)
-
-
-def _unpack(data: bytes) -> Batch:
-    tensors = safetensors.torch.load(data)
-    header_length = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + header_length])["__metadata__"]
-    image = tensors.pop("image", None)
-    return Batch(**tensors, image=image, captions=json.loads(metadata["captions"]))
+    """Give every rank of a tensor-parallel group the batch that its rank 0 read (the others pass None)."""
+    if pgs.tp_size > 1:
+        batch = broadcast_object(batch, pgs.tp)
+    assert batch is not None, "tensor-parallel rank 0 has the batch to send"
+    return batch.to(pgs.device)

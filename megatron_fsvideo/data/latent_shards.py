@@ -63,6 +63,7 @@ class SampleEntry:
     text_key: str
     image_key: str
     bucket: str
+    fps: float
     offset: int
     length: int
     crc32: int
@@ -264,7 +265,7 @@ def _add_sample(file: Any, tar: tarfile.TarFile, sample: LatentSample) -> Sample
     record = json.dumps(dict(sample.record), sort_keys=True, ensure_ascii=False).encode()
     offset = _add_member(file, tar, f"{sample.key}.safetensors", payload)
     json_offset = _add_member(file, tar, f"{sample.key}.json", record)
-    keys = {name: sample.record[name] for name in ("key", "latent_key", "text_key", "image_key", "bucket")}
+    keys = {name: sample.record[name] for name in ("key", "latent_key", "text_key", "image_key", "bucket", "fps")}
     checksum = zlib.crc32(record, zlib.crc32(payload))
     return SampleEntry(
         **keys,

@@ -10,7 +10,6 @@ the queues into batches (what does not fill a batch waits for the next round: no
 batches. All positions have closed forms, so any round can be entered directly.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +19,7 @@ import numpy as np
 
 from megatron_fsvideo.data.buckets import Bucket, bucket_batch_size
 from megatron_fsvideo.data.latent_dataset import Stream
+from megatron_fsvideo.parallel.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class BucketSampler:
         if not self.shuffle:
             return added
         # The streams are in shuffled order already; this mixes the streams of one bucket.
-        order = _generator(self.seed, "queue", bucket, round_index).permutation(len(added))
+        order = _generator(self.seed, "queue", str(bucket), round_index).permutation(len(added))
         return [added[k] for k in order]
 
     def _stream_sample(self, stream_index: int, number: int) -> SampleRef:
@@ -174,7 +174,7 @@ class BucketSampler:
         stream = self.streams[stream_index]
         if not self.shuffle:
             return np.arange(stream.num_samples)
-        generator = _generator(self.seed, "epoch", stream.folder_index, stream.bucket, epoch)
+        generator = _generator(self.seed, "epoch", stream.folder_index, str(stream.bucket), epoch)
         return generator.permutation(stream.num_samples)
 
 
@@ -212,7 +212,6 @@ def bucket_batch_sizes(tokens: Mapping[Bucket, int], global_batch_size: int, mul
     }
 
 
-def _generator(seed: int, *role: object) -> np.random.Generator:
+def _generator(seed: int, *role: int | str) -> np.random.Generator:
     """Random numbers that belong to (seed, role) alone."""
-    digest = hashlib.sha256("/".join([str(seed), *map(str, role)]).encode()).digest()
-    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little")))
+    return np.random.Generator(np.random.Philox(derive_seed(seed, *role)))

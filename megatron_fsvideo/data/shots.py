@@ -24,7 +24,7 @@ DIFFERENCE_FLOOR = 0.06
 """A cut moves the thumbnail's mean absolute difference (of 1) by at least this."""
 DIFFERENCE_CUT = 0.15
 """With this difference the histogram need not agree."""
-STANDS_OUT = 2.5
+STANDS_OUT = 2.0
 """A cut is this many times the median difference of the three steps before and after."""
 MIN_SHOT_FRAMES = 17
 """Shorter shots are dropped unless asked for: the quickstart's autoencoder trains on 17 frames."""

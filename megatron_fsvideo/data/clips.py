@@ -1,0 +1,205 @@
+"""From a list of videos to the clips that are encoded: manifest lines, shots, frame ranges, buckets, keys."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fsvideo.data.buckets import Bucket, choose_bucket
+from megatron_fsvideo.data.latent_shards import hash_key
+from megatron_fsvideo.data.shots import find_shots
+from megatron_fsvideo.data.video import VideoError, VideoReader, list_videos
+
+DIGEST_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class VideoEntry:
+    """One line of a manifest, or one file of a folder.
+
+    Attributes:
+        path: the file.
+        source: its name as the list spells it (relative): what reports and shards say.
+        caption: may be empty when no text encoder is used.
+        start, num_frames: the frames to take; both None takes the whole file, cut at its shots.
+    """
+
+    path: str
+    source: str
+    caption: str
+    start: int | None = None
+    num_frames: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Source and range, for messages."""
+        if self.start is None:
+            return self.source
+        return f"{self.source}:{self.start}-{self.start + (self.num_frames or 0)}"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames to encode.
+
+    Attributes:
+        start: first source frame.
+        fps: rate of the clip; source frames are taken at the nearest times.
+    """
+
+    entry: VideoEntry
+    start: int
+    fps: float
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    """How entries become clips.
+
+    Attributes:
+        buckets: shapes to choose from.
+        fps: rate of the clips; None keeps the file's, thinned by `frame_stride`.
+        frame_stride: source frames per clip frame, with `fps` None.
+    """
+
+    buckets: tuple[Bucket, ...]
+    fps: float | None = None
+    frame_stride: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.buckets:
+            raise ValueError("no buckets: give at least one as frames x height x width, as in 9x96x96")
+        if self.fps is not None and (self.fps <= 0 or self.frame_stride != 1):
+            raise ValueError(f"fps {self.fps} must be positive and excludes frame_stride {self.frame_stride}")
+        if self.frame_stride < 1:
+            raise ValueError(f"frame_stride must be at least 1, got {self.frame_stride}")
+
+
+def read_manifest_lines(path: str | Path, split: str | None = None) -> list[VideoEntry]:
+    """Read a JSONL manifest: `{"path": ..., "caption": ..., "start": 0, "num_frames": 9}` (the last two optional).
+
+    Args:
+        path: the manifest; relative video paths are relative to its folder.
+        split: take only the lines whose `split` is this.
+
+    Raises:
+        ValueError: missing, empty, or a line that is not like that, with its number.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"manifest {path} does not exist")
+    entries = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            start, num_frames = values.get("start"), values.get("num_frames")
+            source, caption = values["path"], values.get("caption") or ""
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} line {number}: not a JSON object with a path ({error!r})") from error
+        if num_frames is not None and start is None:
+            start = 0
+        if start is not None and num_frames is None:
+            raise ValueError(f"{path} line {number}: has start but no num_frames")
+        if split is None or values.get("split") == split:
+            entries.append(VideoEntry(str(Path(path).parent / source), source, caption.strip(), start, num_frames))
+    if not entries:
+        raise ValueError(f"{path} has no line" + (f" with split {split!r}" if split is not None else ""))
+    return entries
+
+
+def folder_entries(folder: str | Path) -> list[VideoEntry]:
+    """All videos below a folder; the caption of `a.mp4` is the text of `a.txt` beside it, if there is one."""
+    entries = []
+    for path in list_videos(folder):
+        text = path.with_suffix(".txt")
+        caption = " ".join(text.read_text().split()) if text.is_file() else ""
+        entries.append(VideoEntry(str(path), str(path.relative_to(folder)), caption))
+    return entries
+
+
+def require_captions(entries: Sequence[VideoEntry]) -> None:
+    """Refuse entries without text.
+
+    Raises:
+        ValueError: how many, and the first.
+    """
+    if missing := [entry.name for entry in entries if not entry.caption]:
+        raise ValueError(
+            f"{len(missing)} of {len(entries)} videos have no caption, the first is {missing[0]}: put it into the "
+            "manifest's caption or a .txt beside the video, or run with --text-encoder none"
+        )
+
+
+def file_digest(path: str | Path) -> str:
+    """Identify a file by its size and three samples of its bytes: videos are large, and names move.
+
+    A missing file has the digest "missing"; reading it will say so.
+    """
+    if not Path(path).is_file():
+        return "missing"
+    size = Path(path).stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with Path(path).open("rb") as file:
+        for offset in (0, size // 2, max(0, size - DIGEST_BYTES)):
+            file.seek(offset)
+            digest.update(file.read(DIGEST_BYTES))
+    return digest.hexdigest()[:32]
+
+
+def expand(entry: VideoEntry, reader: VideoReader, options: ClipOptions) -> list[Clip]:
+    """The clips of an entry: one from the start of its range, or as many as fit one after another into each shot.
+
+    Raises:
+        VideoError: no clip fits, or the range lies outside the file.
+    """
+    info = reader.info
+    fps = options.fps or info.fps / options.frame_stride
+    step = info.fps / fps
+    if entry.start is None:
+        ranges = [(shot.start, shot.num_frames) for shot in find_shots(entry.path, min_frames=1)]
+    else:
+        ranges = [(entry.start, entry.num_frames or 0)]
+        if entry.start < 0 or sum(ranges[0]) > info.num_frames:
+            raise VideoError(f"{entry.name}: the file has only {info.num_frames} frames")
+    clips = []
+    for start, length in ranges:
+        end = start + length
+        while start < end:
+            bucket = choose_bucket(options.buckets, info.height, info.width, _fitting(end - start, step))
+            if bucket is None:
+                break
+            clips.append(Clip(entry, start, fps, bucket))
+            start = end if entry.start is not None else start + int((bucket.num_frames - 1) * step + 0.5) + 1
+    if not clips:
+        longest, least = max(length for _, length in ranges), min(bucket.num_frames for bucket in options.buckets)
+        raise VideoError(
+            f"{entry.name}: {longest} frames make {_fitting(longest, step)} at {fps:g} frames per second, "
+            f"the shortest bucket has {least}"
+        )
+    return clips
+
+
+def _fitting(length: int, step: float) -> int:
+    """Clip frames that fit into `length` source frames: the last index, int((n - 1) step + 1/2), lies inside."""
+    count = int((length - 1) / step) + 2
+    while count > 0 and int((count - 1) * step + 0.5) > length - 1:
+        count -= 1
+    return count
+
+
+def latent_key(clip: Clip, digest: str, fingerprint: str) -> str:
+    """What the latents depend on: source, clip range, bucket, frames, rate and the autoencoder's weights."""
+    return hash_key("latent", digest, clip.start, clip.bucket, f"{clip.fps:.6f}", fingerprint)
+
+
+def text_key(caption: str, encoder: str, max_length: int) -> str:
+    """What a text embedding depends on."""
+    return hash_key("text", caption, encoder, max_length)
+
+
+def image_key(clip: Clip, digest: str, encoder: str) -> str:
+    """What the first frame's embedding depends on."""
+    return hash_key("image", digest, clip.start, clip.bucket.height, clip.bucket.width, encoder)

@@ -1,0 +1,455 @@
+"""Encode a list of videos to a latent dataset: any number of processes, no communication, restart where it stopped.
+
+The list is cut into shards whose names are hashes of all they depend on. Process r of n makes shards r, r + n, ...; a
+shard whose manifest is there is finished. Latents and embeddings are looked up by key in the finished shards of earlier
+runs first: new captions or more videos encode only what is new. Whoever finishes the last shard writes `dataset.json`
+and removes the shards that the list no longer asks for.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import safetensors.torch
+import torch
+
+from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.clips import (
+    Clip,
+    ClipOptions,
+    VideoEntry,
+    expand,
+    file_digest,
+    image_key,
+    latent_key,
+    text_key,
+)
+from megatron_fsvideo.data.latent_shards import (
+    DATASET_FILE,
+    FORMAT_VERSION,
+    NULL_TEXT_FILE,
+    SHARD_FOLDER,
+    LatentSample,
+    LatentStatistics,
+    SampleEntry,
+    ShardError,
+    ShardManifest,
+    bucket_counts,
+    find_manifests,
+    hash_key,
+    read_json,
+    read_manifest,
+    read_sample,
+    write_atomically,
+    write_shard,
+)
+from megatron_fsvideo.data.video import VideoError, VideoReader, to_unit
+
+logger = logging.getLogger(__name__)
+
+# A whole file becomes an unknown number of clips; it counts as this many when files are dealt to shards.
+CLIPS_PER_FILE = 16
+TEXT_BATCH = 32
+
+
+class Autoencoder(Protocol):
+    """What is needed of the video autoencoder."""
+
+    spatial_factor: int
+    temporal_factor: int
+    latent_channels: int
+
+    def encode(self, video: torch.Tensor) -> torch.Tensor:
+        """Video [b, 3, f, h, w] in [-1, 1] -> latents [b, c, t, h, w]."""
+
+
+class Text(Protocol):
+    """What is needed of a text encoder (models/encoders.py)."""
+
+    name: str
+    embed_dim: int
+    max_length: int
+
+    def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings [b, l, e] and rows of each."""
+
+
+class Image(Protocol):
+    """What is needed of an image encoder (models/encoders.py)."""
+
+    name: str
+    embed_dim: int
+    num_tokens: int
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [b, 3, h, w] in [-1, 1] -> [b, n, e]."""
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """The frozen models of a preprocessing run.
+
+    Attributes:
+        fingerprint: of the autoencoder's weights.
+        autoencoder_path: where they came from, for the record.
+        device, dtype: what the autoencoder's input is moved to.
+    """
+
+    autoencoder: Autoencoder
+    fingerprint: str
+    autoencoder_path: str
+    text: Text
+    image: Image
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class PreprocessOptions:
+    """How the work is done.
+
+    Attributes:
+        batch_size: clips encoded at once.
+        samples_per_shard: clips a shard is planned for.
+        max_bad_fraction: a larger share of unreadable entries stops the run.
+        negative_prompt: stored encoded, for guidance.
+    """
+
+    clips: ClipOptions
+    batch_size: int = 8
+    samples_per_shard: int = 256
+    max_bad_fraction: float = 0.01
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A shard's name, which depends on all that its content depends on, and its entries with their files' digests."""
+
+    name: str
+    entries: tuple[tuple[VideoEntry, str], ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what is encoded, by what, how, to where, and what earlier runs left (latent key -> sample)."""
+
+    output: Path
+    entries: tuple[VideoEntry, ...]
+    encoders: Encoders
+    options: PreprocessOptions
+    plan: tuple[PlannedShard, ...]
+    earlier: dict[str, tuple[Path, SampleEntry]]
+
+
+def preprocess(
+    output: Path,
+    entries: Sequence[VideoEntry],
+    encoders: Encoders,
+    options: PreprocessOptions,
+    rank: int = 0,
+    world_size: int = 1,
+) -> bool:
+    """Make this process's shards. True when the dataset is complete.
+
+    Raises:
+        ShardError: the folder holds latents of another autoencoder, or damaged shards.
+        ValueError: sizes that the autoencoder cannot divide, or too many unreadable videos. Finished shards stay.
+    """
+    for bucket in options.clips.buckets:
+        bucket.check_factors(encoders.autoencoder.spatial_factor, encoders.autoencoder.temporal_factor)
+    manifests = check_cache(output, encoders.fingerprint)
+    entries = tuple(dict.fromkeys(entries))
+    earlier = {
+        sample.latent_key: (output / SHARD_FOLDER / manifest.shard, sample)
+        for manifest in manifests.values()
+        for sample in manifest.samples
+    }
+    job = Job(output, entries, encoders, options, plan_shards(entries, encoders, options), earlier)
+    skipped = 0
+    for index in range(rank, len(job.plan), world_size):
+        shard = job.plan[index]
+        began = time.monotonic()
+        manifest = manifests.get(shard.name)
+        what = "finished before"
+        if manifest is None:
+            manifest = _make_shard(job, shard, skipped)
+            seconds = time.monotonic() - began
+            what = f"{seconds:.1f} s, {len(manifest.samples) / seconds:.1f} clips/s"
+        skipped += len(manifest.skipped)
+        logger.info(
+            "shard %d of %d: %d clips, %d skipped, %s",
+            index + 1, len(job.plan), len(manifest.samples), len(manifest.skipped), what,
+        )  # fmt: skip
+    return _finish(job)
+
+
+def check_cache(output: Path, fingerprint: str) -> dict[str, ShardManifest]:
+    """Finished shards of a folder by name.
+
+    Raises:
+        ShardError: one was made by another autoencoder, or is damaged.
+    """
+    manifests = {path.stem: read_manifest(path) for path in find_manifests(output)}
+    made_by = {manifest.autoencoder for manifest in manifests.values()}
+    if (output / DATASET_FILE).is_file():
+        made_by.add(read_json(output / DATASET_FILE).get("autoencoder", {}).get("fingerprint", "unknown"))
+    if stale := sorted(made_by - {fingerprint}):
+        raise ShardError(
+            f"{output}: stale cache: its latents were made by autoencoder {stale[0][:12]}, this one is "
+            f"{fingerprint[:12]}; choose another --output, or delete the folder"
+        )
+    return manifests
+
+
+def plan_shards(
+    entries: Sequence[VideoEntry], encoders: Encoders, options: PreprocessOptions
+) -> tuple[PlannedShard, ...]:
+    """Cut the list, in order, into shards of about `samples_per_shard` clips."""
+    digests = {path: file_digest(path) for path in sorted({entry.path for entry in entries})}
+    groups: list[list[tuple[VideoEntry, str]]] = []
+    weight = options.samples_per_shard
+    for entry in sorted(entries, key=lambda e: (e.source, e.start or 0, e.num_frames or 0, e.caption)):
+        if weight >= options.samples_per_shard:
+            groups.append([])
+            weight = 0
+        groups[-1].append((entry, digests[entry.path]))
+        weight += CLIPS_PER_FILE if entry.start is None else 1
+    settings = (
+        FORMAT_VERSION,
+        encoders.fingerprint,
+        (encoders.text.name, encoders.text.max_length),
+        encoders.image.name,
+        options.clips,
+    )
+    planned = []
+    for index, group in enumerate(groups):
+        content = [(digest, entry.source, entry.start, entry.num_frames, entry.caption) for entry, digest in group]
+        planned.append(PlannedShard(f"{index:06d}-{hash_key(settings, content)[:16]}", tuple(group)))
+    return tuple(planned)
+
+
+def _make_shard(job: Job, shard: PlannedShard, skipped_before: int) -> ShardManifest:
+    skipped: list[tuple[str, str]] = []
+    clips = _readable_clips(job, shard, skipped, skipped_before)
+    samples = _encode(job, clips)
+    return write_shard(job.output / SHARD_FOLDER, shard.name, job.encoders.fingerprint, samples, skipped)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A clip, its keys, its frames uint8 [f, h, w, 3] (None when nothing needs them), its sample of an earlier run."""
+
+    clip: Clip
+    keys: dict[str, str]
+    frames: torch.Tensor | None
+    earlier: LatentSample | None
+
+
+def _readable_clips(
+    job: Job, shard: PlannedShard, skipped: list[tuple[str, str]], skipped_before: int
+) -> Iterator[_Loaded]:
+    """Clips of a shard, decoded. Entries that cannot be read are appended to `skipped`.
+
+    Raises:
+        ValueError: more than the allowed share of the run's entries is unreadable.
+    """
+    reader: VideoReader | None = None
+    try:
+        for entry, digest in shard.entries:
+            try:
+                if reader is None or reader.path != entry.path:
+                    if reader is not None:
+                        reader.close()
+                    reader = VideoReader(entry.path)
+                loaded = [_load(job, clip, digest, reader) for clip in expand(entry, reader, job.options.clips)]
+            except VideoError as error:
+                skipped.append((entry.name, str(error)))
+                logger.warning("skipped: %s", error)
+                _check_bad(job, skipped_before + len(skipped), str(error))
+                continue
+            yield from loaded
+    finally:
+        if reader is not None:
+            reader.close()
+
+
+def _load(job: Job, clip: Clip, digest: str, reader: VideoReader) -> _Loaded:
+    encoders = job.encoders
+    keys = {
+        "latent_key": latent_key(clip, digest, encoders.fingerprint),
+        "text_key": text_key(clip.entry.caption, encoders.text.name, encoders.text.max_length),
+        "image_key": image_key(clip, digest, encoders.image.name),
+    }
+    found = job.earlier.get(keys["latent_key"])
+    earlier = read_sample(*found) if found is not None else None
+    frames = None
+    if earlier is None or earlier.record["image_key"] != keys["image_key"]:
+        size = clip.bucket.height, clip.bucket.width
+        frames = reader.read(clip.start, clip.bucket.num_frames, fps=clip.fps, size=size)
+    return _Loaded(clip, keys, frames, earlier)
+
+
+def _encode(job: Job, clips: Iterator[_Loaded]) -> Iterator[LatentSample]:
+    """Encode clips in batches of one bucket."""
+    waiting: dict[Bucket, list[_Loaded]] = {}
+    captions: dict[str, torch.Tensor] = {}
+    for loaded in clips:
+        batch = waiting.setdefault(loaded.clip.bucket, [])
+        batch.append(loaded)
+        if len(batch) == job.options.batch_size:
+            yield from _encode_batch(job.encoders, waiting.pop(loaded.clip.bucket), captions)
+    for bucket in sorted(waiting):
+        yield from _encode_batch(job.encoders, waiting[bucket], captions)
+
+
+def _encode_batch(
+    encoders: Encoders, batch: list[_Loaded], captions: dict[str, torch.Tensor]
+) -> Iterator[LatentSample]:
+    """Samples of a batch; what an earlier run has made is taken from there. `captions` collects encoded texts."""
+    latents: dict[int, torch.Tensor] = {}
+    images: dict[int, torch.Tensor] = {}
+    texts: dict[int, torch.Tensor] = {}
+    for k, loaded in enumerate(batch):
+        if loaded.earlier is not None:
+            latents[k] = loaded.earlier.latents
+            if loaded.earlier.record["image_key"] == loaded.keys["image_key"]:
+                images[k] = loaded.earlier.image
+            if loaded.earlier.record["text_key"] == loaded.keys["text_key"]:
+                texts[k] = loaded.earlier.text
+    if todo := [k for k in range(len(batch)) if k not in latents]:
+        latents |= dict(zip(todo, _encode_latents(encoders, [batch[k] for k in todo]), strict=True))
+    if todo := [k for k in range(len(batch)) if k not in images]:
+        images |= dict(zip(todo, _encode_images(encoders, [batch[k] for k in todo]), strict=True))
+    todo = [k for k in range(len(batch)) if k not in texts]
+    _encode_texts(encoders, [batch[k].clip.entry.caption for k in todo], captions)
+    texts |= {k: captions[batch[k].clip.entry.caption] for k in todo}
+    for k, loaded in enumerate(batch):
+        yield LatentSample(latents[k], texts[k], images[k], _record(loaded))
+
+
+@torch.no_grad()
+def _encode_latents(encoders: Encoders, batch: list[_Loaded]) -> list[torch.Tensor]:
+    video = torch.stack([to_unit(loaded.frames) for loaded in batch])  # [b, 3, f, h, w]
+    latents = encoders.autoencoder.encode(video.to(encoders.device, encoders.dtype)).to("cpu", torch.bfloat16)
+    if not latents.isfinite().all():
+        raise ValueError(f"the autoencoder gives latents that are not finite, at {batch[0].clip.entry.name}")
+    return list(latents)
+
+
+@torch.no_grad()
+def _encode_images(encoders: Encoders, batch: list[_Loaded]) -> list[torch.Tensor]:
+    first_frames = torch.stack([to_unit(loaded.frames[:1])[:, 0] for loaded in batch])  # [b, 3, h, w]
+    embeddings = encoders.image.encode(first_frames).to("cpu", torch.bfloat16)
+    return list(embeddings if encoders.image.embed_dim else torch.zeros(len(batch), 0, 0, dtype=torch.bfloat16))
+
+
+def _encode_texts(encoders: Encoders, texts: Sequence[str], captions: dict[str, torch.Tensor]) -> None:
+    """Add the texts that `captions` lacks: bf16 [own rows, e]."""
+    new = [text for text in dict.fromkeys(texts) if text not in captions]
+    for begin in range(0, len(new), TEXT_BATCH):
+        chunk = new[begin : begin + TEXT_BATCH]
+        embeddings, lengths = encoders.text.encode(chunk)
+        for text, embedding, length in zip(chunk, embeddings, lengths.tolist(), strict=True):
+            captions[text] = embedding[:length].to("cpu", torch.bfloat16).clone()
+
+
+def _record(loaded: _Loaded) -> dict[str, Any]:
+    clip, keys = loaded.clip, loaded.keys
+    return keys | {
+        "key": hash_key(*keys.values()),
+        "caption": clip.entry.caption,
+        "source": clip.entry.source,
+        "start": clip.start,
+        "num_frames": clip.bucket.num_frames,
+        "fps": clip.fps,
+        "bucket": str(clip.bucket),
+    }
+
+
+def _check_bad(job: Job, count: int, last: str) -> None:
+    total = len(job.entries)
+    if count > job.options.max_bad_fraction * total:
+        raise ValueError(
+            f"{count} of {total} videos cannot be read, more than --max-bad-fraction {job.options.max_bad_fraction}; "
+            f"the last: {last}"
+        )
+
+
+def _finish(job: Job) -> bool:
+    """Write `dataset.json` when all shards are there. Processes that come here together write the same bytes."""
+    folder = job.output / SHARD_FOLDER
+    paths = [folder / f"{shard.name}.json" for shard in job.plan]
+    if not all(path.is_file() for path in paths):
+        return False
+    manifests = [read_manifest(path) for path in paths]
+    skipped = [pair for manifest in manifests for pair in manifest.skipped]
+    if skipped:
+        _check_bad(job, len(skipped), skipped[-1][1])
+    if not any(manifest.samples for manifest in manifests):
+        raise ValueError(f"{job.output}: none of the {len(job.entries)} videos gave a clip")
+    captions: dict[str, torch.Tensor] = {}
+    _encode_texts(job.encoders, ["", job.options.negative_prompt], captions)
+    null_text = {"null_text": captions[""], "negative_text": captions[job.options.negative_prompt]}
+    write_atomically(
+        job.output / NULL_TEXT_FILE,
+        safetensors.torch.save({name: tensor.clone() for name, tensor in null_text.items()}),
+    )
+    description = json.dumps(_describe(job, manifests, skipped), indent=1, ensure_ascii=False)
+    write_atomically(job.output / DATASET_FILE, description.encode())
+    _remove_others(folder, {shard.name for shard in job.plan})
+    return True
+
+
+def _describe(job: Job, manifests: list[ShardManifest], skipped: list[tuple[str, str]]) -> dict[str, Any]:
+    encoders = job.encoders
+    statistics = reduce(add, (manifest.statistics for manifest in manifests), LatentStatistics())
+    mean, std = statistics.mean_std()
+    samples = [sample for manifest in manifests for sample in manifest.samples]
+    return {
+        "version": FORMAT_VERSION,
+        "autoencoder": {
+            "path": encoders.autoencoder_path,
+            "fingerprint": encoders.fingerprint,
+            "spatial_factor": encoders.autoencoder.spatial_factor,
+            "temporal_factor": encoders.autoencoder.temporal_factor,
+            "latent_channels": encoders.autoencoder.latent_channels,
+        },
+        "text_encoder": {
+            "name": encoders.text.name,
+            "embed_dim": encoders.text.embed_dim,
+            "max_length": encoders.text.max_length,
+        },
+        "image_encoder": {
+            "name": encoders.image.name,
+            "embed_dim": encoders.image.embed_dim,
+            "num_tokens": encoders.image.num_tokens,
+        },
+        "negative_prompt": job.options.negative_prompt,
+        "fps": median(sample.fps for sample in samples),
+        "num_samples": len(samples),
+        "buckets": bucket_counts(manifests),
+        "latent_mean": mean,
+        "latent_std": std,
+        "statistics": {
+            "count": statistics.count,
+            "total": list(statistics.total),
+            "total_square": list(statistics.total_square),
+        },
+        "skipped": skipped,
+        "shards": [manifest.shard for manifest in manifests],
+    }
+
+
+def _remove_others(folder: Path, keep: set[str]) -> None:
+    """Delete the shards of earlier lists and what killed processes left."""
+    for path in folder.iterdir():
+        if path.name.startswith(".") or path.stem not in keep:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,158 @@
+"""Latent datasets: blending, agreement of folders, damaged samples, batches."""
+
+import pytest
+import torch
+from data_fixtures import CornerImage, make_videos, tiny_encoders, tiny_options
+
+from megatron_fsvideo.data.batch import BatchLoader, read_batch
+from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.latent_dataset import LatentDataset, parse_data_path
+from megatron_fsvideo.data.latent_shards import ShardError, sample_id
+from megatron_fsvideo.data.preprocessing import preprocess
+from megatron_fsvideo.data.sampler import BucketSampler, SampleRef
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("dataset")
+    preprocess(root / "a", make_videos(root / "videos", 8), tiny_encoders(image=CornerImage()), tiny_options())
+    return root / "a"
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """A copy of the dataset to damage."""
+    (tmp_path / "copy" / "shards").mkdir(parents=True)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            (tmp_path / "copy" / path.relative_to(folder)).write_bytes(path.read_bytes())
+    return tmp_path / "copy"
+
+
+def damage(folder, dataset, position):
+    path, entry = dataset._samples[0][position]
+    data = bytearray(path.read_bytes())
+    data[entry.offset + entry.length - 1] ^= 0xFF
+    path.write_bytes(data)
+    return entry.key
+
+
+def test_description(folder):
+    dataset = LatentDataset([str(folder)])
+    description = dataset.description()
+    assert len(dataset) == 8 and dataset.buckets == [Bucket(9, 32, 32)]
+    assert description["autoencoder"] == {
+        "path": "tiny", "fingerprint": "0" * 64, "spatial_factor": 4, "temporal_factor": 4, "latent_channels": 6,
+    }  # fmt: skip
+    assert description["text_encoder"]["name"] == "letters" and description["image_encoder"]["embed_dim"] == 3
+    assert len(description["latent_mean"]) == 6 and description["buckets"] == ["9x32x32"] and description["fps"] == 8
+    assert dataset.null_text.shape == (0, 5) and dataset.bucket_tokens((1, 2, 2)) == {Bucket(9, 32, 32): 3 * 4 * 4}
+
+
+def test_a_batch(folder):
+    dataset = LatentDataset([str(folder)])
+    batch = read_batch(dataset, [SampleRef(0, 2, 0), SampleRef(0, 5, 3)])
+    samples = [dataset.read(0, 2), dataset.read(0, 5)]
+    assert batch.latents.shape == (2, 6, 3, 8, 8) and batch.text.shape == (2, 12, 5) and batch.image.shape == (2, 2, 3)
+    assert batch.sample_ids.tolist() == [sample_id(sample.key) for sample in samples] and batch.epochs.tolist() == [
+        0,
+        3,
+    ]
+    assert batch.captions == [sample.record["caption"] for sample in samples]
+    assert batch.text_lengths.tolist() == [6, 6] and batch.text[:, 6:].abs().max() == 0
+    assert torch.equal(batch.text[0, :6], samples[0].text.float())
+    mean, std = (torch.tensor(values)[:, None, None, None] for values in dataset.normalization)
+    torch.testing.assert_close(batch.latents[1] * std + mean, samples[1].latents.float(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_whole_dataset_is_normalised(folder):
+    dataset = LatentDataset([str(folder)])
+    latents = read_batch(dataset, [SampleRef(0, k, 0) for k in range(8)]).latents.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(latents.mean(1), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std(1), torch.ones(6), atol=1e-3, rtol=0)
+
+
+def test_validation_uses_the_training_data_s_normalisation(folder):
+    other = [0.5] * 6, [2.0] * 6
+    assert LatentDataset([str(folder)], normalization=other).description()["latent_std"] == [2.0] * 6
+
+
+def test_data_path():
+    assert parse_data_path(["a", "b"]) == (None, [*map(type(parse_data_path(["a"])[1][0]), ["a", "b"])])
+    weights, folders = parse_data_path(["3", "a", "1", "b"])
+    assert [float(weight) for weight in weights] == [0.75, 0.25] and [str(path) for path in folders] == ["a", "b"]
+    for wrong in (["0.7", "a", "b"], ["a", "0.7"], ["0.5"]):
+        with pytest.raises(ValueError, match="weight folder weight folder"):
+            parse_data_path(wrong)
+    with pytest.raises(ValueError, match="must be positive"):
+        parse_data_path(["0", "a", "1", "b"])
+    with pytest.raises(ValueError, match="names no latent dataset"):
+        parse_data_path([])
+
+
+def test_one_corrupt_sample_is_skipped_counted_and_named(copy, caplog):
+    dataset = LatentDataset([str(copy)])
+    key = damage(copy, dataset, 3)
+    assert dataset.read(0, 3).key == dataset.read(0, 4).key
+    assert list(dataset.bad_samples) == [f"{dataset._samples[0][3][0]}:{key}"]
+    assert key in caplog.text and "1 of 8" in caplog.text
+    # It is named once, and the replacement is the same every time.
+    caplog.clear()
+    assert dataset.read(0, 3).key == dataset.read(0, 4).key and caplog.text == ""
+
+
+def test_more_corrupt_samples_than_allowed_stop_the_run(copy):
+    dataset = LatentDataset([str(copy)], max_bad_fraction=0.2)
+    for k in (1, 3, 4):
+        damage(copy, dataset, k)
+    assert dataset.read(0, 3).key == dataset.read(0, 5).key
+    with pytest.raises(ShardError, match="3 of 8 samples are unreadable, more than max_bad_fraction 0.2"):
+        dataset.read(0, 1)
+
+
+def test_a_truncated_shard_is_refused(copy):
+    tar = sorted((copy / "shards").glob("*.tar"))[1]
+    tar.write_bytes(tar.read_bytes()[:777])
+    with pytest.raises(ShardError, match=r"corrupt shard: 777 bytes, its manifest says \d+"):
+        LatentDataset([str(copy)])
+
+
+def test_shards_made_by_two_autoencoders_are_refused(copy, folder, tmp_path):
+    entries = make_videos(tmp_path / "videos", 4)
+    preprocess(tmp_path / "b", entries, tiny_encoders(1, CornerImage()), tiny_options())
+    with pytest.raises(ShardError, match="was made by autoencoder 000000000000, .* by 111111111111: latents of two"):
+        LatentDataset([str(folder), str(tmp_path / "b")])
+    # Also when one was copied into the other's folder.
+    foreign = next((tmp_path / "b" / "shards").glob("*.json"))
+    first = sorted((copy / "shards").glob("*.json"))[0]
+    first.write_text(foreign.read_text())
+    first.with_name(foreign.with_suffix(".tar").name).write_bytes(foreign.with_suffix(".tar").read_bytes())
+    with pytest.raises(ShardError, match="was made by autoencoder 111111111111, .* says 000000000000"):
+        LatentDataset([str(copy)])
+
+
+def test_folders_with_different_encoders_are_refused(folder, tmp_path):
+    preprocess(tmp_path / "b", make_videos(tmp_path / "videos", 4), tiny_encoders(), tiny_options())
+    with pytest.raises(ShardError, match="image_encoder corner, .* has none"):
+        LatentDataset([str(folder), str(tmp_path / "b")])
+
+
+def test_an_unfinished_folder_is_refused(copy, tmp_path):
+    (copy / "dataset.json").unlink()
+    with pytest.raises(ShardError, match="dataset.json is missing: .* has not finished"):
+        LatentDataset([str(copy)])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_loader_reads_the_sampler_s_batches_from_any_point(folder, num_workers):
+    dataset = LatentDataset([str(folder)])
+    sampler = BucketSampler(dataset.streams, {Bucket(9, 32, 32): 4}, seed=1)
+    loader = BatchLoader(
+        dataset, sampler, dp_rank=1, dp_size=2, micro_batch_size=1, consumed_samples=8, num_workers=num_workers
+    )
+    for step in range(5):
+        plan, micro_batches = next(loader)
+        assert plan == sampler.batch_at(8 + 4 * step)
+        keys = [dataset.read(ref.stream_index, ref.position).key for ref in plan.samples]
+        assert [batch.sample_ids.item() for batch in micro_batches] == [sample_id(keys[1]), sample_id(keys[3])]
+    loader.close()

@@ -1,0 +1,199 @@
+"""Preprocessing: restart, any number of processes, reuse by key, refusals, bad videos."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from data_fixtures import (
+    CornerImage,
+    folder_bytes,
+    make_videos,
+    moving_video,
+    tiny_encoders,
+    tiny_options,
+    write_manifest,
+)
+
+from megatron_fsvideo.data.clips import (
+    VideoEntry,
+    expand,
+    folder_entries,
+    read_manifest_lines,
+    require_captions,
+)
+from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.data.latent_shards import ShardError, find_manifests, read_json, read_manifest, read_sample
+from megatron_fsvideo.data.preprocessing import preprocess
+from megatron_fsvideo.data.video import VideoReader, read_video, to_unit, write_video
+
+
+@pytest.fixture
+def entries(tmp_path):
+    return make_videos(tmp_path / "videos", 10)
+
+
+def test_the_dataset_holds_what_the_encoders_give(tmp_path, entries):
+    encoders = tiny_encoders(image=CornerImage())
+    assert preprocess(tmp_path / "out", entries, encoders, tiny_options(negative_prompt="bad"))
+    values = read_json(tmp_path / "out" / "dataset.json")
+    assert values["num_samples"] == 10 and values["buckets"] == {"9x32x32": 10} and values["fps"] == 8
+    assert len(values["shards"]) == 3
+    found = {}
+    for path in find_manifests(tmp_path / "out"):
+        for entry in read_manifest(path).samples:
+            sample = read_sample(path.with_suffix(".tar"), entry)
+            found[sample.record["source"]] = sample
+    assert sorted(found) == [f"video{k}.mp4" for k in range(10)]
+    video = to_unit(read_video(entries[7].path))
+    sample = found["video7.mp4"]
+    latents = encoders.autoencoder.encode(video[None])[0]
+    torch.testing.assert_close(sample.latents.float(), latents, rtol=1e-2, atol=1e-2)
+    assert sample.record["caption"] == "clip 7" and sample.text.shape == (6, 5)
+    torch.testing.assert_close(sample.image.float(), encoders.image.encode(video[:, 0][None])[0], rtol=1e-2, atol=1e-2)
+
+
+def test_restart_skips_finished_shards(tmp_path, entries):
+    done, rest = tmp_path / "whole", tmp_path / "restarted"
+    preprocess(done, entries, tiny_encoders(), tiny_options())
+    preprocess(rest, entries, tiny_encoders(), tiny_options(), rank=1, world_size=3)
+    assert not (rest / "dataset.json").exists() and len(find_manifests(rest)) == 1
+    encoders = tiny_encoders()
+    assert preprocess(rest, entries, encoders, tiny_options())
+    assert encoders.autoencoder.encoded_clips == 6
+    assert folder_bytes(rest) == folder_bytes(done)
+    again = tiny_encoders()
+    assert preprocess(rest, entries, again, tiny_options()) and again.autoencoder.encoded_clips == 0
+    assert folder_bytes(rest) == folder_bytes(done)
+
+
+def test_two_processes_make_what_one_makes(tmp_path, entries):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert preprocess(one, entries, tiny_encoders(), tiny_options())
+    complete = [preprocess(two, entries, tiny_encoders(), tiny_options(), rank, 2) for rank in (1, 0)]
+    assert complete == [False, True]
+    assert folder_bytes(one) == folder_bytes(two)
+
+
+def test_new_captions_encode_only_text(tmp_path, entries):
+    preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options())
+    before = {path.stem for path in find_manifests(tmp_path / "out")}
+    encoders = tiny_encoders()
+    changed = [replace(entries[0], caption="new"), *entries[1:]]
+    preprocess(tmp_path / "out", changed, encoders, tiny_options())
+    assert encoders.autoencoder.encoded_clips == 0
+    assert [text for text in encoders.text.encoded if text] == ["new"]
+    # One shard was replaced, and the old one removed.
+    assert len(before & {path.stem for path in find_manifests(tmp_path / "out")}) == 2
+    assert len(find_manifests(tmp_path / "out")) == 3
+    dataset = LatentDataset([str(tmp_path / "out")])
+    assert sorted(dataset.read(0, k).record["caption"] for k in range(10))[-1] == "new"
+
+
+def test_more_videos_encode_only_the_new(tmp_path, entries):
+    preprocess(tmp_path / "out", entries[:7], tiny_encoders(), tiny_options())
+    encoders = tiny_encoders()
+    preprocess(tmp_path / "out", entries, encoders, tiny_options())
+    assert encoders.autoencoder.encoded_clips == 3
+
+
+def test_another_autoencoder_is_refused_and_nothing_changes(tmp_path, entries):
+    preprocess(tmp_path / "out", entries, tiny_encoders(0), tiny_options())
+    before = folder_bytes(tmp_path / "out")
+    with pytest.raises(ShardError, match="stale cache: its latents were made by autoencoder 000000000000, this one"):
+        preprocess(tmp_path / "out", entries, tiny_encoders(1), tiny_options())
+    assert folder_bytes(tmp_path / "out") == before
+
+
+def test_a_corrupt_shard_is_refused_and_nothing_changes(tmp_path, entries):
+    preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options())
+    tar = next((tmp_path / "out" / "shards").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:999])
+    before = folder_bytes(tmp_path / "out")
+    with pytest.raises(ShardError, match=r"corrupt shard: 999 bytes, its manifest says \d+"):
+        preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options())
+    assert folder_bytes(tmp_path / "out") == before
+
+
+def test_a_bad_video_is_skipped_counted_and_named(tmp_path, entries, caplog):
+    whole = (tmp_path / "videos" / "video4.mp4").read_bytes()
+    (tmp_path / "videos" / "video4.mp4").write_bytes(whole[: len(whole) // 2])
+    assert preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options(max_bad_fraction=0.1))
+    values = read_json(tmp_path / "out" / "dataset.json")
+    assert values["num_samples"] == 9
+    ((name, reason),) = values["skipped"]
+    assert name == "video4.mp4:0-9" and "video4.mp4" in reason and "video4.mp4" in caplog.text
+
+
+def test_too_many_bad_videos_stop_the_run(tmp_path, entries):
+    for k in (4, 8):
+        (tmp_path / "videos" / f"video{k}.mp4").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"2 of 10 videos cannot be read, more than --max-bad-fraction 0.1; .*video8"):
+        preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options(max_bad_fraction=0.1))
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    # Two processes see one bad video each: the count is checked again over all.
+    for rank in (0, 1):
+        if rank == 1:
+            with pytest.raises(ValueError, match="2 of 10 videos"):
+                preprocess(tmp_path / "two", entries, tiny_encoders(), tiny_options(max_bad_fraction=0.1), rank, 2)
+        else:
+            preprocess(tmp_path / "two", entries, tiny_encoders(), tiny_options(max_bad_fraction=0.2), rank, 2)
+
+
+def test_sizes_the_autoencoder_cannot_divide_are_refused_first(tmp_path, entries):
+    with pytest.raises(ValueError, match="bucket 9x30x32: height 30 is not a multiple .* 4; try 28 or 32"):
+        preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options("9x30x32"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_text_less_samples_are_refused(tmp_path, entries):
+    require_captions(entries)
+    manifest = write_manifest(tmp_path / "videos" / "m.jsonl", [*entries[:4], replace(entries[4], caption=" ")])
+    with pytest.raises(ValueError, match="1 of 5 videos have no caption, the first is .*video4.mp4:0-9: .*none"):
+        require_captions(read_manifest_lines(manifest))
+
+
+def test_manifest_errors_name_the_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"path": "a.mp4"}\n{"caption": "b"}\n')
+    with pytest.raises(ValueError, match="m.jsonl line 2"):
+        read_manifest_lines(path)
+    path.write_text('{"path": "a.mp4", "start": 3}\n')
+    with pytest.raises(ValueError, match="line 1: has start but no num_frames"):
+        read_manifest_lines(path)
+    path.write_text('{"path": "a.mp4", "split": "train"}\n')
+    with pytest.raises(ValueError, match="no line with split 'test'"):
+        read_manifest_lines(path, "test")
+    with pytest.raises(ValueError, match="does not exist"):
+        read_manifest_lines(tmp_path / "none.jsonl")
+
+
+def test_whole_files_become_clips_inside_shots(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video(path, torch.cat([moving_video(n, 32, 32, seed) for n, seed in ((20, 1), (5, 2), (12, 3))]), 8)
+    (tmp_path / "a.txt").write_text("two\nscenes")
+    (entry,) = folder_entries(tmp_path)
+    assert entry == VideoEntry(str(path), "a.mp4", "two scenes")
+    with VideoReader(path) as reader:
+        clips = expand(entry, reader, tiny_options("9x32x32", "5x32x32").clips)
+        # 9 + 9 of the first 20 frames, 5 of 5, 9 of the last 12.
+        assert [(clip.start, clip.bucket.num_frames) for clip in clips] == [(0, 9), (9, 9), (20, 5), (25, 9)]
+        halved = replace(tiny_options("9x32x32").clips, fps=4.0)
+        assert [(clip.start, clip.fps) for clip in expand(entry, reader, halved)] == [(0, 4.0)]
+        with pytest.raises(ValueError, match=re.escape("a.mp4: 20 frames make 3 at 1 frames per second, the shortest")):
+            expand(entry, reader, replace(halved, fps=1.0))
+
+
+def test_many_clips_in_one_file(tmp_path):
+    path = tmp_path / "many.mp4"
+    scenes = [moving_video(9, 32, 32, seed) for seed in range(12)]
+    write_video(path, torch.cat(scenes), 8, quality=6, full_color=True, keyframe_interval=9)
+    entries = [VideoEntry(str(path), "many.mp4", f"scene {k}", 9 * k, 9) for k in range(12)]
+    encoders = tiny_encoders()
+    preprocess(tmp_path / "out", entries, encoders, tiny_options())
+    dataset = LatentDataset([str(tmp_path / "out")])
+    for k in range(12):
+        sample = dataset.read(0, k)
+        scene = scenes[int(sample.record["caption"].split()[1])]
+        expected = encoders.autoencoder.encode(to_unit(scene)[None])[0]
+        assert (sample.latents.float() - expected).square().mean() < 0.02 * expected.square().mean()

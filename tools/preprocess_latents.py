@@ -1,0 +1,141 @@
+"""Encode videos to a latent dataset, once, for DiT training (docs/data_format.md).
+
+    python tools/preprocess_latents.py --manifest clips.jsonl --fsae runs/fsae --text-encoder minilm \
+        --buckets 9x96x96 --output data/latents
+
+    torchrun --nproc-per-node 8 tools/preprocess_latents.py --video-dir videos --fsae fsae_release \
+        --text-encoder umt5:google/umt5-xxl --image-encoder clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K \
+        --buckets 121x704x1280 121x1280x704 --fps 24 --output data/latents
+
+Any number of processes; run it again after a stop, and it goes on. A second run with new captions encodes only text.
+"""
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from megatron_fsvideo.checkpoint.release import load_fsae
+from megatron_fsvideo.models.fsae import fingerprint
+
+from megatron_fsvideo.config import parse_job, run_script
+from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.clips import ClipOptions, VideoEntry, folder_entries, read_manifest_lines, require_captions
+from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions, check_cache, preprocess
+from megatron_fsvideo.models.encoders import load_image_encoder, load_text_encoder
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class SourceFlags:
+    """which videos"""
+
+    manifest: str | None = None
+    """JSONL file with path, caption and optionally start, num_frames and split a line."""
+    split: str | None = None
+    """Take only the manifest's lines with this split."""
+    video_dir: str | None = None
+    """Folder of videos (searched recursively), with captions in .txt files; cut into clips inside shots."""
+
+
+@dataclass(frozen=True)
+class EncodeFlags:
+    """what encodes them, and to what"""
+
+    fsae: str
+    """The autoencoder: a release folder, or a --save folder of pretrain_fsae.py."""
+    output: str
+    """The dataset folder; an unfinished or earlier one is continued."""
+    buckets: tuple[str, ...]
+    """Clip shapes, frames x height x width: 9x96x96 ...; the one of the nearest aspect ratio is taken."""
+    text_encoder: str = "none"
+    """umt5:PATH_OR_HUB_ID, minilm or none."""
+    image_encoder: str = "none"
+    """clip:PATH_OR_HUB_ID, efficientnet-lite0 or none."""
+    text_max_length: int | None = None
+    """Rows of a text embedding; none takes the encoder's usual number."""
+    negative_prompt: str = "blurry, low quality, distorted, jittery, static"
+    """Stored encoded, for guidance at generation."""
+    fps: float | None = None
+    """Frames per second of the clips; none keeps each video's own."""
+    frame_stride: int = 1
+    """Source frames per clip frame, when fps is not given."""
+
+
+@dataclass(frozen=True)
+class WorkFlags:
+    """how the work is done"""
+
+    encode_batch_size: int = 8
+    """Clips encoded at once."""
+    samples_per_shard: int = 256
+    """Clips per shard: what a restart may have to do again."""
+    max_bad_fraction: float = 0.01
+    """A larger share of unreadable videos stops the run; below it they are skipped and named."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the autoencoder's weights and activations; on a GPU also of the other encoders'."""
+    device: str | None = None
+    """cpu, cuda, ...; none takes this process's GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class PreprocessJob:
+    """Encode videos to a latent dataset."""
+
+    encode: EncodeFlags
+    source: SourceFlags = field(default_factory=SourceFlags)
+    work: WorkFlags = field(default_factory=WorkFlags)
+
+
+def main() -> None:
+    """Parse, load the encoders, encode this process's share."""
+    job = parse_job(PreprocessJob)
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    logging.basicConfig(level=logging.INFO, format=f"[rank {rank}] %(message)s")
+    # Everything that can be refused without a model is refused before one is loaded.
+    buckets = tuple(Bucket.parse(text) for text in job.encode.buckets)
+    clips = ClipOptions(buckets, job.encode.fps, job.encode.frame_stride)
+    entries = _entries(job.source)
+    if job.encode.text_encoder != "none":
+        require_captions(entries)
+    options = PreprocessOptions(
+        clips,
+        job.work.encode_batch_size,
+        job.work.samples_per_shard,
+        job.work.max_bad_fraction,
+        job.encode.negative_prompt,
+    )
+    encoders = _load_encoders(job)
+    done = preprocess(Path(job.encode.output), entries, encoders, options, rank, world_size)
+    logging.info("%s: %s", job.encode.output, "complete" if done else "this process is done, others still work")
+
+
+def _entries(source: SourceFlags) -> list[VideoEntry]:
+    if source.manifest is None and source.video_dir is None:
+        raise ValueError("nothing to encode: give --manifest or --video-dir")
+    entries = [] if source.manifest is None else read_manifest_lines(source.manifest, source.split)
+    return entries + ([] if source.video_dir is None else folder_entries(source.video_dir))
+
+
+def _load_encoders(job: PreprocessJob) -> Encoders:
+    name = job.work.device
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    device, dtype = torch.device(name), DTYPES[job.work.dtype]
+    # The fingerprint is that of the stored weights, whatever they are then rounded to.
+    autoencoder = load_fsae(Path(job.encode.fsae), torch.device("cpu"), torch.float32)
+    mark = fingerprint(autoencoder)
+    autoencoder = autoencoder.to(device, dtype)
+    check_cache(Path(job.encode.output), mark)
+    # The small encoders gain nothing from bf16 on a CPU.
+    condition_dtype = dtype if device.type != "cpu" else torch.float32
+    text = load_text_encoder(job.encode.text_encoder, device, condition_dtype, job.encode.text_max_length)
+    image = load_image_encoder(job.encode.image_encoder, device, condition_dtype)
+    return Encoders(autoencoder, mark, job.encode.fsae, text, image, device, dtype)
+
+
+if __name__ == "__main__":
+    run_script(main)
