@@ -1,0 +1,213 @@
+"""What a run writes down: metrics.jsonl, TensorBoard events, and a progress bar or plain lines on rank 0."""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_fsvideo.config import LoggingConfig, require
+from megatron_fsvideo.training.state import StepResult, TrainState
+
+METRICS_FILE = "metrics.jsonl"
+
+# Dense bf16 peak of one device, in FLOP/s, by a part of its name (vendors' data sheets); `mfu` is null on others.
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+class MetricsLogger:
+    """Writes metrics; does nothing on ranks other than zero.
+
+    Every logged iteration is one JSON object in metrics.jsonl, with the values of that very iteration (no averages:
+    a restarted run writes the same lines), except `iteration_time` and what follows from it, which average over the
+    iterations since the last line.
+
+    Args:
+        resume_iteration: where the run continues. Later lines of metrics.jsonl, which a run wrote that was killed
+            before it saved, are dropped, because the iterations are done again.
+    """
+
+    def __init__(
+        self,
+        logging: LoggingConfig,
+        train_iters: int,
+        resume_iteration: int = 0,
+        *,
+        is_rank_zero: bool = True,
+        world_size: int = 1,
+    ) -> None:
+        self._interval = logging.log_interval
+        self._train_iters = train_iters
+        self._first = resume_iteration
+        self._world_size = world_size
+        self._active = is_rank_zero
+        self._window: list[tuple[float, StepResult]] = []
+        self._file = self._tensorboard = self._bar = None
+        if not is_rank_zero:
+            return
+        self._started = time.perf_counter()
+        if logging.tensorboard_dir is not None:
+            folder = Path(logging.tensorboard_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            truncate_metrics(folder / METRICS_FILE, resume_iteration)
+            self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
+            tensorboard = require("torch.utils.tensorboard", "train")
+            self._tensorboard = tensorboard.SummaryWriter(
+                str(folder), purge_step=resume_iteration + 1
+            )
+        if sys.stderr.isatty():
+            tqdm = require("tqdm", "train")
+            self._bar = tqdm.tqdm(
+                total=train_iters,
+                initial=resume_iteration,
+                unit="it",
+                dynamic_ncols=True,
+            )
+
+    def log_step(
+        self, state: TrainState, result: StepResult, iteration_time: float
+    ) -> None:
+        """Record one iteration; a line every `log_interval` iterations, and for the first and the last."""
+        if not self._active:
+            return
+        self._window.append((iteration_time, result))
+        if self._bar is not None:
+            self._bar.update()
+        iteration = state.iteration
+        if iteration % self._interval and iteration not in (1, self._train_iters):
+            return
+        row = (
+            {"iteration": iteration, "consumed_samples": state.consumed_samples}
+            | result.metrics
+            | self._speed()
+        )
+        self._window.clear()
+        self._write(row, prefix="train")
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{result.metrics['loss']:.4f}")
+        else:
+            self._print_line(row)
+
+    def log_validation(self, state: TrainState, metrics: dict[str, float]) -> None:
+        """Record a validation: a line of its own, its names prefixed by `validation_`."""
+        if not self._active:
+            return
+        named = {f"validation_{name}": value for name, value in metrics.items()}
+        self._write(
+            {"iteration": state.iteration, "consumed_samples": state.consumed_samples}
+            | named,
+            prefix="valid",
+        )
+        self._say(
+            f"iteration {state.iteration} | "
+            + " | ".join(f"{k} {v:.4f}" for k, v in named.items())
+        )
+
+    def close(self) -> None:
+        """Flush and close."""
+        for sink in (self._bar, self._file, self._tensorboard):
+            if sink is not None:
+                sink.close()
+
+    def _speed(self) -> dict[str, float | None]:
+        count = len(self._window)
+        seconds = sum(elapsed for elapsed, _ in self._window)
+        flops = sum(result.flops for _, result in self._window)
+        tflops = flops / seconds / self._world_size / 1e12
+        peak = device_peak_flops()
+        return {
+            "iteration_time": seconds / count,
+            "tokens_per_second": sum(result.num_tokens for _, result in self._window)
+            / seconds,
+            "model_tflops": tflops,
+            "mfu": tflops * 1e12 / peak if peak else None,
+            "data_wait": sum(result.data_wait for _, result in self._window) / count,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    def _write(self, row: dict[str, Any], prefix: str) -> None:
+        if self._file is None:
+            return
+        # JSON has no NaN; a null says that there was no number.
+        row = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in row.items()
+        }
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "iteration" and value is not None:
+                self._tensorboard.add_scalar(
+                    f"{prefix}/{name}", value, row["iteration"]
+                )
+
+    def _print_line(self, row: dict[str, Any]) -> None:
+        done = row["iteration"] - self._first
+        seconds_left = (
+            (time.perf_counter() - self._started)
+            / done
+            * (self._train_iters - row["iteration"])
+        )
+        shown = " | ".join(
+            f"{k} {row[k]:.4g}"
+            for k in ("loss", "grad_norm", "learning_rate")
+            if k in row
+        )
+        self._say(
+            f"iteration {row['iteration']}/{self._train_iters} | {shown} | {row['iteration_time']:.3f} s/it | "
+            f"{seconds_left:.0f} s left"
+        )
+
+    def _say(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+
+def truncate_metrics(path: Path, resume_iteration: int) -> None:
+    """Drop the lines after `resume_iteration` and a torn last line; all lines when the run starts anew. Atomic."""
+    if not path.exists():
+        return
+    kept = [
+        line
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if _is_before(line, resume_iteration)
+    ]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def device_peak_flops() -> float | None:
+    """bf16 peak of this machine's accelerator in FLOP/s, or None if unknown."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held: on the accelerator, or resident without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _is_before(line: str, resume_iteration: int) -> bool:
+    try:
+        iteration = json.loads(line)["iteration"]
+    except ValueError:
+        return False  # the process was killed while it wrote this line
+    return 0 < resume_iteration and iteration <= resume_iteration
