@@ -30,7 +30,7 @@ def run_workers(function: Callable[..., Any], world_size: int, *args: Any, timeo
     results = context.Queue()
     port = _free_port()
     workers = [
-        context.Process(target=_work, args=(function, rank, world_size, port, results, args), daemon=True)
+        context.Process(target=_work, args=(function, rank, world_size, port, results, args))
         for rank in range(world_size)
     ]
     for worker in workers:

@@ -45,11 +45,15 @@ class Layout:
     world_size: int
     parallel: ParallelConfig
     model: DiTConfig = MODEL
+    optimizer: str = "adam"
 
 
-def layout(name: str, world_size: int, model: DiTConfig = MODEL, **parallel: int | bool | str) -> Layout:
+def layout(
+    name: str, world_size: int, model: DiTConfig = MODEL, optimizer: str = "adam", **parallel: int | bool | str
+) -> Layout:
     names = {"tp": "tensor_model_parallel_size", "cp": "context_parallel_size", "pp": "pipeline_model_parallel_size"}
-    return Layout(name, world_size, ParallelConfig(**{names.get(k, k): v for k, v in parallel.items()}), model)
+    settings = ParallelConfig(**{names.get(k, k): v for k, v in parallel.items()})
+    return Layout(name, world_size, settings, model, optimizer)
 
 
 NORMALIZED = DiTConfig(**{**MODEL.__dict__, "layer_memory_norm": "normalized", "patch_size": (1, 2, 2)})
@@ -72,6 +76,8 @@ LAYOUTS = [
     layout("dp2_overlap_distributed_optimizer", 2, use_distributed_optimizer=True, overlap_grad_reduce=True),
     layout("normalized_patch2_tp2_sp", 2, NORMALIZED, tp=2, sequence_parallel=True),
     layout("without_memory_pp2", 2, WITHOUT_MEMORY, pp=2),
+    layout("muon_tp2_sp", 2, MODEL, "muon", tp=2, sequence_parallel=True),
+    layout("muon_pp2", 2, MODEL, "muon", pp=2),
 ]
 
 
@@ -141,7 +147,7 @@ def train(case: Layout) -> dict:
                 shape[parameter.partition_dim] *= pgs.tp_size
             parameter.copy_(slice_of_whole(random_weights(name, tuple(shape)), parameter, pgs.tp_rank, pgs.tp_size))
     wrapped = wrap_ddp(model, case.parallel, pgs)
-    settings = OptimizerConfig(lr=1e-2, weight_decay=0.1, clip_grad=0.05, router_lr_mult=3.0)
+    settings = OptimizerConfig(optimizer=case.optimizer, lr=1e-2, weight_decay=0.1, clip_grad=0.05, router_lr_mult=3.0)
     optimizer = build_optimizer(wrapped, settings, case.parallel, TrainingConfig(), pgs)
 
     local_number = NUM_MICROBATCHES // pgs.dp_size
@@ -178,8 +184,8 @@ def train(case: Layout) -> dict:
 
 
 @functools.cache
-def reference(model: DiTConfig) -> dict:
-    return run_workers(train, 1, Layout("one process", 1, ParallelConfig(), model))[0]
+def reference(model: DiTConfig, optimizer: str) -> dict:
+    return run_workers(train, 1, Layout("one process", 1, ParallelConfig(), model, optimizer))[0]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -188,7 +194,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 def test_layout_equals_one_process(case):
-    expected = reference(case.model)
+    expected = reference(case.model, case.optimizer)
     for name, gradient in expected["gradients"].items():
         assert gradient.abs().max() > 1e-7, f"the gradient of {name} vanishes: the test would prove nothing"
     assert max(expected["norms"]) > 0.1, "the steps are not clipped"
