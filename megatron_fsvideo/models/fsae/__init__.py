@@ -1,6 +1,7 @@
-"""The video autoencoder of paper section 2.2."""
+"""The video autoencoder (paper section 2.2): causal encoder and decoder, streaming, first-frame independence."""
 
+from megatron_fsvideo.models.fsae.inflation import begin_video
 from megatron_fsvideo.models.fsae.model import FSAE, fingerprint
 from megatron_fsvideo.models.fsae.streaming import StreamCache
 
-__all__ = ["FSAE", "StreamCache", "fingerprint"]
+__all__ = ["FSAE", "StreamCache", "begin_video", "fingerprint"]

@@ -1,89 +1,95 @@
-"""EfficientViT block of the inner stages: linear attention within each frame, then a gated convolution (section 2.2).
+"""EfficientViT block (DC-AE's `EfficientViTBlock`): multi-scale ReLU linear attention per frame, gated causal MLP.
 
-The attention "operates only on height and width"; only the depthwise convolution of the gated part sees time.
+"Attention layers operate only on height and width" (paper section 2.2.1): frames are folded into the batch, and only
+the depthwise convolution of the MLP looks into the past.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fsvideo.models.fsae.layers import CausalConv3d
+from megatron_fsvideo.models.fsae.layers import CausalConv3d, PixelNorm
 from megatron_fsvideo.models.fsae.streaming import StreamCache
 
-ATTENTION_EPSILON = 1e-15
-GATED_EXPANSION = 4
+MULTI_SCALE_KERNEL = 5
+MLP_RATIO = 4
 
 
-class FrameLinearAttention(nn.Module):
-    """Multi-scale ReLU linear attention over the positions of one frame (EfficientViT's LiteMLA).
+class LinearAttention(nn.Module):
+    """ReLU linear attention over the positions of one frame, at two scales of queries, keys and values.
 
-    Heads see q, k, v and a second set of them averaged over 5x5 neighbourhoods by learned depthwise weights.
+    Source: `LiteMLA` of EfficientViT (mit-han-lab/efficientvit), weights in its order: heads of (query, key, value).
     """
 
     def __init__(self, channels: int, head_dim: int) -> None:
         super().__init__()
-        if channels % head_dim:
-            raise ValueError(
-                f"attention_head_dim {head_dim} does not divide the width {channels} of an attention stage"
-            )
+        heads = channels // head_dim
         self.head_dim = head_dim
-        groups = 3 * channels // head_dim
         self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
-        self.neighbours = nn.Conv2d(3 * channels, 3 * channels, 5, padding=2, groups=3 * channels, bias=False)
-        self.mix_neighbours = nn.Conv2d(3 * channels, 3 * channels, 1, groups=groups, bias=False)
+        self.scale_depthwise = nn.Conv2d(
+            3 * channels,
+            3 * channels,
+            MULTI_SCALE_KERNEL,
+            padding=MULTI_SCALE_KERNEL // 2,
+            groups=3 * channels,
+            bias=False,
+        )
+        self.scale_pointwise = nn.Conv2d(3 * channels, 3 * channels, 1, groups=3 * heads, bias=False)
         self.out = nn.Conv2d(2 * channels, channels, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Frames [n, c, h, w] -> [n, c, h, w]."""
-        n, _, h, w = x.shape
-        qkv = self.qkv(x)
-        qkv = torch.cat([qkv, self.mix_neighbours(self.neighbours(qkv))], dim=1)  # (n, 6c, h, w)
-        q, k, v = qkv.reshape(n, -1, 3 * self.head_dim, h * w).chunk(3, dim=2)  # each (n, heads, d, hw)
-        attended = relu_linear_attention(q, k, v).to(x.dtype)
+    def forward(self, frames: Tensor) -> Tensor:
+        """[n, c, h, w] -> the same shape; n counts frames."""
+        n, _, h, w = frames.shape
+        qkv = self.qkv(frames)
+        qkv = torch.cat([qkv, self.scale_pointwise(self.scale_depthwise(qkv))], dim=1)  # (n, 2 * 3c, h, w)
+        q, k, v = qkv.reshape(n, -1, 3 * self.head_dim, h * w).chunk(3, dim=2)  # (n, 2 * heads, d, hw) each
+        attended = relu_linear_attention(q, k, v).to(qkv.dtype)
         return self.out(attended.reshape(n, -1, h, w))
 
 
-def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """sum_j relu(q_i).relu(k_j) v_j / sum_j relu(q_i).relu(k_j), for q, k, v [n, heads, d, l]; linear in l.
+def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, epsilon: float = 1e-15) -> Tensor:
+    """softmax replaced by relu(q)relu(k): linear in the number of positions. [n, heads, d, positions], out likewise.
 
-    At least fp32: the sums run over all positions, and epsilon is far below bfloat16's range of precision.
+    In fp32 at least: sums over thousands of positions and the tiny epsilon do not survive bf16.
     """
     with torch.autocast(q.device.type, enabled=False):
-        wide = torch.promote_types(q.dtype, torch.float32)
-        q, k, v = F.relu(q.to(wide)), F.relu(k.to(wide)), v.to(wide)
-        v = F.pad(v, (0, 0, 0, 1), value=1.0)  # the last row sums the weights
-        attended = (v @ k.transpose(-1, -2)) @ q  # (n, heads, d + 1, l)
-        return attended[:, :, :-1] / (attended[:, :, -1:] + ATTENTION_EPSILON)
+        q, k, v = (x if x.dtype == torch.float64 else x.float() for x in (q, k, v))
+        q, k = F.relu(q), F.relu(k)
+        numerator = (v @ k.transpose(-1, -2)) @ q  # (n, heads, d, positions)
+        denominator = k.sum(dim=-1, keepdim=True).transpose(-1, -2) @ q  # (n, heads, 1, positions)
+        return numerator / (denominator + epsilon)
 
 
-class GatedConv(nn.Module):
-    """EfficientViT's GLUMBConv, causal in time: 1x1, silu, depthwise 3x3x3, gate, 1x1."""
+class GatedMLP(nn.Module):
+    """1x1 expansion, depthwise causal 3x3x3, gate, 1x1 projection (DC-AE's `GLUMBConv`)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        hidden = GATED_EXPANSION * channels
-        self.expand = nn.Conv3d(channels, 2 * hidden, 1)
-        self.depthwise = CausalConv3d(2 * hidden, 2 * hidden, groups=2 * hidden)
-        self.project = nn.Conv3d(hidden, channels, 1, bias=False)
+        inner = MLP_RATIO * channels
+        self.expand = nn.Conv3d(channels, 2 * inner, 1)
+        self.depthwise = CausalConv3d(2 * inner, 2 * inner, depthwise=True)
+        self.project = nn.Conv3d(inner, channels, 1, bias=False)
 
-    def forward(self, x: Tensor, cache: StreamCache | None) -> Tensor:
-        value, gate = self.depthwise(F.silu(self.expand(x)), cache).chunk(2, dim=1)
-        return self.project(value * F.silu(gate))
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[b, c, t, h, w] -> the same shape."""
+        h, gate = self.depthwise(F.silu(self.expand(x)), cache).chunk(2, dim=1)
+        return self.project(h * F.silu(gate))
 
 
 class EViTBlock(nn.Module):
-    """x + norm(attention of each frame), then x + norm(gated causal convolution)."""
+    """x + norm(attention(x)), then x + norm(mlp(x))."""
 
-    def __init__(self, channels: int, head_dim: int, attention_norm: nn.Module, gated_norm: nn.Module) -> None:
+    def __init__(self, channels: int, head_dim: int, attention_norm: PixelNorm, mlp_norm: PixelNorm) -> None:
         super().__init__()
-        self.attention = FrameLinearAttention(channels, head_dim)
+        self.attention = LinearAttention(channels, head_dim)
         self.attention_norm = attention_norm
-        self.gated = GatedConv(channels)
-        self.gated_norm = gated_norm
+        self.mlp = GatedMLP(channels)
+        self.mlp_norm = mlp_norm
 
-    def forward(self, x: Tensor, cache: StreamCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """[b, c, t, h, w] -> the same shape."""
         b, c, t, h, w = x.shape
         frames = x.transpose(1, 2).reshape(b * t, c, h, w)
-        attended = self.attention_norm(self.attention(frames))
-        x = x + attended.reshape(b, t, c, h, w).transpose(1, 2)
-        return x + self.gated_norm(self.gated(x, cache))
+        attended = self.attention(frames).reshape(b, t, c, h, w).transpose(1, 2)
+        x = x + self.attention_norm(attended)
+        return x + self.mlp_norm(self.mlp(x, cache))

@@ -1,54 +1,48 @@
-"""Causal decoder of the video autoencoder: the encoder's mirror (paper section 2.2, Figure 2)."""
+"""The causal decoder (paper section 2.2.1), the encoder's mirror: latent 0 makes frame 0, latent i frames 4i-3 .. 4i."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import FSAEConfig
-from megatron_fsvideo.models.fsae.encoder import make_block, temporal_factor
-from megatron_fsvideo.models.fsae.layers import CausalConv3d, InterpolateUp, PixelNorm, SubpixelUp, repeat_channels
+from megatron_fsvideo.models.fsae.blocks import TEMPORAL_STAGES, build_stage, head_norm, resample_factor
+from megatron_fsvideo.models.fsae.layers import CausalConv3d, repeat_channels
+from megatron_fsvideo.models.fsae.resampling import InterpolateUp, SubPixelUp
 from megatron_fsvideo.models.fsae.streaming import StreamCache
 
 
 class Decoder(nn.Module):
-    """Stages of blocks, an Up before each but the innermost: latents [b, c, k+1, h/s, w/s] -> video [b, 3, 4k+1, h, w].
+    """A convolution from the latents, then blocks and an Up per stage, then the head.
 
-    The temporal Ups of the outer stages are sub-pixel convolutions (the paper's channel-to-time-spatial), which never
-    make the wide full-rate map; the inner ones interpolate, with a quarter of the weights (DC-AE's choice).
+    The two outer Ups, which double time, are sub-pixel ("channel-to-time-spatial"); the inner ones interpolate. With
+    depth 0 at the pixel side the head itself is the last Up, and `widths[0]` has no feature map.
     """
 
     def __init__(self, config: FSAEConfig) -> None:
         super().__init__()
-        widths = config.widths
-        self.inner_width = widths[-1]
-        self.conv_in = CausalConv3d(config.latent_channels, widths[-1])
-        self.stages = nn.ModuleList(
-            nn.ModuleList(make_block(config, stage) for _ in range(depth))
-            for stage, depth in enumerate(config.decoder_depths)
-        )
-        self.ups = nn.ModuleList(make_up(widths, stage) for stage in range(len(widths) - 1))
-        self.norm_out = PixelNorm(widths[0], config.norm_epsilon, config.norm_affine)
-        self.conv_out = CausalConv3d(widths[0], 3)
-        self._initialize(config)
+        widths, depths = config.widths, config.decoder_depths
+        self.last_stage = 0 if depths[0] else 1
+        self.conv_in = CausalConv3d(config.latent_channels, widths[-1], init_scale=config.resample_init)
+        stages = range(len(widths) - 1, self.last_stage - 1, -1)
+        self.ups = nn.ModuleList(_build_up(config, stage) for stage in stages[1:])
+        self.stages = nn.ModuleList(build_stage(config, stage, depths[stage]) for stage in stages)
+        self.head_norm = head_norm(config, widths[self.last_stage])
+        if self.last_stage == 0:
+            self.head: nn.Module = CausalConv3d(widths[0], 3)
+        else:
+            self.head = SubPixelUp(widths[1], 3, resample_factor(0), config.resample_init, shortcut=False)
 
-    def forward(self, latents: Tensor, cache: StreamCache | None) -> Tensor:
-        x = self.conv_in(latents, cache) + repeat_channels(latents, self.inner_width)
-        for index in reversed(range(len(self.stages))):
-            if index < len(self.ups):
-                x = self.ups[index](x, cache)
-            for block in self.stages[index]:
-                x = block(x, cache)
-        return self.conv_out(F.relu(self.norm_out(x)), cache)
-
-    @torch.no_grad()
-    def _initialize(self, config: FSAEConfig) -> None:
-        for up in self.ups:
-            up.conv.conv.weight.mul_(config.resample_init)
+    def forward(self, latents: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """latents [b, c, k+1, h, w] -> video [b, 3, 4k+1, h*s, w*s]; a continued stream makes 4 frames of each latent."""
+        x = self.conv_in(latents, cache)
+        x = x + repeat_channels(latents.to(x.dtype), x.shape[1])
+        for up, stage in zip([None, *self.ups], self.stages, strict=True):
+            x = stage(x if up is None else up(x, cache), cache)
+        return self.head(F.relu(self.head_norm(x)), cache)
 
 
-def make_up(widths: tuple[int, ...], stage: int) -> SubpixelUp | InterpolateUp:
-    """The Up into `stage`."""
-    factor = temporal_factor(stage)
-    if factor == 1:
-        return InterpolateUp(widths[stage + 1], widths[stage])
-    return SubpixelUp(widths[stage + 1], widths[stage], factor)
+def _build_up(config: FSAEConfig, stage: int) -> nn.Module:
+    """The Up into `stage` from the deeper one."""
+    deeper, width = config.widths[stage + 1], config.widths[stage]
+    if stage < TEMPORAL_STAGES:
+        return SubPixelUp(deeper, width, resample_factor(stage), config.resample_init)
+    return InterpolateUp(deeper, width, config.resample_init)

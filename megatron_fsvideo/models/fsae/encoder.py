@@ -1,89 +1,58 @@
-"""Causal encoder of the video autoencoder (paper section 2.2, Figure 2)."""
-
-from collections.abc import Iterator
+"""The causal encoder (paper section 2.2.1): latent 0 sees frame 0 alone, latent i frames up to 4i."""
 
 import torch
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import FSAEConfig
-from megatron_fsvideo.models.fsae.attention import EViTBlock
-from megatron_fsvideo.models.fsae.layers import CausalConv3d, Down, PixelNorm, ResBlock, group_mean
+from megatron_fsvideo.models.fsae.blocks import build_stage, resample_factor
+from megatron_fsvideo.models.fsae.layers import CausalConv3d, group_mean
+from megatron_fsvideo.models.fsae.resampling import Down
 from megatron_fsvideo.models.fsae.streaming import StreamCache
-
-NUM_TEMPORAL_STAGES = 2
-"""The stages nearest the pixels that change the frame rate; each by 2."""
 
 
 class Encoder(nn.Module):
-    """Stages of blocks, a Down between two stages: video [b, 3, 4k+1, h, w] -> latents [b, c, k+1, h/s, w/s]."""
+    """Stem, then blocks and a Down per stage, then a convolution to the latents.
+
+    With depth 0 at the pixel side the stem itself goes to stage 1 (DC-AE's), and `widths[0]` has no feature map.
+    """
 
     def __init__(self, config: FSAEConfig) -> None:
         super().__init__()
-        widths = config.widths
+        widths, depths = config.widths, config.encoder_depths
         if widths[-1] % config.latent_channels:
-            raise ValueError(f"latent_channels {config.latent_channels} does not divide the inner width {widths[-1]}")
+            raise ValueError(f"the last width {widths[-1]} is not a multiple of latent_channels {config.latent_channels}")
         self.latent_channels = config.latent_channels
-        self.conv_in = CausalConv3d(3, widths[0])
-        self.stages = nn.ModuleList(
-            nn.ModuleList(make_block(config, stage) for _ in range(depth))
-            for stage, depth in enumerate(config.encoder_depths)
-        )
-        self.downs = nn.ModuleList(
-            Down(widths[stage], widths[stage + 1], temporal_factor(stage)) for stage in range(len(widths) - 1)
-        )
-        self.conv_out = CausalConv3d(widths[-1], config.latent_channels)
-        self._initialize(config)
-
-    def forward(self, video: Tensor, cache: StreamCache | None) -> Tensor:
-        for features in self.stage_outputs(video, cache):
-            pass
-        return self.conv_out(features, cache) + group_mean(features, self.latent_channels)
-
-    def stage_outputs(self, video: Tensor, cache: StreamCache | None) -> Iterator[Tensor]:
-        """The features of each stage before its Down, pixel side first."""
-        x = self.conv_in(video, cache)
-        for index, blocks in enumerate(self.stages):
-            for block in blocks:
-                x = block(x, cache)
-            yield x
-            if index < len(self.downs):
-                x = self.downs[index](x, cache)
-
-    @torch.no_grad()
-    def _initialize(self, config: FSAEConfig) -> None:
-        for down in self.downs:
-            down.conv.weight.mul_(config.resample_init)
+        self.first_stage = 0 if depths[0] else 1
+        if self.first_stage == 0:
+            self.stem: nn.Module = CausalConv3d(3, widths[0])
+        else:
+            self.stem = Down(3, widths[1], resample_factor(0), 1.0, shortcut=False)
         if config.patchify_init:
-            patchify_(self.conv_in.conv)
+            _init_identity(self.stem)
+        stages = range(self.first_stage, len(widths))
+        self.stages = nn.ModuleList(build_stage(config, stage, depths[stage]) for stage in stages)
+        self.downs = nn.ModuleList(
+            Down(widths[stage], widths[stage + 1], resample_factor(stage), config.resample_init)
+            for stage in stages[:-1]
+        )
+        self.conv_out = CausalConv3d(widths[-1], config.latent_channels, init_scale=config.resample_init)
+
+    def forward(self, video: Tensor, cache: StreamCache | None = None) -> Tensor:
+        """video [b, 3, 4k+1, h, w] -> latents [b, c, k+1, h/s, w/s]; a continued stream takes 4k frames to k."""
+        x = self.stem(video, cache)
+        for down, stage in zip([None, *self.downs], self.stages, strict=True):
+            x = stage(x if down is None else down(x, cache), cache)
+        return self.conv_out(x, cache) + group_mean(x, self.latent_channels)
 
 
-def temporal_factor(stage: int) -> int:
-    """Frames that become one between `stage` and the next."""
-    return 2 if stage < NUM_TEMPORAL_STAGES else 1
-
-
-def make_block(config: FSAEConfig, stage: int) -> nn.Module:
-    """A block of a stage: EfficientViT in the innermost `attention_stages`, else residual convolutions."""
-    width = config.widths[stage]
-    if not config.norm_affine and config.residual_init != 1.0:
-        raise ValueError(f"residual_init {config.residual_init} is a gain, which norm_affine off does not have")
-
-    def branch_norm() -> PixelNorm:
-        return PixelNorm(width, config.norm_epsilon, config.norm_affine, gain=config.residual_init)
-
-    if stage >= len(config.widths) - config.attention_stages:
-        return EViTBlock(width, config.attention_head_dim, branch_norm(), branch_norm())
-    return ResBlock(width, branch_norm())
-
-
-def patchify_(conv: nn.Conv3d) -> None:
-    """Make output channel i a copy of one pixel of the current frame: colour i % 3, neighbour i // 3, centre first.
-
-    Nothing is lost at the start, and the copies are distinct while there are at most 27.
-    """
-    centre_first = [(1, 1), (1, 2), (2, 1), (2, 2), (1, 0), (0, 1), (0, 0), (0, 2), (2, 0)]
-    conv.weight.zero_()
-    conv.bias.zero_()
-    for channel in range(conv.out_channels):
-        row, column = centre_first[channel // 3 % len(centre_first)]
-        conv.weight[channel, channel % 3, -1, row, column] = 1.0
+@torch.no_grad()
+def _init_identity(stem: nn.Module) -> None:
+    """Copy the pixels of a stem's cell (1, or 2x2x2 with a Down) to its first channels; the rest stays random, small."""
+    conv = stem.conv if isinstance(stem, Down) else stem
+    time_stride, stride = conv.stride
+    conv.weight.mul_(0.3)
+    # Space: taps 1, 2 are pixels 2j, 2j+1 of cell j (tap 1 alone without stride). Time: the last taps are the newest.
+    cells = [(c, t, y, x) for t in range(time_stride) for c in range(3) for y in range(stride) for x in range(stride)]
+    for channel, (c, t, y, x) in enumerate(cells[: conv.weight.shape[0]]):
+        conv.weight[channel] = 0.0
+        conv.weight[channel, c, conv.kernel_size - 1 - t, 1 + y, 1 + x] = 1.0

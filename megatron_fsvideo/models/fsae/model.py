@@ -1,7 +1,10 @@
-"""The video autoencoder FSAE in its causal form (paper section 2.2): video to latents and back, whole or in chunks.
+"""The video autoencoder (paper section 2.2, fsae_spec 2.1-2.3): causal encoder, causal decoder, streaming.
 
-Time: latent 0 is frame 0, latent i >= 1 is frames 4i-3 .. 4i. So the first frame's latent is that of the frame alone,
-and a clip can be encoded and decoded latent by latent with exactly the result of doing it at once.
+Shapes: video [b, 3, f, h, w] in [-1, 1] with f = 4k+1; latents [b, c, k+1, h/s, w/s]. Latent 0 is frame 0, latent i
+is frames 4i-3 .. 4i. Everything is causal, so a video may be encoded and decoded in chunks with equal results:
+
+    cache = StreamCache()
+    latents = torch.cat([fsae.encode_chunk(chunk, cache) for chunk in chunks], dim=2)
 """
 
 import hashlib
@@ -12,16 +15,15 @@ from torch import Tensor, nn
 
 from megatron_fsvideo.config import FSAEConfig
 from megatron_fsvideo.models.fsae.decoder import Decoder
-from megatron_fsvideo.models.fsae.encoder import NUM_TEMPORAL_STAGES, Encoder
+from megatron_fsvideo.models.fsae.encoder import Encoder
 from megatron_fsvideo.models.fsae.streaming import StreamCache
 
 
 class FSAE(nn.Module):
-    """Causal video autoencoder.
+    """Encoder and decoder of one configuration.
 
     Attributes:
-        spatial_factor: pixels per latent position, per side.
-        temporal_factor: frames per latent after the first.
+        spatial_factor, temporal_factor: pixels and frames per latent position.
         latent_channels: channels of the latents.
     """
 
@@ -34,103 +36,105 @@ class FSAE(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
-    def forward(self, video: Tensor) -> Tensor:
-        """The reconstruction of a video [b, 3, f, h, w]."""
-        return self.decode(self.encode(video))
-
-    def encode(self, video: Tensor) -> Tensor:
-        """Video [b, 3, 4k+1, h, w] in [-1, 1] -> latents [b, c, k+1, h/s, w/s].
-
-        Raises:
-            ValueError: another number of frames, or a side that is not a multiple of the spatial factor.
-        """
-        return self.encode_chunk(video, None)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents [b, c, k+1, h/s, w/s] -> video [b, 3, 4k+1, h, w], about [-1, 1] (not clamped).
-
-        Raises:
-            ValueError: another number of channels.
-        """
-        return self.decode_chunk(latents, None)
-
-    def encode_chunk(self, video: Tensor, cache: StreamCache | None) -> Tensor:
-        """Encode the next frames of a stream: 4k+1 of them at its start, then multiples of 4.
-
-        Args:
-            video: [b, 3, f, h, w].
-            cache: the stream's past, which this updates; None is a whole clip.
+    def forward(self, video: Tensor, latent_noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Reconstruct: (reconstruction like `video`, latents). `latent_noise` is added before decoding.
 
         Raises:
             ValueError: as `encode`.
         """
-        self._check_video(video, continues=cache is not None and cache.started)
+        latents = self.encode(video)
+        noisy = latents if latent_noise is None else latents + latent_noise.to(latents.dtype)
+        return self.decode(noisy), latents
+
+    def encode(self, video: Tensor) -> Tensor:
+        """video [b, 3, 4k+1, h, w] -> latents [b, c, k+1, h/s, w/s].
+
+        Raises:
+            ValueError: frames not 4k+1, or sides that are not multiples of the spatial factor.
+        """
+        self._check_video(video)
+        if video.shape[2] % self.temporal_factor != 1:
+            raise ValueError(_frames_message(video.shape[2], self.temporal_factor))
+        return self.encoder(video)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [b, c, k+1, h, w] -> video [b, 3, 4k+1, h*s, w*s], not clamped.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        self._check_latents(latents)
+        return self.decoder(latents)
+
+    def encode_chunk(self, video: Tensor, cache: StreamCache) -> Tensor:
+        """The next frames of a stream: 4k+1 at its start, then 4k. `cache` is advanced.
+
+        Raises:
+            ValueError: a number of frames that does not end on a latent frame.
+        """
+        self._check_video(video)
+        frames, factor = video.shape[2], self.temporal_factor
+        if cache.position == 0 and frames % factor != 1:
+            raise ValueError(_frames_message(frames, factor))
+        if cache.position > 0 and (frames % factor or not frames):
+            raise ValueError(f"a later chunk of a stream needs a multiple of {factor} frames, got {frames}")
         latents = self.encoder(video, cache)
-        _mark_started(cache)
+        cache.position += frames
         return latents
 
-    def decode_chunk(self, latents: Tensor, cache: StreamCache | None) -> Tensor:
-        """Decode the next latents of a stream, any number: 4 frames each, 1 for the stream's first."""
-        if latents.ndim != 5 or latents.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"latents must be [b, {self.latent_channels}, t, h, w], got {list(latents.shape)}: "
-                "made by another autoencoder?"
-            )
+    def decode_chunk(self, latents: Tensor, cache: StreamCache) -> Tensor:
+        """The next latent frames of a stream, any number: k+1 make 4k+1 frames at its start, k make 4k later.
+
+        Raises:
+            ValueError: another number of channels.
+        """
+        self._check_latents(latents)
         video = self.decoder(latents, cache)
-        _mark_started(cache)
+        cache.position += latents.shape[2]
         return video
 
     def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Encode one stream chunk by chunk (see `encode_chunk`)."""
+        """Encode one video chunk by chunk with the memory of one chunk."""
         cache = StreamCache()
         for chunk in chunks:
             yield self.encode_chunk(chunk, cache)
 
     def decode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode one stream chunk by chunk (see `decode_chunk`)."""
+        """Decode one video chunk by chunk with the memory of one chunk."""
         cache = StreamCache()
         for chunk in chunks:
             yield self.decode_chunk(chunk, cache)
 
-    def first_frame_features(self, frame: Tensor) -> list[Tensor]:
-        """Encoder features [b, width, 1, h, w] of one frame [b, 3, 1, h, w] at the stages of the latents' frame rate.
-
-        Returns:
-            pixel side first; what a decoder can attend to for the first frame's detail.
-        """
-        self._check_video(frame, continues=False)
-        return [stage[:, :, :1] for stage in self.encoder.stage_outputs(frame, None)][NUM_TEMPORAL_STAGES:]
-
-    def _check_video(self, video: Tensor, continues: bool) -> None:
+    def _check_video(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video must be [b, 3, f, h, w], got {list(video.shape)}")
-        num_frames, height, width = video.shape[2:]
-        rest = 0 if continues else 1
-        if num_frames < 1 or num_frames % self.temporal_factor != rest:
-            rule = "a multiple of 4 after a stream's first chunk" if continues else "4k+1 (1, 5, 9, 13, 17, ...)"
-            raise ValueError(f"{num_frames} frames cannot be encoded: the count must be {rule}")
-        for name, side in (("height", height), ("width", width)):
-            if side % self.spatial_factor or side == 0:
-                below = side // self.spatial_factor * self.spatial_factor
-                raise ValueError(
-                    f"{name} {side} is not a multiple of the spatial factor {self.spatial_factor}; "
-                    f"try {below or self.spatial_factor} or {below + self.spatial_factor}"
-                )
+            raise ValueError(f"video must be [batch, 3, frames, height, width], got {list(video.shape)}")
+        factor, (height, width) = self.spatial_factor, video.shape[3:]
+        if height % factor or width % factor or not height or not width:
+            nearest = [max(1, round(side / factor)) * factor for side in (height, width)]
+            raise ValueError(
+                f"video of {height}x{width} (height x width): both sides must be multiples of the autoencoder's "
+                f"spatial factor {factor}; resize or crop to {nearest[0]}x{nearest[1]}"
+            )
+
+    def _check_latents(self, latents: Tensor) -> None:
+        if latents.ndim != 5 or latents.shape[1] != self.latent_channels or not latents.shape[2]:
+            raise ValueError(
+                f"latents must be [batch, {self.latent_channels}, frames, height, width], got {list(latents.shape)}"
+            )
 
 
-@torch.no_grad()
 def fingerprint(fsae: FSAE) -> str:
-    """SHA-256 (hex) of the architecture and the weights: equal exactly when two autoencoders make equal latents.
-
-    The device does not matter; the dtype does, since rounded weights encode differently.
-    """
-    digest = hashlib.sha256(repr(fsae.config).encode())
+    """SHA-256 of the weights, in hex: names, shapes and values in fp32, so that device and storage do not matter."""
+    digest = hashlib.sha256()
     for name, tensor in sorted(fsae.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
-def _mark_started(cache: StreamCache | None) -> None:
-    if cache is not None:
-        cache.started = True
+def _frames_message(frames: int, factor: int) -> str:
+    below = max(0, frames - 1) // factor * factor + 1
+    return (
+        f"a video needs {factor}k+1 frames (1, {factor + 1}, {2 * factor + 1}, ...), got {frames}; "
+        f"use the first {below} or read {below + factor}"
+    )

@@ -1,59 +1,42 @@
-"""What a stream remembers between two chunks of a clip (paper section 2.2: causal convolutions).
+"""What a causal network remembers between two chunks of one video (paper section 2.2.1: sliced encode and decode).
 
-A causal operator needs a few input frames of the past. They live in a `StreamCache` that the caller makes, one for each
-stream, and passes to every call: the model itself has no state, so streams can be interleaved.
+One `StreamCache` is one stream. Modules hold no state of their own, so any number of streams may be interleaved.
 """
+
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 
+@dataclass
 class StreamCache:
-    """The past of one stream: for each causal operator the last frames of its input.
+    """State of one stream through one encoder or decoder.
 
     Attributes:
-        started: whether a chunk has gone through. The first frame of a stream stands alone, which is why
-            down-sampling duplicates it and up-sampling drops its copy: once a stream, whatever the chunks' lengths.
+        position: frames (encoder) or latent frames (decoder) consumed; 0 is the start of the video.
+        tails: per convolution the last input frames, which the next chunk continues from.
     """
 
-    def __init__(self) -> None:
-        self.started = False
-        self._frames: dict[nn.Module, Tensor] = {}
+    position: int = 0
+    tails: dict[nn.Module, Tensor] = field(default_factory=dict)
 
-    def extend(self, operator: nn.Module, frames: Tensor, first: int, later: int) -> Tensor:
-        """A chunk [b, c, t, h, w] behind its past, whose end is remembered for the next chunk (see `with_past`)."""
-        if self.started:
-            extended = torch.cat([self._frames[operator], frames], dim=2)
-        else:
-            extended = replicate_first(frames, first)
-        # A copy, not a view: a view would keep the whole chunk's memory alive.
-        self._frames[operator] = extended[:, :, extended.shape[2] - later :].clone()
-        return extended
+    def continue_from(self, module: nn.Module, frames: Tensor, length: int) -> Tensor | None:
+        """The `length` frames before `frames [b, c, t, h, w]`, None at the start; remembers the last of `frames`.
 
-
-def with_past(operator: nn.Module, frames: Tensor, cache: StreamCache | None, first: int, later: int) -> Tensor:
-    """A chunk behind its past: `first` replicas of frame 0 at a stream's start, `later` remembered frames afterwards.
-
-    Args:
-        operator: whose past it is.
-        frames: input [b, c, t, h, w] of the operator.
-        cache: the stream; None is a whole clip in one call.
-        first: frames in front of the first chunk. Replicas, so that an image is encoded like a static clip.
-        later: frames in front of any other chunk.
-
-    Returns:
-        [b, c, first + t or later + t, h, w].
-    """
-    if cache is None:
-        return replicate_first(frames, first)
-    return cache.extend(operator, frames, first, later)
+        `frames` must not be shorter than what it overwrites allows: a short chunk keeps part of the older tail.
+        """
+        before = self.tails.get(module)
+        joined = frames if before is None else torch.cat([before, frames], dim=2)
+        if joined.shape[2] < length:
+            # A start of one frame counts as a replicated past, just as the convolution pads it.
+            missing = length - joined.shape[2]
+            joined = torch.cat([joined[:, :, :1].expand(-1, -1, missing, -1, -1), joined], dim=2)
+        # Without the copy the tail would keep the whole chunk's memory alive, and in-place changes would reach it.
+        self.tails[module] = joined[:, :, joined.shape[2] - length :].clone()
+        return before
 
 
-def is_stream_start(cache: StreamCache | None) -> bool:
-    """Whether a call sees frame 0 of its clip."""
-    return cache is None or not cache.started
-
-
-def replicate_first(frames: Tensor, num_frames: int) -> Tensor:
-    """[b, c, t, h, w] with `num_frames` copies of the first frame in front."""
-    return torch.cat([frames[:, :, :1].expand(-1, -1, num_frames, -1, -1), frames], dim=2)
+def at_start(cache: StreamCache | None) -> bool:
+    """Whether the next chunk begins the video; without a cache a call sees the whole video."""
+    return cache is None or cache.position == 0

@@ -1,0 +1,146 @@
+"""Release folders: `config.json` + `model.safetensors`, which cannot run code, and the autoencoder's way in and out.
+
+A release is what leaves a training run: for other people, for encoding a collection, for generation. A folder appears
+whole or not at all.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from megatron_fsvideo.config import FSAEConfig, from_dict, to_dict
+from megatron_fsvideo.models.fsae import FSAE
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+FSAE_FORMAT = "megatron_fsvideo.fsae"
+
+
+def save_release(
+    folder: str | Path,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    metadata: dict[str, str],
+) -> None:
+    """Write a release folder; an older one at the same place is replaced once the new one is complete.
+
+    Args:
+        config: JSON-able; how to build the model.
+        weights: name -> tensor.
+        metadata: strings stored in the safetensors header.
+    """
+    target = Path(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    plain = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()
+    }
+    safetensors.torch.save_file(plain, unfinished / WEIGHTS_FILE, metadata=metadata)
+    (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    if target.exists():
+        replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+        target.rename(replaced)
+        unfinished.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        unfinished.rename(target)
+
+
+def load_release(
+    folder: str | Path, device: str | torch.device = "cpu"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the weights of a release folder.
+
+    Raises:
+        ValueError: a file is missing or damaged.
+    """
+    root = Path(folder)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (root / name).is_file():
+            raise ValueError(f"{folder} is not a release folder: it has no {name}")
+    try:
+        config = json.loads((root / CONFIG_FILE).read_text())
+        return config, safetensors.torch.load_file(
+            root / WEIGHTS_FILE, device=str(device)
+        )
+    except (
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        safetensors.SafetensorError,
+    ) as error:
+        raise ValueError(f"{folder} is damaged: {error}") from error
+
+
+def save_fsae(folder: str | Path, fsae: FSAE) -> None:
+    """Write an autoencoder as a release folder."""
+    config = {"format": FSAE_FORMAT, "model": to_dict(fsae.config)}
+    save_release(folder, config, fsae.state_dict(), {"format": FSAE_FORMAT})
+
+
+def load_fsae(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> FSAE:
+    """Load an autoencoder for use (evaluation mode, no gradients).
+
+    Args:
+        path: a release folder, or the --save folder of pretrain_fsae.py, whose latest checkpoint is taken.
+
+    Raises:
+        ValueError: not an autoencoder, or weights that do not fit its config; the message names them.
+    """
+    folder = resolve_release(path)
+    config, weights = load_release(folder, device)
+    if config.get("format") != FSAE_FORMAT:
+        raise ValueError(
+            f"{folder} holds {config.get('format')!r}, not an autoencoder ({FSAE_FORMAT!r})"
+        )
+    with torch.device("meta"):
+        fsae = FSAE(from_dict(FSAEConfig, config["model"]))
+    check_weights(str(folder), fsae, weights)
+    fsae.load_state_dict(weights, assign=True)
+    return fsae.to(device, dtype).eval().requires_grad_(False)
+
+
+def resolve_release(path: str | Path) -> Path:
+    """The release folder that `path` means: itself, or the model folder of its latest checkpoint."""
+    latest = Path(path) / LATEST_FILE
+    if not latest.is_file():
+        return Path(path)
+    return iteration_folder(path, int(latest.read_text())) / "model"
+
+
+def iteration_folder(save: str | Path, iteration: int) -> Path:
+    """Folder of one checkpoint of a run."""
+    return Path(save) / f"iter_{iteration:07d}"
+
+
+def check_weights(
+    source: str, model: torch.nn.Module, weights: dict[str, Tensor]
+) -> None:
+    """Refuse weights of another architecture.
+
+    Raises:
+        ValueError: naming up to three weights that are missing, unexpected or of another shape.
+    """
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in weights.items()}
+    wrong = [
+        f"{name}: file {found.get(name, 'missing')}, model {expected.get(name, 'none')}"
+        for name in sorted(set(expected) | set(found))
+        if expected.get(name) != found.get(name)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{source} does not fit the model in {len(wrong)} weights: {'; '.join(wrong[:3])}"
+        )
