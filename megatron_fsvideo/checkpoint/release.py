@@ -24,10 +24,7 @@ FSAE_FORMAT = "megatron_fsvideo.fsae"
 
 
 def save_release(
-    folder: str | Path,
-    config: dict[str, Any],
-    weights: dict[str, Tensor],
-    metadata: dict[str, str],
+    folder: str | Path, config: dict[str, Any], weights: dict[str, Tensor], metadata: dict[str, str]
 ) -> None:
     """Write a release folder; an older one at the same place is replaced once the new one is complete.
 
@@ -41,9 +38,7 @@ def save_release(
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    plain = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()
-    }
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     safetensors.torch.save_file(plain, unfinished / WEIGHTS_FILE, metadata=metadata)
     (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     if target.exists():
@@ -55,9 +50,7 @@ def save_release(
         unfinished.rename(target)
 
 
-def load_release(
-    folder: str | Path, device: str | torch.device = "cpu"
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_release(folder: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the weights of a release folder.
 
     Raises:
@@ -69,14 +62,8 @@ def load_release(
             raise ValueError(f"{folder} is not a release folder: it has no {name}")
     try:
         config = json.loads((root / CONFIG_FILE).read_text())
-        return config, safetensors.torch.load_file(
-            root / WEIGHTS_FILE, device=str(device)
-        )
-    except (
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-        safetensors.SafetensorError,
-    ) as error:
+        return config, safetensors.torch.load_file(root / WEIGHTS_FILE, device=str(device))
+    except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
 
 
@@ -86,11 +73,7 @@ def save_fsae(folder: str | Path, fsae: FSAE) -> None:
     save_release(folder, config, fsae.state_dict(), {"format": FSAE_FORMAT})
 
 
-def load_fsae(
-    path: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> FSAE:
+def load_fsae(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> FSAE:
     """Load an autoencoder for use (evaluation mode, no gradients).
 
     Args:
@@ -102,9 +85,7 @@ def load_fsae(
     folder = resolve_release(path)
     config, weights = load_release(folder, device)
     if config.get("format") != FSAE_FORMAT:
-        raise ValueError(
-            f"{folder} holds {config.get('format')!r}, not an autoencoder ({FSAE_FORMAT!r})"
-        )
+        raise ValueError(f"{folder} holds {config.get('format')!r}, not an autoencoder ({FSAE_FORMAT!r})")
     with torch.device("meta"):
         fsae = FSAE(from_dict(FSAEConfig, config["model"]))
     check_weights(str(folder), fsae, weights)
@@ -125,9 +106,7 @@ def iteration_folder(save: str | Path, iteration: int) -> Path:
     return Path(save) / f"iter_{iteration:07d}"
 
 
-def check_weights(
-    source: str, model: torch.nn.Module, weights: dict[str, Tensor]
-) -> None:
+def check_weights(source: str, model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
     """Refuse weights of another architecture.
 
     Raises:
@@ -141,6 +120,4 @@ def check_weights(
         if expected.get(name) != found.get(name)
     ]
     if wrong:
-        raise ValueError(
-            f"{source} does not fit the model in {len(wrong)} weights: {'; '.join(wrong[:3])}"
-        )
+        raise ValueError(f"{source} does not fit the model in {len(wrong)} weights: {'; '.join(wrong[:3])}")

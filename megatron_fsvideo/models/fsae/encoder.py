@@ -20,7 +20,9 @@ class Encoder(nn.Module):
         super().__init__()
         widths, depths = config.widths, config.encoder_depths
         if widths[-1] % config.latent_channels:
-            raise ValueError(f"the last width {widths[-1]} is not a multiple of latent_channels {config.latent_channels}")
+            raise ValueError(
+                f"the last width {widths[-1]} is not a multiple of latent_channels {config.latent_channels}"
+            )
         self.latent_channels = config.latent_channels
         self.first_stage = 0 if depths[0] else 1
         if self.first_stage == 0:
