@@ -43,6 +43,8 @@ class OptimizerConfig:
     """Peak learning rate of AdamW."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon's matrices (with optimizer muon)."""
+    muon_precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of Muon's orthogonalisation."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay, as a value of lr."""
     lr_decay_style: Literal["constant", "linear", "cosine"] = "constant"

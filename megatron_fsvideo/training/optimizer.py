@@ -57,7 +57,8 @@ def build_optimizer(
     overrides = parameter_overrides(optimizer)
     with megatron_on_cpu():
         if optimizer.optimizer == "muon":
-            return build_muon_chain(config, [wrapped], overrides, pgs, muon_lr=optimizer.muon_lr)
+            dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[optimizer.muon_precision]
+            return build_muon_chain(config, [wrapped], overrides, pgs, muon_lr=optimizer.muon_lr, dtype=dtype)
         return get_megatron_optimizer(
             config, [wrapped], overrides, use_gloo_process_groups=False, pg_collection=pgs.collection
         )

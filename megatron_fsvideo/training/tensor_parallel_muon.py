@@ -23,9 +23,19 @@ ConfigOverrides = dict[ParamKey, ParamGroupOverride]
 class TensorParallelMuon(torch.optim.Optimizer):
     """Muon with Nesterov momentum and decoupled weight decay on 2-dimensional weights, whole or sliced over TP."""
 
-    def __init__(self, param_groups: list[dict], lr: float, weight_decay: float, momentum: float, pgs: ProcessGroups):
+    def __init__(
+        self,
+        param_groups: list[dict],
+        pgs: ProcessGroups,
+        *,
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        dtype: torch.dtype,
+    ) -> None:
         super().__init__(param_groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self.pgs = pgs
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -46,8 +56,8 @@ class TensorParallelMuon(torch.optim.Optimizer):
     def _orthogonal(self, update: Tensor, sliced_dim: int | None) -> Tensor:
         """The scaled orthogonal factor of `update`; a slice of it where `update` is a slice."""
         if sliced_dim is None or self.pgs.tp_size == 1:
-            return scaled_orthogonal(update)
-        whole = scaled_orthogonal(all_gather_slices(update, sliced_dim, self.pgs.tp))
+            return scaled_orthogonal(update, self.dtype)
+        whole = scaled_orthogonal(all_gather_slices(update, sliced_dim, self.pgs.tp), self.dtype)
         return whole.chunk(self.pgs.tp_size, dim=sliced_dim)[self.pgs.tp_rank]
 
 
@@ -58,6 +68,7 @@ def build_muon_chain(
     pgs: ProcessGroups,
     *,
     muon_lr: float,
+    dtype: torch.dtype,
     momentum: float = 0.95,
 ) -> MegatronOptimizer:
     """Muon on the matrices inside the transformer layers, Megatron's AdamW on everything else.
@@ -74,7 +85,7 @@ def build_muon_chain(
     for group in groups:
         group["max_lr"] = muon_lr
         group["min_lr"] = config.min_lr * muon_lr / config.lr
-    muon = TensorParallelMuon(groups, muon_lr, config.weight_decay, momentum, pgs)
+    muon = TensorParallelMuon(groups, pgs, lr=muon_lr, weight_decay=config.weight_decay, momentum=momentum, dtype=dtype)
     wrapped = _wrap(muon, config)
 
     _set_trainable(matrices, False)

@@ -147,7 +147,9 @@ def train(case: Layout) -> dict:
                 shape[parameter.partition_dim] *= pgs.tp_size
             parameter.copy_(slice_of_whole(random_weights(name, tuple(shape)), parameter, pgs.tp_rank, pgs.tp_size))
     wrapped = wrap_ddp(model, case.parallel, pgs)
-    settings = OptimizerConfig(optimizer=case.optimizer, lr=1e-2, weight_decay=0.1, clip_grad=0.05, router_lr_mult=3.0)
+    settings = OptimizerConfig(
+        optimizer=case.optimizer, muon_precision="fp32", lr=1e-2, weight_decay=0.1, clip_grad=0.05, router_lr_mult=3.0
+    )
     optimizer = build_optimizer(wrapped, settings, case.parallel, TrainingConfig(), pgs)
 
     local_number = NUM_MICROBATCHES // pgs.dp_size
