@@ -1,0 +1,1 @@
+"""FSVideo on megatron-core: the video autoencoder, the DiT with layer memory, training and generation."""

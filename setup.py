@@ -1,0 +1,45 @@
+"""Package of megatron_fsvideo: pure Python, nothing is compiled at installation."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+VERSION = "0.1.0"
+
+REQUIREMENTS = [
+    "torch>=2.11,<2.14",
+    # The newest release for Python 3.11; the CPU backend and the checkpoint format are tested against exactly this one.
+    "megatron-core==0.16.1",
+    "psutil",  # megatron-core's checkpointing imports it without declaring it
+    "numpy",
+    "av",
+    "safetensors",
+    "tqdm",
+    "tensorboard",
+    "transformers",
+    "sentencepiece",
+    "pillow",
+]
+
+EXTRAS = {
+    "test": ["pytest", "ruff", "diffusers", "scikit-image"],
+    # Needs torch first: pip install torch && pip install --no-build-isolation .[gpu]
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "flash-attn"],
+    "eval": ["matplotlib"],
+    "ui": ["gradio"],
+}
+
+setup(
+    name="megatron_fsvideo",
+    version=VERSION,
+    description="FSVideo: training and inference of a fast image-to-video model on megatron-core",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["megatron_fsvideo", "megatron_fsvideo.*"]),
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+)
