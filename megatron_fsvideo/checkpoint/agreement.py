@@ -1,0 +1,50 @@
+"""Whether a run may continue from a checkpoint: same architecture, same autoencoder, same kind of optimizer."""
+
+from typing import Any
+
+from megatron_fsvideo.config import DiTJob, differences, from_dict
+
+
+def check_agreement(record: dict[str, Any], job: DiTJob, description: dict[str, Any], where: str) -> None:
+    """Compare a checkpoint's job.json with this run.
+
+    Args:
+        description: of this run's dataset, from `LatentDataset.description`.
+        where: the checkpoint's folder, for the message.
+
+    Raises:
+        ValueError: naming every field that differs.
+    """
+    saved = from_dict(DiTJob, record["job"])
+    wrong = differences(saved.model, job.model)
+    wrong += _only(differences(saved.diffusion, job.diffusion), ("prediction_type",))
+    if wrong:
+        raise ValueError(f"the checkpoint {where} has another architecture: {'; '.join(wrong)}")
+    check_autoencoder(record["data"], description, where)
+    if job.checkpoint.finetune:
+        return
+    kind = _only(differences(saved.optimizer, job.optimizer), ("optimizer",))
+    kind += _only(differences(saved.parallel, job.parallel), ("use_distributed_optimizer",))
+    if kind:
+        raise ValueError(
+            f"the optimizer state in {where} does not fit: {'; '.join(kind)}; finetune loads the weights alone"
+        )
+
+
+def check_autoencoder(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """Refuse latents of another autoencoder than the one the weights were trained on.
+
+    Raises:
+        ValueError: naming both.
+    """
+    ours, theirs = current["autoencoder"], saved["autoencoder"]
+    if ours["fingerprint"] != theirs["fingerprint"]:
+        raise ValueError(
+            f"the checkpoint {where} was trained on latents of the autoencoder {theirs['path']} "
+            f"({theirs['fingerprint'][:12]}), the dataset was made by {ours['path']} ({ours['fingerprint'][:12]}): "
+            "encode the videos again with the checkpoint's autoencoder, or train from the start"
+        )
+
+
+def _only(lines: list[str], names: tuple[str, ...]) -> list[str]:
+    return [line for line in lines if line.split(":")[0] in names]

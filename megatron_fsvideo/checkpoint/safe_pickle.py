@@ -1,0 +1,108 @@
+"""Checkpoints from strangers cannot run code here.
+
+A distributed checkpoint has three places from which Python objects are unpickled: `.metadata` (torch's reader calls
+`pickle.load`), `common.pt` (`torch.load`), and byte entries among the tensors (`torch.load` with `weights_only=False`).
+`check_checkpoint` reads the first with an allow-list and refuses anything else in it, byte entries included;
+`weights_only_loads` makes every `torch.load` inside refuse objects that are not plain data.
+"""
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METADATA_FILE = ".metadata"
+COMMON_FILE = "common.pt"
+
+_INDEX = "torch.distributed.checkpoint.metadata"
+_PLAN = "torch.distributed.checkpoint.planner"
+# What is in the `.metadata` files that megatron-core 0.16 with torch 2.13 writes. BytesStorageMetadata is left out on
+# purpose: it would send a tensor's bytes to the unpickler.
+_ALLOWED = {
+    *((_INDEX, name) for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "MetadataIndex")),
+    *((_INDEX, name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta")),
+    *((_PLAN, name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("collections", "OrderedDict"),
+    *(("torch", name) for name in ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8", "bool")),
+}
+
+
+class UnsafeCheckpointError(ValueError):
+    """A checkpoint file holds something other than data."""
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise UnsafeCheckpointError(f"it refers to {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_metadata(path: Path) -> Any:
+    """Unpickle a `.metadata` file, accepting only the classes that a checkpoint's index is made of.
+
+    Raises:
+        UnsafeCheckpointError: anything else is in it. FileNotFoundError: it is missing. ValueError: it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            return _AllowListUnpickler(file).load()
+    except UnsafeCheckpointError as error:
+        raise UnsafeCheckpointError(f"{path} is refused: {error}, which no checkpoint index needs") from None
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        IndexError,
+        TypeError,
+        KeyError,
+    ) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_common(path: Path) -> dict[str, Any]:
+    """Load `common.pt` as plain data.
+
+    Raises:
+        UnsafeCheckpointError: it holds other objects, or is damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UnsafeCheckpointError(f"{path} is refused: not plain data, or damaged ({reason})") from None
+
+
+def check_checkpoint(folder: Path) -> None:
+    """Make sure that loading this checkpoint folder runs no code.
+
+    Raises:
+        UnsafeCheckpointError: it could, or a file is damaged.
+    """
+    metadata = read_metadata(folder / METADATA_FILE)
+    names = {info.relative_path for info in metadata.storage_data.values()}
+    if outside := sorted(name for name in names if Path(name).name != name):
+        raise UnsafeCheckpointError(f"{folder / METADATA_FILE} is refused: it names the file {outside[0]}")
+    read_common(folder / COMMON_FILE)
+
+
+@contextmanager
+def weights_only_loads() -> Iterator[None]:
+    """Within this context `torch.load` loads plain data only, whatever its caller asks for."""
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before

@@ -1,0 +1,1 @@
+"""One step object per job, for `training.loop.train`."""

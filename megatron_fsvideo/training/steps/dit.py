@@ -1,0 +1,302 @@
+"""The DiT's step: flow matching on latents with Megatron's schedule, optimizer and checkpoints (paper section 3)."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_fsvideo.checkpoint.agreement import check_agreement
+from megatron_fsvideo.checkpoint.distributed import (
+    latest_iteration,
+    load_checkpoint,
+    read_record,
+    save_checkpoint,
+)
+from megatron_fsvideo.config import DiTJob, to_dict
+from megatron_fsvideo.data.batch import Batch
+from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
+from megatron_fsvideo.diffusion.losses import per_sample_loss
+from megatron_fsvideo.models.dit import build_dit
+from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum
+from megatron_fsvideo.training.ema import EMA
+from megatron_fsvideo.training.flops import dit_training_flops
+from megatron_fsvideo.training.optimizer import (
+    LateDecayScheduler,
+    build_optimizer,
+    wrap_ddp,
+)
+from megatron_fsvideo.training.state import StepResult, TrainState
+from megatron_fsvideo.training.steps.dit_batches import (
+    BatchSource,
+    check_data_fits_model,
+)
+from megatron_fsvideo.training.steps.dit_objective import (
+    NoisyBatch,
+    make_noisy,
+    pad_rows,
+    predict,
+    training_draws,
+    validation_draws,
+    velocity_mse,
+)
+
+NUM_SIGMA_BINS = 4
+# Any layout, and the distributed optimizer at any data-parallel size, reads what another wrote.
+CHECKPOINT_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+
+
+class DiTStep:
+    """Model, optimizer, moving average and data of a DiT job.
+
+    Raises:
+        ValueError: the dataset, the layout and the model do not fit each other.
+    """
+
+    def __init__(self, job: DiTJob, pgs: ProcessGroups) -> None:
+        self.job = job
+        self.pgs = pgs
+        self.dataset = LatentDataset(job.data.data_path, job.data.max_bad_fraction)
+        check_data_fits_model(self.dataset, job.model)
+        self.valid_dataset = self._open_validation()
+        dtype = torch.bfloat16 if job.training.bf16 else torch.float32
+        self.model = build_dit(job.model, job.parallel, pgs, params_dtype=dtype, seed=job.training.seed)
+        self.wrapped: DistributedDataParallel = wrap_ddp(self.model, job.parallel, pgs)
+        self.optimizer = build_optimizer(self.wrapped, job.optimizer, job.parallel, job.training, pgs)
+        self.scheduler = LateDecayScheduler(self.optimizer, job.optimizer, job.training)
+        self.ema = EMA(self.model, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
+        self.null_text = pad_rows(self.dataset.null_text, self.dataset.text_length)
+        self._source: BatchSource | None = None
+
+    def train_step(self, state: TrainState) -> StepResult:
+        """One optimizer step."""
+        if self._source is None:
+            self._source = self._batches(self.dataset, state.consumed_samples, shuffle=True)
+        batches, num_samples, tokens = self._source.next()
+        learning_rate = self.scheduler.get_lr({"max_lr": self.job.optimizer.lr, "min_lr": self.job.optimizer.min_lr})
+
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        collected = self._run(batches, self._training_step, forward_only=False)
+        loss, mse = self._mean_over_batch(collected, len(batches))
+        with megatron_on_cpu():
+            _, grad_norm, _ = self.optimizer.step()
+        if grad_norm is None or not math.isfinite(loss + float(grad_norm)):
+            raise ValueError(
+                f"iteration {state.iteration + 1}: the loss is {loss}, the gradient norm {grad_norm}; continue from "
+                "the last checkpoint with a lower lr, or look for a broken sample (docs/debugging.md)"
+            )
+        # The schedule is one of iterations, whatever the size of this bucket's batch.
+        self.scheduler.step(increment=self.job.training.global_batch_size)
+        if self.ema is not None:
+            self.ema.update(state.iteration + 1)
+
+        metrics = {
+            "loss": loss,
+            "grad_norm": float(grad_norm),
+            "learning_rate": learning_rate,
+            "velocity_mse": mse,
+            "bad_samples": float(len(self.dataset.bad_samples)),
+        }
+        context = self.dataset.text_length if self.job.model.text_embed_dim else 0
+        context += batches[0].image.shape[1] if batches[0].image is not None else 0
+        flops = num_samples * dit_training_flops(self.job.model, tokens, context)
+        return StepResult(metrics, num_samples, num_samples * tokens, flops, self._source.data_wait)
+
+    def validate(self) -> dict[str, float]:
+        """Velocity error in normalised latents with fixed noise, also by noise level, of the averaged weights."""
+        assert self.valid_dataset is not None, "checked when the job was made"
+        source = self._batches(self.valid_dataset, 0, shuffle=False)
+        sums = torch.zeros(3, NUM_SIGMA_BINS, dtype=torch.float64, device=self.pgs.device)
+        self.wrapped.eval()
+        if self.ema is not None:
+            with self.ema.applied():
+                self._validate_batches(source, sums)
+        else:
+            self._validate_batches(source, sums)
+        self.wrapped.train()
+        errors, bounds, counts = self._sum_over_ranks(sums)
+        metrics = {
+            "velocity_mse": (errors.sum() / counts.sum()).item(),
+            "white_latents_bound": (bounds.sum() / counts.sum()).item(),
+        }
+        for k in range(NUM_SIGMA_BINS):
+            if counts[k]:
+                low, high = k / NUM_SIGMA_BINS, (k + 1) / NUM_SIGMA_BINS
+                metrics[f"velocity_mse_sigma_{low:.2f}_{high:.2f}"] = (errors[k] / counts[k]).item()
+        return metrics
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint into `--save`."""
+        record = {
+            "format": 1,
+            "job": to_dict(self.job),
+            "data": self.dataset.description(),
+            "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
+        }
+        content = self._sharded_state(is_loading=False)
+        content |= {
+            "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
+        }
+        checkpoint = self.job.checkpoint
+        save_checkpoint(
+            Path(checkpoint.save),
+            state.iteration,
+            content,
+            record,
+            self.pgs,
+            checkpoint.keep_checkpoints,
+        )
+
+    def load(self) -> TrainState:
+        """Continue from `--load`, if there is a checkpoint in it.
+
+        Raises:
+            ValueError: the checkpoint is of another architecture or autoencoder, or damaged.
+        """
+        checkpoint = self.job.checkpoint
+        if checkpoint.load is None:
+            return TrainState()
+        folder = Path(checkpoint.load)
+        iteration = latest_iteration(folder)
+        if iteration is None:
+            if checkpoint.load != checkpoint.save:
+                raise ValueError(f"--load {folder} holds no checkpoint (only the --save folder may be empty)")
+            return TrainState()
+        record = read_record(folder, iteration)
+        check_agreement(record, self.job, self.dataset.description(), str(folder))
+        had_ema = record["job"]["optimizer"]["ema_decay"] > 0
+        content = load_checkpoint(folder, iteration, self._sharded_state(is_loading=True, with_ema=had_ema))
+        missing, _ = self.model.load_state_dict(content["model"], strict=False)
+        assert all(name.endswith("_extra_state") for name in missing), missing
+        if self.ema is not None:
+            if had_ema:
+                self.ema.load(content["ema"])
+            else:
+                self.ema.restart()
+        if checkpoint.finetune:
+            self.optimizer.reload_model_params()
+            return TrainState()
+        with megatron_on_cpu():
+            self.optimizer.load_state_dict(content["optimizer"])
+        self.scheduler.load_state_dict(content["scheduler"])
+        return TrainState(content["iteration"], content["consumed_samples"])
+
+    def _training_step(self, iterator: Iterator[Batch], wrapped: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        """Megatron's forward step: the prediction, and a function of it that is the loss."""
+        batch = next(iterator)
+        diffusion = self.job.diffusion
+        noisy = self._noisy(batch, training_draws(batch, diffusion, self.job.training.seed))
+
+        def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            mse = velocity_mse(prediction, noisy, self.model, diffusion, self.pgs)
+            # `mse` is per element already: one element is what it is the error of.
+            loss = per_sample_loss(mse, 1, diffusion.loss_type, diffusion.huber_c).mean()
+            # Cloned, because the schedule scales the loss in place.
+            return loss, {"sums": torch.stack([loss.detach(), mse.detach().mean()])}
+
+        return predict(wrapped, noisy), loss_function
+
+    def _validation_step(self, iterator: Iterator[Batch], wrapped: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        batch = next(iterator)
+        noisy = self._noisy(batch, validation_draws(batch, self.job.training.seed))
+
+        def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            mse = velocity_mse(prediction, noisy, self.model, self.job.diffusion, self.pgs)
+            values = torch.stack([mse, white_latents_bound(noisy.sigmas), torch.ones_like(mse)]).double()  # (3, b)
+            bins = (noisy.sigmas * NUM_SIGMA_BINS).long().clamp(max=NUM_SIGMA_BINS - 1)
+            sums = values.new_zeros(3, NUM_SIGMA_BINS).index_add_(1, bins, values)
+            return mse.mean(), {"sums": sums}
+
+        return predict(wrapped, noisy), loss_function
+
+    def _noisy(self, batch: Batch, draws: tuple[Tensor, Tensor, Tensor]) -> NoisyBatch:
+        return make_noisy(batch, draws, self.null_text, self.job.model, self.job.diffusion)
+
+    def _run(self, batches: list[Batch], forward_step: Callable, forward_only: bool) -> list[Tensor]:
+        """Megatron's schedule over the micro-batches; what the loss functions returned, on the last stage."""
+        with megatron_on_cpu():
+            collected = get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(batches),
+                model=[self.wrapped],
+                num_microbatches=len(batches),
+                seq_length=1,  # stages tell each other the shapes
+                micro_batch_size=self.job.training.micro_batch_size,
+                forward_only=forward_only,
+            )
+        return [entry["sums"] for entry in collected]
+
+    @torch.no_grad()
+    def _validate_batches(self, source: BatchSource, sums: Tensor) -> None:
+        for _ in range(self.job.training.eval_iters):
+            for collected in self._run(source.next()[0], self._validation_step, forward_only=True):
+                sums += collected
+
+    def _mean_over_batch(self, collected: list[Tensor], num_microbatches: int) -> list[float]:
+        """Loss and velocity error of the global batch, on every rank: only the last stage has `collected`."""
+        sums = torch.zeros(2, device=self.pgs.device)
+        for entry in collected:
+            sums += entry
+        return (self._sum_over_ranks(sums) / (num_microbatches * self.pgs.dp_size)).tolist()
+
+    def _sum_over_ranks(self, sums: Tensor) -> Tensor:
+        return all_reduce_sum(all_reduce_sum(sums, self.pgs.dp), self.pgs.pp)
+
+    def _batches(self, dataset: LatentDataset, consumed_samples: int, shuffle: bool) -> BatchSource:
+        job = self.job
+        return BatchSource(
+            dataset,
+            job.model,
+            job.training,
+            job.data,
+            self.pgs,
+            consumed_samples=consumed_samples,
+            shuffle=shuffle,
+        )
+
+    def _open_validation(self) -> LatentDataset | None:
+        if self.job.training.eval_iters == 0:
+            return None
+        if not self.job.data.valid_data_path:
+            raise ValueError("eval_iters is positive, but valid_data_path names no dataset")
+        data = self.job.data
+        dataset = LatentDataset(data.valid_data_path, data.max_bad_fraction, self.dataset.normalization)
+        check_data_fits_model(dataset, self.job.model)
+        return dataset
+
+    def _sharded_state(self, is_loading: bool, with_ema: bool = True) -> dict[str, Any]:
+        """What a checkpoint holds, as Megatron's sharded tensors of this rank's slices."""
+        model = self._sharded_weights()
+        content: dict[str, Any] = {"model": model}
+        if self.ema is not None and with_ema:
+            content["ema"] = self._sharded_weights()
+            for name, tensor in content["ema"].items():
+                tensor.key = f"ema.{tensor.key}"
+                tensor.data, tensor.dtype = self.ema.weights[name], torch.float32
+        if not (is_loading and self.job.checkpoint.finetune):
+            with megatron_on_cpu():
+                content["optimizer"] = self.optimizer.sharded_state_dict(
+                    model, is_loading, metadata=CHECKPOINT_METADATA
+                )
+            content["scheduler"] = self.scheduler.state_dict()
+        return content
+
+    def _sharded_weights(self) -> dict[str, ShardedTensor]:
+        """The model's weights. Megatron's `_extra_state` objects are left out: pickles that hold nothing here."""
+        state = self.model.sharded_state_dict(metadata=CHECKPOINT_METADATA)
+        return {name: tensor for name, tensor in state.items() if isinstance(tensor, ShardedTensor)}

@@ -1,0 +1,83 @@
+"""Where the DiT's training step gets its batches: each data-parallel rank's share, on every rank of its model."""
+
+import time
+from collections.abc import Iterator
+
+from megatron_fsvideo.config import DataConfig, DiTConfig, TrainingConfig
+from megatron_fsvideo.data.batch import Batch, BatchLoader, broadcast_batch
+from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch, bucket_batch_sizes
+from megatron_fsvideo.parallel.groups import ProcessGroups
+
+
+class BatchSource:
+    """Global batches in order, from a number of consumed samples on.
+
+    Tensor-parallel rank 0 reads and sends to its group; every pipeline stage and context-parallel rank reads the same
+    samples for itself.
+
+    Args:
+        shuffle: False for validation: stored order.
+    """
+
+    def __init__(
+        self,
+        dataset: LatentDataset,
+        model: DiTConfig,
+        training: TrainingConfig,
+        data: DataConfig,
+        pgs: ProcessGroups,
+        *,
+        consumed_samples: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        self.data_wait = 0.0
+        self._pgs = pgs
+        self._tokens = dataset.bucket_tokens(model.patch_size)
+        multiple = training.micro_batch_size * pgs.dp_size
+        if training.global_batch_size % multiple:
+            raise ValueError(
+                f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
+                f"{training.micro_batch_size} x data-parallel size {pgs.dp_size} = {multiple}"
+            )
+        sizes = bucket_batch_sizes(self._tokens, training.global_batch_size, multiple)
+        sampler = BucketSampler(dataset.streams, sizes, training.seed, shuffle)
+        self._plans = sampler.batches(consumed_samples)
+        self._loader: Iterator[tuple[GlobalBatch, list[Batch]]] | None = None
+        if pgs.tp_rank == 0:
+            self._loader = BatchLoader(
+                dataset,
+                sampler,
+                dp_rank=pgs.dp_rank,
+                dp_size=pgs.dp_size,
+                micro_batch_size=training.micro_batch_size,
+                consumed_samples=consumed_samples,
+                num_workers=data.num_workers,
+            )
+        self._num_microbatches = {bucket: size // multiple for bucket, size in sizes.items()}
+
+    def next(self) -> tuple[list[Batch], int, int]:
+        """This rank's micro-batches, the global batch's number of samples, and the tokens of one sample."""
+        started = time.perf_counter()
+        plan = next(self._plans)
+        batches: list[Batch | None] = [None] * self._num_microbatches[plan.bucket]
+        if self._loader is not None:
+            batches = list(next(self._loader)[1])
+        received = [broadcast_batch(batch, self._pgs) for batch in batches]
+        self.data_wait = time.perf_counter() - started
+        return received, len(plan.samples), self._tokens[plan.bucket]
+
+
+def check_data_fits_model(dataset: LatentDataset, model: DiTConfig) -> None:
+    """Refuse a dataset whose sizes are not the model's.
+
+    Raises:
+        ValueError: naming the flag and both numbers.
+    """
+    for name, has, wants in (
+        ("latent_channels", dataset.latent_channels, model.latent_channels),
+        ("text_embed_dim", dataset.text_embed_dim, model.text_embed_dim),
+        ("image_embed_dim", dataset.image_embed_dim, model.image_embed_dim),
+    ):
+        if wants != has and not (wants == 0 and name != "latent_channels"):
+            raise ValueError(f"{name} of the model is {wants}, of the dataset {dataset.folders[0]} {has}")
