@@ -55,6 +55,10 @@ def build_job(job_class: type[JobT], values: Mapping[str, Any]) -> JobT:
     dealt: dict[str, dict[str, Any]] = {group: {} for group in groups}
     for name, value in values.items():
         dealt[owner[name]][name] = value
+    for group, cls in groups.items():
+        required = [field.name for field in dataclasses.fields(cls) if _has_no_default(field)]
+        if missing := [name for name in required if name not in dealt[group]]:
+            raise ValueError(" ".join("--" + name.replace("_", "-") for name in missing) + " is required")
     return job_class(**{group: cls(**dealt[group]) for group, cls in groups.items()})
 
 
@@ -133,8 +137,12 @@ def _owners(job_class: type) -> dict[str, str]:
 
 
 def _help(doc: str, field: dataclasses.Field) -> str:
-    default = "required" if field.default is dataclasses.MISSING else f"default: {_spell(field.default)}"
+    default = "required" if _has_no_default(field) else f"default: {_spell(field.default)}"
     return f"{doc} ({default})".replace("%", "%%")
+
+
+def _has_no_default(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _spell(value: Any) -> str:

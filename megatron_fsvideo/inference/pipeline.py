@@ -1,0 +1,149 @@
+"""Image and prompt to video: encode, denoise, decode (paper section 2.5, without upsampler and refiner).
+
+Dimension letters: b requests, c latent channels, t h w latent frames, rows and columns, f frames.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.video import from_unit, resize_and_crop, to_unit
+from megatron_fsvideo.diffusion.conditions import build_model_input, first_frame_condition
+from megatron_fsvideo.diffusion.flow_matching import to_timesteps, to_velocity
+from megatron_fsvideo.diffusion.guidance import Velocity, guided
+from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
+from megatron_fsvideo.inference.loading import LoadedDiT
+from megatron_fsvideo.models.dit import unpatchify
+from megatron_fsvideo.models.encoders import ImageEncoder, TextEncoder
+from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.parallel.seeds import sample_generator
+from megatron_fsvideo.parallel.sequence import all_gather_slices
+
+Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How latents are sampled.
+
+    Attributes:
+        guidance_scale: 1 is one model call a step, without guidance.
+    """
+
+    num_inference_steps: int
+    guidance_scale: float
+    sigma_shift: float
+
+
+class ImageToVideoPipeline:
+    """A DiT, its autoencoder and its encoders, ready to generate clips of one bucket.
+
+    Raises:
+        ValueError: a bucket that autoencoder or patch size do not divide.
+    """
+
+    def __init__(
+        self,
+        dit: LoadedDiT,
+        fsae: FSAE,
+        text_encoder: TextEncoder,
+        image_encoder: ImageEncoder,
+        bucket: Bucket,
+        pgs: ProcessGroups,
+    ) -> None:
+        bucket.check_factors(fsae.spatial_factor, fsae.temporal_factor)
+        self.dit, self.fsae, self.bucket, self.pgs = dit, fsae, bucket, pgs
+        self.text_encoder, self.image_encoder = text_encoder, image_encoder
+        mean, std = (torch.tensor(dit.data[name], device=pgs.device) for name in ("latent_mean", "latent_std"))
+        self.latent_mean, self.latent_std = (values.view(1, -1, 1, 1, 1) for values in (mean, std))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        images: Sequence[Tensor],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        negative_prompt: str = "",
+        progress: Progress = iter,
+    ) -> Tensor:
+        """Generate one clip per request.
+
+        Args:
+            images: uint8 [height, width, 3] of any size; scaled to cover the bucket and cropped.
+            negative_prompt: what guidance leads away from.
+
+        Returns:
+            video, uint8 [b, f, height, width, 3].
+        """
+        first_frames = torch.cat([self.prepare_image(image) for image in images])  # (b, 3, 1, height, width)
+        latents = self.sample_latents(first_frames, prompts, seeds, sampling, negative_prompt, progress)
+        return self.decode(latents)
+
+    def prepare_image(self, image: Tensor) -> Tensor:
+        """uint8 [height, width, 3] -> the bucket's first frame [1, 3, 1, height, width] in [-1, 1]."""
+        cropped = resize_and_crop(image[None], self.bucket.height, self.bucket.width)
+        return to_unit(cropped)[None].to(self.pgs.device)
+
+    def sample_latents(
+        self,
+        first_frames: Tensor,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        negative_prompt: str,
+        progress: Progress,
+    ) -> Tensor:
+        """Normalised latents [b, c, t, h, w]."""
+        encoded = (self.fsae.encode(first_frames) - self.latent_mean) / self.latent_std  # (b, c, 1, h, w)
+        num_latent_frames = 1 + (self.bucket.num_frames - 1) // self.fsae.temporal_factor
+        shape = (*encoded.shape[:2], num_latent_frames, *encoded.shape[3:])
+        image = self._image_features(first_frames)
+        condition = first_frame_condition(
+            encoded.expand(shape), self.dit.job.model.mask_channels, self.dit.job.diffusion.repeat_condition
+        )
+        velocity = guided(
+            self._velocity(condition, self._text_features(prompts), image),
+            self._velocity(condition, self._text_features([negative_prompt] * len(prompts)), image),
+            sampling.guidance_scale,
+        )
+        noise = torch.stack([_noise(seed, shape[1:]) for seed in seeds]).to(self.pgs.device)
+        sigmas = euler_sigmas(sampling.num_inference_steps, sampling.sigma_shift)
+        return euler_sample(velocity, noise, sigmas, progress)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [b, c, t, h, w] -> uint8 [b, f, height, width, 3]."""
+        return from_unit(self.fsae.decode(latents * self.latent_std + self.latent_mean))
+
+    def _velocity(self, condition: tuple[Tensor, Tensor], text: Tensor | None, image: Tensor | None) -> Velocity:
+        """The model as a velocity of whole latents under one condition."""
+        config, diffusion = self.dit.job.model, self.dit.job.diffusion
+
+        def velocity(noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+            model_input = build_model_input(noisy_latents, *condition)
+            tokens = self.dit.model(model_input, to_timesteps(sigmas), text, image)
+            tokens = all_gather_slices(tokens, 1, self.pgs.cp)  # (b, n, c * patch volume)
+            sides = zip(noisy_latents.shape[2:], config.patch_size, strict=True)
+            prediction = unpatchify(tokens, tuple(side // patch for side, patch in sides), config.patch_size)
+            return to_velocity(prediction, noisy_latents, sigmas, diffusion.prediction_type)
+
+        return velocity
+
+    def _text_features(self, prompts: Sequence[str]) -> Tensor | None:
+        if not self.dit.job.model.text_embed_dim:
+            return None
+        return self.text_encoder.encode(prompts)[0].to(self.pgs.device)
+
+    def _image_features(self, first_frames: Tensor) -> Tensor | None:
+        if not self.dit.job.model.image_embed_dim:
+            return None
+        return self.image_encoder.encode(first_frames[:, :, 0]).to(self.pgs.device)
+
+
+def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
+    """Noise [c, t, h, w] of one request: a function of its seed, not of the batch or the rank it lands on."""
+    return torch.randn(shape, generator=sample_generator(seed, 0, 0, "generation"))
