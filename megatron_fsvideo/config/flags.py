@@ -46,7 +46,7 @@ def build_job(job_class: type[JobT], values: Mapping[str, Any]) -> JobT:
     """Deal flat `field name -> value` pairs out to the groups of `job_class`.
 
     Raises:
-        ValueError: a name that no group has, or a value that a group refuses.
+        ValueError: a name that no group has, a field without default and value, or a value that a group refuses.
     """
     groups = typing.get_type_hints(job_class)
     owner = _owners(job_class)
@@ -125,6 +125,12 @@ def _from_json(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _required(group_class: type) -> list[str]:
+    """Fields without a default."""
+    fields = dataclasses.fields(group_class)
+    return [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
 
 
 def _owners(job_class: type) -> dict[str, str]:
