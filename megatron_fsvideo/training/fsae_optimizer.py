@@ -1,0 +1,90 @@
+"""The autoencoder's optimizer: AdamW on everything, or Muon on dense kernels and AdamW on the rest; one schedule."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron_fsvideo.config import OptimizerConfig
+from megatron_fsvideo.training.muon import Muon
+
+MUON_MOMENTUM = 0.95
+
+
+class FSAEOptimizer:
+    """Clips the gradients, sets the learning rates, steps, clears the gradients.
+
+    Args:
+        train_iters: length of the schedule.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, train_iters: int) -> None:
+        self.config = config
+        self.train_iters = train_iters
+        self.parameters = list(model.parameters())
+        kernels = [p for p in self.parameters if config.optimizer == "muon" and is_dense_kernel(p)]
+        taken = {id(p) for p in kernels}
+        others = [p for p in self.parameters if id(p) not in taken]
+        decayed = {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay}
+        undecayed = {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0}
+        adam = torch.optim.AdamW(
+            [decayed, undecayed], config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps
+        )
+        self._optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adam, config.lr)]
+        if kernels:
+            muon = Muon(kernels, config.muon_lr, MUON_MOMENTUM, config.weight_decay)
+            self._optimizers.append((muon, config.muon_lr))
+
+    def step(self, iteration: int) -> tuple[float, float]:
+        """The update after `iteration` steps; returns the gradient norm before clipping and AdamW's rate."""
+        limit = self.config.clip_grad or math.inf
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
+        factor = learning_rate_factor(self.config, iteration, self.train_iters)
+        for optimizer, peak in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = factor * peak
+            optimizer.step()
+            optimizer.zero_grad()
+        return grad_norm, factor * self.config.lr
+
+    def restart(self) -> None:
+        """Forget all momentum: the weights have just been moved."""
+        for optimizer, _ in self._optimizers:
+            optimizer.state.clear()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Everything to continue with."""
+        return [optimizer.state_dict() for optimizer, _ in self._optimizers]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            ValueError: saved by another kind of optimizer.
+        """
+        if len(states) != len(self._optimizers):
+            raise ValueError(
+                f"the checkpoint's optimizer state is not of optimizer {self.config.optimizer}; --finetune loads the "
+                "weights alone"
+            )
+        for (optimizer, _), state in zip(self._optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def is_dense_kernel(parameter: nn.Parameter) -> bool:
+    """Whether Muon updates it: a convolution kernel that mixes channels. A depthwise one is no matrix of anything."""
+    return parameter.ndim >= 4 and parameter.shape[1] > 1
+
+
+def learning_rate_factor(config: OptimizerConfig, iteration: int, train_iters: int) -> float:
+    """Share of the peak rate after `iteration` steps: linear warm-up, constant, decay from `lr_decay_start` on."""
+    if iteration < config.lr_warmup_iters:
+        return (iteration + 1) / config.lr_warmup_iters
+    start = max(config.lr_decay_start * train_iters, config.lr_warmup_iters)
+    if config.lr_decay_style == "constant" or iteration <= start:
+        return 1.0
+    progress = min(1.0, (iteration - start) / max(1.0, train_iters - start))
+    left = 1 - progress if config.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    lowest = config.min_lr / config.lr
+    return lowest + (1 - lowest) * left

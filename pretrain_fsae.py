@@ -1,0 +1,39 @@
+"""Train the video autoencoder on video files, phase 1: L1 and perceptual loss (paper section 2.2.3).
+
+    python pretrain_fsae.py --preset fsae_debug --video-dir videos --save runs/fsae --load runs/fsae
+    torchrun --nproc-per-node 8 pretrain_fsae.py --preset fsae_causal --video-dir videos --save runs/fsae ...
+
+`runs/fsae` can be given to tools/preprocess_latents.py and tools/evaluate_fsae.py at once. Flags: --help; presets:
+megatron_fsvideo/config/presets.py; what the stage does: docs/fsae.md.
+"""
+
+from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, ParallelConfig, parse_job, run_script
+from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.training.logging import MetricsLogger
+from megatron_fsvideo.training.loop import train
+from megatron_fsvideo.training.steps.fsae import FSAEStep
+
+
+def pretrain(job: FSAEJob) -> None:
+    """Build everything, continue from a checkpoint if there is one, train."""
+    pgs = groups.initialize(ParallelConfig())
+    step = FSAEStep(job, pgs)
+    state = step.load()
+    logger = MetricsLogger(
+        job.logging,
+        job.training.train_iters,
+        state.iteration,
+        is_rank_zero=pgs.is_rank_zero,
+        world_size=pgs.world_size,
+    )
+    train(step, state, job.training, job.checkpoint, logger)
+    groups.shutdown()
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    pretrain(parse_job(FSAEJob, FSAE_PRESETS))
+
+
+if __name__ == "__main__":
+    run_script(main)
