@@ -57,9 +57,7 @@ class MetricsLogger:
             truncate_metrics(folder / METRICS_FILE, resume_iteration)
             self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
             tensorboard = require("torch.utils.tensorboard", "train")
-            self._tensorboard = tensorboard.SummaryWriter(
-                str(folder), purge_step=resume_iteration + 1
-            )
+            self._tensorboard = tensorboard.SummaryWriter(str(folder), purge_step=resume_iteration + 1)
         if sys.stderr.isatty():
             tqdm = require("tqdm", "train")
             self._bar = tqdm.tqdm(
@@ -69,9 +67,7 @@ class MetricsLogger:
                 dynamic_ncols=True,
             )
 
-    def log_step(
-        self, state: TrainState, result: StepResult, iteration_time: float
-    ) -> None:
+    def log_step(self, state: TrainState, result: StepResult, iteration_time: float) -> None:
         """Record one iteration; a line every `log_interval` iterations, and for the first and the last."""
         if not self._active:
             return
@@ -81,11 +77,7 @@ class MetricsLogger:
         iteration = state.iteration
         if iteration % self._interval and iteration not in (1, self._train_iters):
             return
-        row = (
-            {"iteration": iteration, "consumed_samples": state.consumed_samples}
-            | result.metrics
-            | self._speed()
-        )
+        row = {"iteration": iteration, "consumed_samples": state.consumed_samples} | result.metrics | self._speed()
         self._window.clear()
         self._write(row, prefix="train")
         if self._bar is not None:
@@ -99,14 +91,10 @@ class MetricsLogger:
             return
         named = {f"validation_{name}": value for name, value in metrics.items()}
         self._write(
-            {"iteration": state.iteration, "consumed_samples": state.consumed_samples}
-            | named,
+            {"iteration": state.iteration, "consumed_samples": state.consumed_samples} | named,
             prefix="valid",
         )
-        self._say(
-            f"iteration {state.iteration} | "
-            + " | ".join(f"{k} {v:.4f}" for k, v in named.items())
-        )
+        self._say(f"iteration {state.iteration} | " + " | ".join(f"{k} {v:.4f}" for k, v in named.items()))
 
     def close(self) -> None:
         """Flush and close."""
@@ -122,8 +110,7 @@ class MetricsLogger:
         peak = device_peak_flops()
         return {
             "iteration_time": seconds / count,
-            "tokens_per_second": sum(result.num_tokens for _, result in self._window)
-            / seconds,
+            "tokens_per_second": sum(result.num_tokens for _, result in self._window) / seconds,
             "model_tflops": tflops,
             "mfu": tflops * 1e12 / peak if peak else None,
             "data_wait": sum(result.data_wait for _, result in self._window) / count,
@@ -134,30 +121,17 @@ class MetricsLogger:
         if self._file is None:
             return
         # JSON has no NaN; a null says that there was no number.
-        row = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in row.items()
-        }
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():
             if name != "iteration" and value is not None:
-                self._tensorboard.add_scalar(
-                    f"{prefix}/{name}", value, row["iteration"]
-                )
+                self._tensorboard.add_scalar(f"{prefix}/{name}", value, row["iteration"])
 
     def _print_line(self, row: dict[str, Any]) -> None:
         done = row["iteration"] - self._first
-        seconds_left = (
-            (time.perf_counter() - self._started)
-            / done
-            * (self._train_iters - row["iteration"])
-        )
-        shown = " | ".join(
-            f"{k} {row[k]:.4g}"
-            for k in ("loss", "grad_norm", "learning_rate")
-            if k in row
-        )
+        seconds_left = (time.perf_counter() - self._started) / done * (self._train_iters - row["iteration"])
+        shown = " | ".join(f"{k} {row[k]:.4g}" for k in ("loss", "grad_norm", "learning_rate") if k in row)
         self._say(
             f"iteration {row['iteration']}/{self._train_iters} | {shown} | {row['iteration_time']:.3f} s/it | "
             f"{seconds_left:.0f} s left"
@@ -174,11 +148,7 @@ def truncate_metrics(path: Path, resume_iteration: int) -> None:
     """Drop the lines after `resume_iteration` and a torn last line; all lines when the run starts anew. Atomic."""
     if not path.exists():
         return
-    kept = [
-        line
-        for line in path.read_text(encoding="utf-8").splitlines()
-        if _is_before(line, resume_iteration)
-    ]
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, resume_iteration)]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(temporary, path)

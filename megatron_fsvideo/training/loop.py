@@ -45,13 +45,9 @@ def train(
         logger.log_step(state, result, time.perf_counter() - started)
 
         is_last = state.iteration == training.train_iters
-        if training.eval_iters > 0 and (
-            is_last or _due(state.iteration, training.eval_interval)
-        ):
+        if training.eval_iters > 0 and (is_last or _due(state.iteration, training.eval_interval)):
             logger.log_validation(state, step.validate())
-        if checkpoint.save and (
-            is_last or _due(state.iteration, checkpoint.save_interval)
-        ):
+        if checkpoint.save and (is_last or _due(state.iteration, checkpoint.save_interval)):
             step.save(state)
             saved = state.iteration
         if _due(state.iteration - first, training.exit_interval):

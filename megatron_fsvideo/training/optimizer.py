@@ -3,9 +3,15 @@
 import math
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
-from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer.optimizer_config import (
+    OptimizerConfig as MegatronOptimizerConfig,
+)
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
@@ -14,7 +20,10 @@ from megatron_fsvideo.config import OptimizerConfig, ParallelConfig, TrainingCon
 from megatron_fsvideo.models.dit import DiTModel
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
 from megatron_fsvideo.parallel.groups import ProcessGroups
-from megatron_fsvideo.training.tensor_parallel_muon import ConfigOverrides, build_muon_chain
+from megatron_fsvideo.training.tensor_parallel_muon import (
+    ConfigOverrides,
+    build_muon_chain,
+)
 
 
 def wrap_ddp(model: DiTModel, parallel: ParallelConfig, pgs: ProcessGroups) -> DistributedDataParallel:
@@ -68,14 +77,16 @@ def parameter_overrides(optimizer: OptimizerConfig) -> ConfigOverrides:
     """No weight decay on biases, norms, modulation and routers; routers learn faster (dit_spec 2.2, B5)."""
     undecayed = ParamWithNamePredicate(name="undecayed", fn=lambda parameter, name: is_undecayed(name, parameter))
     router = ParamWithNamePredicate(name="router", fn=lambda parameter, name: ".router." in name)
+    overrides: ConfigOverrides = {ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}}
     multiplier = optimizer.router_lr_mult
-    return {
-        ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0},
-        ParamKey(with_name_predicate=router): {
+    if multiplier != 1.0:
+        overrides[ParamKey(with_name_predicate=router)] = {
             "max_lr": multiplier * optimizer.lr,
             "min_lr": multiplier * optimizer.min_lr,
-        },
-    }
+            # Not applied to the rate: a checkpoint tells groups apart by their multipliers.
+            "lr_mult": multiplier,
+        }
+    return overrides
 
 
 def is_undecayed(name: str, parameter: nn.Parameter) -> bool:

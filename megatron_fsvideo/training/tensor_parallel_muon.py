@@ -6,9 +6,19 @@ rows may come back in another order, which orthogonalisation commutes with.
 """
 
 import torch
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, _get_param_groups, get_megatron_optimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
-from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    _get_param_groups,
+    get_megatron_optimizer,
+)
+from megatron.core.optimizer.optimizer import (
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+)
+from megatron.core.optimizer.optimizer_config import (
+    OptimizerConfig as MegatronOptimizerConfig,
+)
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor, nn
