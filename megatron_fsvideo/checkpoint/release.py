@@ -21,6 +21,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 FSAE_FORMAT = "megatron_fsvideo.fsae"
+MODEL_FOLDER = "model"
 
 
 def save_release(
@@ -98,7 +99,7 @@ def resolve_release(path: str | Path) -> Path:
     latest = Path(path) / LATEST_FILE
     if not latest.is_file():
         return Path(path)
-    return iteration_folder(path, int(latest.read_text())) / "model"
+    return iteration_folder(path, int(latest.read_text())) / MODEL_FOLDER
 
 
 def iteration_folder(save: str | Path, iteration: int) -> Path:

@@ -29,8 +29,14 @@ class VideoDataConfig:
     """Side of the square training crops, in pixels."""
     short_side: int = 256
     """Videos are resized to this short side before cropping."""
+    max_frame_stride: int = 1
+    """Training clips skip frames: every frame, every second, ... up to this stride, drawn for each clip."""
     holdout_every: int = 0
     """Every n-th shot of each video is held out for validation; 0 holds out none."""
+    valid_resolution: int | None = None
+    """Side of the square centre crops of held-out clips, in pixels; none takes resolution."""
+    cache_gib: float = 4.0
+    """Memory (GiB) for decoded videos; those that do not fit are decoded again for each clip."""
 
     def __post_init__(self) -> None:
         if self.num_frames % 4 != 1:
@@ -40,3 +46,12 @@ class VideoDataConfig:
             )
         if self.short_side < self.resolution:
             raise ValueError(f"short_side {self.short_side} is smaller than resolution {self.resolution}")
+        if self.valid_side > self.short_side:
+            raise ValueError(f"short_side {self.short_side} is smaller than valid_resolution {self.valid_side}")
+        if self.max_frame_stride < 1:
+            raise ValueError(f"max_frame_stride must be at least 1, got {self.max_frame_stride}")
+
+    @property
+    def valid_side(self) -> int:
+        """Side of held-out clips."""
+        return self.resolution if self.valid_resolution is None else self.valid_resolution

@@ -11,9 +11,9 @@ class FSAEConfig:
     widths: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024, 2048)
     """Channels per stage, pixel side first; n stages give a spatial factor of 2^(n-1)."""
     encoder_depths: tuple[int, ...] = (2, 2, 2, 3, 3, 3, 3)
-    """Blocks per encoder stage."""
+    """Blocks per encoder stage; with 0 at the pixel side the stem itself goes to the second stage."""
     decoder_depths: tuple[int, ...] = (3, 3, 3, 3, 3, 3, 3)
-    """Blocks per decoder stage, pixel side first."""
+    """Blocks per decoder stage, pixel side first; with 0 there the head itself is the last up-sampling."""
     attention_stages: int = 4
     """How many of the innermost stages use EfficientViT blocks; the others use residual blocks."""
     latent_channels: int = 128
@@ -29,7 +29,7 @@ class FSAEConfig:
     resample_init: float = 1.0
     """Factor on the initial weights of the down- and up-sampling convolutions."""
     patchify_init: bool = False
-    """Start the stem as an identity on its first channels instead of randomly."""
+    """Start the stem as a copy of its cell's pixels into its first channels instead of randomly."""
 
     def __post_init__(self) -> None:
         stages = len(self.widths)
@@ -39,6 +39,10 @@ class FSAEConfig:
             raise ValueError(
                 f"widths has {stages} stages, but encoder_depths {len(self.encoder_depths)} "
                 f"and decoder_depths {len(self.decoder_depths)}"
+            )
+        if not self.norm_affine and self.residual_init != 1.0:
+            raise ValueError(
+                f"residual_init {self.residual_init} is the norm's gain, which norm_affine off does not have"
             )
         if not 0 <= self.attention_stages <= stages:
             raise ValueError(f"attention_stages must be in 0..{stages}, got {self.attention_stages}")
@@ -62,7 +66,7 @@ class FSAETrainingConfig:
     """Weight of the mean absolute error."""
     perceptual_weight: float = 0.1
     """Weight of the perceptual loss (paper: 0.1)."""
-    perceptual_trunk: Literal["none", "vgg16", "efficientnet-lite0"] = "none"
+    perceptual_trunk: Literal["none", "vgg16", "efficientnet-lite0"] = "vgg16"
     """Frozen network behind the perceptual loss."""
     perceptual_trunk_path: str | None = None
     """Weights of the trunk, where it does not come with a package."""
@@ -77,4 +81,4 @@ class FSAETrainingConfig:
     image_batch_size: int = 16
     """Samples of a single-frame batch."""
     latent_noise: float = 0.0
-    """Latents get Gaussian noise of a standard deviation uniform in [0, this] before decoding, in training."""
+    """In training, latents get Gaussian noise of uniform(0, this) of their standard deviation before decoding."""

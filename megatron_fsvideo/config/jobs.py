@@ -40,10 +40,16 @@ class FSAEJob:
 
     def __post_init__(self) -> None:
         factor = self.model.spatial_factor
-        if self.data.resolution % factor:
+        for name, side in (("resolution", self.data.resolution), ("valid_resolution", self.data.valid_side)):
+            if side % factor:
+                raise ValueError(
+                    f"{name} {side} is not a multiple of the autoencoder's spatial factor {factor}; "
+                    f"try {max(1, round(side / factor)) * factor}"
+                )
+        if self.losses.perceptual_weight > 0 and self.losses.perceptual_trunk == "none":
             raise ValueError(
-                f"resolution {self.data.resolution} is not a multiple of the autoencoder's spatial factor {factor}; "
-                f"try {max(1, round(self.data.resolution / factor)) * factor}"
+                f"perceptual_weight is {self.losses.perceptual_weight}, but perceptual_trunk is none: name a trunk, or "
+                "set the weight to 0"
             )
 
 

@@ -1,4 +1,4 @@
-"""Which block, which resampling factor and which norm a stage has: the one place that reads it off the configuration."""
+"""Which block, resampling factor and norm a stage has: the one place that reads it off the configuration."""
 
 from torch import Tensor, nn
 

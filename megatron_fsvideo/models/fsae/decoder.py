@@ -1,4 +1,4 @@
-"""The causal decoder (paper section 2.2.1), the encoder's mirror: latent 0 makes frame 0, latent i frames 4i-3 .. 4i."""
+"""The causal decoder (paper section 2.2.1): latent 0 makes frame 0, latent i frames 4i-3 .. 4i."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ class Decoder(nn.Module):
             self.head = SubPixelUp(widths[1], 3, resample_factor(0), config.resample_init, shortcut=False)
 
     def forward(self, latents: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """latents [b, c, k+1, h, w] -> video [b, 3, 4k+1, h*s, w*s]; a continued stream makes 4 frames of each latent."""
+        """latents [b, c, k+1, h, w] -> video [b, 3, 4k+1, h*s, w*s]; in a continued stream 4 frames of each."""
         x = self.conv_in(latents, cache)
         x = x + repeat_channels(latents.to(x.dtype), x.shape[1])
         for up, stage in zip([None, *self.ups], self.stages, strict=True):

@@ -41,15 +41,22 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, cache: StreamCache | None = None) -> Tensor:
         """video [b, 3, 4k+1, h, w] -> latents [b, c, k+1, h/s, w/s]; a continued stream takes 4k frames to k."""
+        features = self.stage_outputs(video, cache)[-1]
+        return self.conv_out(features, cache) + group_mean(features, self.latent_channels)
+
+    def stage_outputs(self, video: Tensor, cache: StreamCache | None) -> list[Tensor]:
+        """Features of each stage that has some, before its Down, pixel side first."""
         x = self.stem(video, cache)
+        outputs = []
         for down, stage in zip([None, *self.downs], self.stages, strict=True):
             x = stage(x if down is None else down(x, cache), cache)
-        return self.conv_out(x, cache) + group_mean(x, self.latent_channels)
+            outputs.append(x)
+        return outputs
 
 
 @torch.no_grad()
 def _init_identity(stem: nn.Module) -> None:
-    """Copy the pixels of a stem's cell (1, or 2x2x2 with a Down) to its first channels; the rest stays random, small."""
+    """Copy the pixels of a stem's cell (1, or 2x2x2 with a Down) to its first channels; the rest stays random."""
     conv = stem.conv if isinstance(stem, Down) else stem
     time_stride, stride = conv.stride
     conv.weight.mul_(0.3)

@@ -16,7 +16,7 @@ Factor = tuple[int, int, int]
 class PixelNorm(nn.Module):
     """RMS over the channels of each position: no statistics over time or space, so slicing a video changes nothing.
 
-    With gain and bias it is DC-AE's `trms2d` norm. Without, it is LTX-Video's, but a residual branch cannot start small.
+    With gain and bias it is DC-AE's `trms2d`. Without, it is LTX-Video's, but a residual branch cannot start small.
     """
 
     def __init__(self, channels: int, epsilon: float = 1e-5, affine: bool = True, gain: float = 1.0) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import FSAEConfig
+from megatron_fsvideo.models.fsae.blocks import TEMPORAL_STAGES
 from megatron_fsvideo.models.fsae.decoder import Decoder
 from megatron_fsvideo.models.fsae.encoder import Encoder
 from megatron_fsvideo.models.fsae.streaming import StreamCache
@@ -37,14 +38,20 @@ class FSAE(nn.Module):
         self.decoder = Decoder(config)
 
     def forward(self, video: Tensor, latent_noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Reconstruct: (reconstruction like `video`, latents). `latent_noise` is added before decoding.
+        """Reconstruct: (reconstruction like `video`, latents).
+
+        Args:
+            latent_noise: like the latents; added before decoding, in units of each channel's standard deviation.
 
         Raises:
             ValueError: as `encode`.
         """
         latents = self.encode(video)
-        noisy = latents if latent_noise is None else latents + latent_noise.to(latents.dtype)
-        return self.decode(noisy), latents
+        if latent_noise is None:
+            return self.decode(latents), latents
+        # Measured on the latents, so that the encoder cannot escape the noise by making them large.
+        scale = latents.detach().float().std(dim=(0, 2, 3, 4), keepdim=True)
+        return self.decode(latents + (scale * latent_noise).to(latents.dtype)), latents
 
     def encode(self, video: Tensor) -> Tensor:
         """video [b, 3, 4k+1, h, w] -> latents [b, c, k+1, h/s, w/s].
@@ -104,6 +111,16 @@ class FSAE(nn.Module):
         cache = StreamCache()
         for chunk in chunks:
             yield self.decode_chunk(chunk, cache)
+
+    def first_frame_features(self, frame: Tensor) -> list[Tensor]:
+        """Encoder features [b, width, 1, h, w] of one frame [b, 3, 1, h, w] at the stages of the latents' frame rate.
+
+        Returns:
+            pixel side first; what a decoder can attend to for the first frame's detail.
+        """
+        self._check_video(frame)
+        stages = self.encoder.stage_outputs(frame[:, :, :1], None)
+        return stages[TEMPORAL_STAGES - self.encoder.first_stage :]
 
     def _check_video(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != 3:
