@@ -83,7 +83,7 @@ def parameter_overrides(optimizer: OptimizerConfig) -> ConfigOverrides:
         overrides[ParamKey(with_name_predicate=router)] = {
             "max_lr": multiplier * optimizer.lr,
             "min_lr": multiplier * optimizer.min_lr,
-            # Not applied to the rate: a checkpoint tells groups apart by their multipliers.
+            # Not applied to the rate: the distributed optimizer's checkpoint tells groups apart by their multipliers.
             "lr_mult": multiplier,
         }
     return overrides

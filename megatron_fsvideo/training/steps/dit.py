@@ -33,6 +33,11 @@ from megatron_fsvideo.training.optimizer import (
     build_optimizer,
     wrap_ddp,
 )
+from megatron_fsvideo.training.optimizer_state import (
+    CHECKPOINT_METADATA,
+    load_optimizer_state,
+    sharded_optimizer_state,
+)
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.steps.dit_batches import (
     BatchSource,
@@ -49,11 +54,6 @@ from megatron_fsvideo.training.steps.dit_objective import (
 )
 
 NUM_SIGMA_BINS = 4
-# Any layout, and the distributed optimizer at any data-parallel size, reads what another wrote.
-CHECKPOINT_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
@@ -191,8 +191,7 @@ class DiTStep:
         if checkpoint.finetune:
             self.optimizer.reload_model_params()
             return TrainState()
-        with megatron_on_cpu():
-            self.optimizer.load_state_dict(content["optimizer"])
+        load_optimizer_state(self.optimizer, self._sharded_weights(), content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         return TrainState(content["iteration"], content["consumed_samples"])
 
@@ -289,10 +288,7 @@ class DiTStep:
                 tensor.key = f"ema.{tensor.key}"
                 tensor.data, tensor.dtype = self.ema.weights[name], torch.float32
         if not (is_loading and self.job.checkpoint.finetune):
-            with megatron_on_cpu():
-                content["optimizer"] = self.optimizer.sharded_state_dict(
-                    model, is_loading, metadata=CHECKPOINT_METADATA
-                )
+            content["optimizer"] = sharded_optimizer_state(self.optimizer, model, is_loading)
             content["scheduler"] = self.scheduler.state_dict()
         return content
 

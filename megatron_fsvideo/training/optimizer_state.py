@@ -1,0 +1,130 @@
+"""The optimizer's part of a checkpoint: state by weight name, so that any layout and any chain of optimizers reads it.
+
+Megatron's own code is used for the distributed optimizer only. For the others it numbers states by their place in
+parameter groups, which goes wrong where bf16 and fp32 parameters share a group, as they do here.
+
+Parameter groups are not stored: learning rates come from the schedule, everything else from the job.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor, nn
+
+from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+
+# Any layout, and the distributed optimizer at any data-parallel size, reads what another wrote.
+CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+MASTER = "fp32_param"
+STEP = "step"
+
+OptimizerState = dict[str, Any]
+
+
+def sharded_optimizer_state(
+    optimizer: ChainedOptimizer, weights: dict[str, ShardedTensor], is_loading: bool
+) -> OptimizerState:
+    """What a checkpoint holds of the optimizer.
+
+    Args:
+        weights: the model's sharded tensors, whose `data` are the parameters themselves.
+        is_loading: make empty states for what has not been stepped yet, to be filled.
+    """
+    if is_loading:
+        for link in optimizer.chained_optimizers:
+            _make_empty_state(link.optimizer)
+    if _is_distributed(optimizer):
+        with megatron_on_cpu():
+            return optimizer.sharded_state_dict(weights, is_loading, metadata=CHECKPOINT_METADATA)
+    by_parameter = {id(tensor.data): tensor for tensor in weights.values()}
+    content: OptimizerState = {"tensors": {}, STEP: None}
+    for link in optimizer.chained_optimizers:
+        for parameter, master in _masters(link):
+            weight = by_parameter[id(parameter)]
+            tensors = _state_tensors(link.optimizer, parameter, master)
+            content["tensors"][weight.key] = {
+                name: make_sharded_optimizer_tensor(weight, tensor, f"optimizer.{name}")
+                for name, tensor in tensors.items()
+            }
+            # All AdamW parameters have been stepped equally often; Muon keeps no count.
+            content[STEP] = _step_of(link.optimizer, master, content[STEP])
+    return content
+
+
+def load_optimizer_state(
+    optimizer: ChainedOptimizer, weights: dict[str, ShardedTensor], content: OptimizerState
+) -> None:
+    """Take in what `load_checkpoint` made of `sharded_optimizer_state(..., is_loading=True)`."""
+    if _is_distributed(optimizer):
+        with megatron_on_cpu():
+            optimizer.load_state_dict(content)
+        return
+    keys = {id(tensor.data): tensor.key for tensor in weights.values()}
+    with torch.no_grad():
+        for link in optimizer.chained_optimizers:
+            for parameter, master in _masters(link):
+                for name, tensor in _state_tensors(link.optimizer, parameter, master).items():
+                    tensor.copy_(content["tensors"][keys[id(parameter)]][name])
+            _set_steps(link.optimizer, content[STEP])
+
+
+def _is_distributed(optimizer: ChainedOptimizer) -> bool:
+    return any(isinstance(link, DistributedOptimizer) for link in optimizer.chained_optimizers)
+
+
+def _masters(link: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(model parameter, what the optimizer steps in its place): an fp32 copy of a bf16 parameter, or itself."""
+    if isinstance(link, Float16OptimizerWithFloat16Params):
+        for models, masters in zip(link.float16_groups, link.fp32_from_float16_groups, strict=True):
+            yield from zip(models, masters, strict=True)
+        for group in link.fp32_from_fp32_groups:
+            yield from zip(group, group, strict=True)
+    else:
+        for parameter in link.get_parameters():
+            yield parameter, parameter
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, master: Tensor) -> dict[str, Tensor]:
+    state = optimizer.state[master]
+    tensors = {name: value for name, value in state.items() if name != STEP}
+    return tensors if master is parameter else tensors | {MASTER: master}
+
+
+def _make_empty_state(optimizer: torch.optim.Optimizer) -> None:
+    """What the first step would make."""
+    names = ("exp_avg", "exp_avg_sq") if _is_adam(optimizer) else ("momentum_buffer",)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for name in names:
+                state.setdefault(name, torch.zeros_like(parameter, requires_grad=False))
+            if isinstance(optimizer, torch.optim.AdamW):
+                state.setdefault(STEP, torch.zeros((), dtype=torch.float32))
+
+
+def _step_of(optimizer: torch.optim.Optimizer, master: Tensor, known: int | None) -> int | None:
+    if not _is_adam(optimizer):
+        return known
+    if isinstance(optimizer, torch.optim.AdamW):
+        return int(optimizer.state[master][STEP])
+    # Fused implementations count per group.
+    return next(int(group[STEP]) for group in optimizer.param_groups if STEP in group)
+
+
+def _set_steps(optimizer: torch.optim.Optimizer, step: int) -> None:
+    if isinstance(optimizer, torch.optim.AdamW):
+        for state in optimizer.state.values():
+            state[STEP].fill_(step)
+    elif _is_adam(optimizer):
+        for group in optimizer.param_groups:
+            group[STEP] = step
+
+
+def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    return "betas" in optimizer.defaults

@@ -1,0 +1,80 @@
+"""A checkpoint does not remember the layout it was saved from: the next losses are the same in any other."""
+
+import shutil
+
+import pytest
+
+from megatron_fsvideo.checkpoint.distributed import LATEST_FILE
+from tests.functional.runs import debug_arguments, losses, run_to_end
+from tests.latent_fixtures import write_latent_dataset
+
+SAVED, END = 3, 6
+COMMON = f"--micro-batch-size 1 --global-batch-size 4 --train-iters {END} --lr 0.003 --weight-decay 0.1".split()
+TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+CP2 = ["--context-parallel-size", "2"]
+SP = ["--sequence-parallel"]
+DISTRIBUTED = ["--use-distributed-optimizer"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_latent_dataset(tmp_path_factory.mktemp("latents"))
+
+
+def save_at(data, folder, extra, world_size):
+    """A run to `END` with a checkpoint at `SAVED`; its losses. The folder then looks as if killed after `SAVED`."""
+    arguments = debug_arguments(data, folder, *COMMON, *extra, "--save-interval", str(SAVED))
+    run_to_end(arguments, folder.with_suffix(".log"), world_size)
+    shutil.rmtree(folder / f"iter_{END:07d}")
+    (folder / LATEST_FILE).write_text(f"{SAVED}\n")
+    return losses(folder / "logs")
+
+
+@pytest.fixture(scope="module")
+def saved_at_dp2(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "dp2"
+    return folder, save_at(data, folder, [], 2)
+
+
+def continue_in(data, source, target, extra, world_size):
+    shutil.copytree(source, target)
+    run_to_end(debug_arguments(data, target, *COMMON, *extra), target.with_suffix(".log"), world_size)
+    return losses(target / "logs")
+
+
+@pytest.mark.parametrize(
+    ("extra", "world_size"),
+    [([], 1), (TP2 + SP, 2), (PP2, 2), (CP2, 2)],
+    ids=["one_process", "tp2_sp", "pp2", "cp2"],
+)
+def test_saved_at_dp2(extra, world_size, data, saved_at_dp2, tmp_path):
+    folder, expected = saved_at_dp2
+    got = continue_in(data, folder, tmp_path / "continued", extra, world_size)
+    assert got.keys() == expected.keys()
+    for iteration in range(1, END + 1):
+        assert got[iteration] == pytest.approx(expected[iteration], rel=1e-6), iteration
+
+
+@pytest.mark.parametrize(("extra", "world_size"), [([], 1), (TP2, 2)], ids=["one_process", "tp2"])
+def test_distributed_optimizer_saved_at_dp2(extra, world_size, data, tmp_path):
+    expected = save_at(data, tmp_path / "saved", DISTRIBUTED, 2)
+    got = continue_in(data, tmp_path / "saved", tmp_path / "continued", DISTRIBUTED + extra, world_size)
+    assert got == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("bf16", ["--no-bf16", "--bf16"])
+def test_muon_saved_at_tp2_continues_in_one_process(bf16, data, tmp_path):
+    muon = ["--optimizer", "muon", bf16]
+    expected = save_at(data, tmp_path / "saved", muon + TP2, 2)
+    got = continue_in(data, tmp_path / "saved", tmp_path / "continued", muon, 1)
+    assert got == pytest.approx(expected, rel=1e-5 if bf16 == "--no-bf16" else 2e-2)
+    again = continue_in(data, tmp_path / "saved", tmp_path / "again", muon + TP2, 2)
+    assert again == expected
+
+
+def test_another_micro_batch_and_no_average(data, saved_at_dp2, tmp_path):
+    folder, expected = saved_at_dp2
+    extra = ["--micro-batch-size", "2", "--ema-decay", "0"]
+    got = continue_in(data, folder, tmp_path / "continued", extra, 1)
+    assert got == pytest.approx(expected, rel=1e-6)
