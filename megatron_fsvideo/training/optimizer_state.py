@@ -64,6 +64,11 @@ def load_optimizer_state(
     if _is_distributed(optimizer):
         with megatron_on_cpu():
             optimizer.load_state_dict(content)
+        for link in optimizer.chained_optimizers:
+            # Megatron gives torch's AdamW one tensor as the step of all parameters: each would advance it.
+            for state in link.optimizer.state.values():
+                if isinstance(link.optimizer, torch.optim.AdamW):
+                    state[STEP] = state[STEP].clone()
         return
     keys = {id(tensor.data): tensor.key for tensor in weights.values()}
     with torch.no_grad():
