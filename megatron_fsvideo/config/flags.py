@@ -127,12 +127,6 @@ def _from_json(hint: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _required(group_class: type) -> list[str]:
-    """Fields without a default."""
-    fields = dataclasses.fields(group_class)
-    return [f.name for f in fields if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
-
-
 def _owners(job_class: type) -> dict[str, str]:
     owners: dict[str, str] = {}
     for group, group_class in typing.get_type_hints(job_class).items():
