@@ -2,9 +2,10 @@
 
 Clip number n of a run is a function of (seed, n) alone: which shot, which frames, which crop, mirrored or not. So a
 restarted run sees the same clips, and any number of ranks the same union. Videos are scaled to a common short side;
-while they fit into CACHE_BYTES they are decoded once and stay in memory, else each clip is read from its file.
+a collection that fits into the cache is decoded once and stays in memory, else each clip is read from its file.
 """
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from megatron_fsvideo.config import VideoDataConfig
 from megatron_fsvideo.data.shots import Shot, find_shots, split_shots
 from megatron_fsvideo.data.video import (
+    VideoError,
     VideoInfo,
     VideoReader,
     iterate_frames,
@@ -25,8 +27,7 @@ from megatron_fsvideo.data.video import (
 )
 from megatron_fsvideo.parallel.seeds import sample_generator
 
-CACHE_BYTES = 4 << 30
-"""Decoded training frames up to this size are kept in memory."""
+GIB = 1 << 30
 
 
 class ClipDataset:
@@ -36,19 +37,24 @@ class ClipDataset:
         shots: without cuts inside.
         short_side: pixels to which videos are scaled.
         seed: of the random clips.
+        max_frame_stride: random clips take every frame, every second, ... up to this, as far as the shot is long.
+        cache_gib: decoded frames up to this size are kept in memory.
 
     Raises:
         ValueError: no shots.
     """
 
-    def __init__(self, shots: Sequence[Shot], short_side: int, seed: int) -> None:
+    def __init__(
+        self, shots: Sequence[Shot], short_side: int, seed: int, max_frame_stride: int = 1, cache_gib: float = 4.0
+    ) -> None:
         if not shots:
             raise ValueError("no shots to take clips from: the videos are too short, or all of them are held out")
         self.shots = list(shots)
         self.short_side = short_side
         self.seed = seed
+        self.max_frame_stride = max_frame_stride
         self._readers: dict[str, VideoReader] = {}
-        self._frames = self._decode_all() if self._size_in_memory() <= CACHE_BYTES else None
+        self._frames = self._decode_all() if self._size_in_memory() <= cache_gib * GIB else None
 
     def random_clip(self, number: int, num_frames: int, resolution: int) -> Tensor:
         """Clip `number` of the endless random sequence: [3, num_frames, resolution, resolution] in [-1, 1]."""
@@ -59,7 +65,10 @@ class ClipDataset:
             raise ValueError(f"no shot has {num_frames} frames; the longest has {longest}")
         index = int(torch.multinomial(weights, 1, generator=generator))
         shot = self.shots[index]
-        frames = self._read(index, _draw(shot.num_frames - num_frames, generator), num_frames)
+        longest_stride = min(self.max_frame_stride, (shot.num_frames - 1) // max(1, num_frames - 1))
+        stride = 1 + _draw(longest_stride - 1, generator)
+        start = _draw(shot.num_frames - 1 - (num_frames - 1) * stride, generator)
+        frames = self._read(index, start, num_frames, stride)
         top = _draw(frames.shape[1] - resolution, generator)
         left = _draw(frames.shape[2] - resolution, generator)
         crop = frames[:, top : top + resolution, left : left + resolution]
@@ -91,14 +100,15 @@ class ClipDataset:
                 clips.append(to_unit(frames[:, top : top + resolution, left : left + resolution]))
         return torch.stack(clips)
 
-    def _read(self, index: int, offset: int, num_frames: int) -> Tensor:
-        """uint8 [num_frames, h, w, 3] of a shot, from frame `offset` of it on."""
+    def _read(self, index: int, offset: int, num_frames: int, stride: int = 1) -> Tensor:
+        """uint8 [num_frames, h, w, 3] of a shot: frames offset, offset + stride, ... of it."""
         if self._frames is not None:
-            return self._frames[index][offset : offset + num_frames]
+            return self._frames[index][offset : offset + (num_frames - 1) * stride + 1 : stride]
         shot = self.shots[index]
         if shot.path not in self._readers:
             self._readers[shot.path] = VideoReader(shot.path)
-        return resize_short_side(self._readers[shot.path].read(shot.start + offset, num_frames), self.short_side)
+        frames = self._readers[shot.path].read(shot.start + offset, num_frames, stride=stride)
+        return resize_short_side(frames, self.short_side)
 
     def _size_in_memory(self) -> int:
         sizes = {path: scaled_size(probe(path), self.short_side) for path in {shot.path for shot in self.shots}}
@@ -120,12 +130,14 @@ class ClipDataset:
 def open_clips(data: VideoDataConfig, seed: int) -> tuple[ClipDataset, ClipDataset | None]:
     """The training clips and the held-out clips (None with `holdout_every` 0) below `data.video_dir`.
 
+    Damaged files are named on stderr and skipped.
+
     Raises:
         ValueError: no folder given, no videos, or no shot long enough.
     """
     if data.video_dir is None:
         raise ValueError("no videos to train on: give --video-dir FOLDER")
-    shots = [shot for path in list_videos(Path(data.video_dir)) for shot in find_shots(path)]
+    shots = _find_all_shots(list_videos(Path(data.video_dir)))
     train, held_out = split_shots(shots, data.holdout_every)
     # Only after the split, which must not depend on the clips' length.
     train, held_out = ([shot for shot in part if shot.num_frames >= data.num_frames] for part in (train, held_out))
@@ -134,8 +146,23 @@ def open_clips(data: VideoDataConfig, seed: int) -> tuple[ClipDataset, ClipDatas
             f"holdout_every {data.holdout_every} holds out none of the {len(shots)} shots with {data.num_frames} "
             "frames: use a smaller value, or 0"
         )
-    validation = ClipDataset(held_out, data.short_side, seed) if held_out else None
-    return ClipDataset(train, data.short_side, seed), validation
+    if not train:
+        raise ValueError(
+            f"none of the {len(shots)} shots below {data.video_dir} that are left for training has {data.num_frames} "
+            "frames: lower num_frames, or give longer videos"
+        )
+    validation = ClipDataset(held_out, data.short_side, seed, cache_gib=data.cache_gib) if held_out else None
+    return ClipDataset(train, data.short_side, seed, data.max_frame_stride, data.cache_gib), validation
+
+
+def _find_all_shots(paths: Sequence[Path]) -> list[Shot]:
+    shots: list[Shot] = []
+    for path in paths:
+        try:
+            shots.extend(find_shots(path))
+        except VideoError as error:
+            print(f"skipped a damaged video: {error}", file=sys.stderr, flush=True)
+    return shots
 
 
 def scaled_size(info: VideoInfo, short_side: int) -> tuple[int, int]:

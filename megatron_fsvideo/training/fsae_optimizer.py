@@ -8,6 +8,7 @@ from torch import nn
 
 from megatron_fsvideo.config import OptimizerConfig
 from megatron_fsvideo.training.muon import Muon
+from megatron_fsvideo.training.schedule import learning_rate_factor
 
 MUON_MOMENTUM = 0.95
 
@@ -40,7 +41,7 @@ class FSAEOptimizer:
         """The update after `iteration` steps; returns the gradient norm before clipping and AdamW's rate."""
         limit = self.config.clip_grad or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        factor = learning_rate_factor(self.config, iteration, self.train_iters)
+        factor = learning_rate_factor(iteration + 1, self.train_iters, self.config)
         for optimizer, peak in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * peak
@@ -75,16 +76,3 @@ class FSAEOptimizer:
 def is_dense_kernel(parameter: nn.Parameter) -> bool:
     """Whether Muon updates it: a convolution kernel that mixes channels. A depthwise one is no matrix of anything."""
     return parameter.ndim >= 4 and parameter.shape[1] > 1
-
-
-def learning_rate_factor(config: OptimizerConfig, iteration: int, train_iters: int) -> float:
-    """Share of the peak rate after `iteration` steps: linear warm-up, constant, decay from `lr_decay_start` on."""
-    if iteration < config.lr_warmup_iters:
-        return (iteration + 1) / config.lr_warmup_iters
-    start = max(config.lr_decay_start * train_iters, config.lr_warmup_iters)
-    if config.lr_decay_style == "constant" or iteration <= start:
-        return 1.0
-    progress = min(1.0, (iteration - start) / max(1.0, train_iters - start))
-    left = 1 - progress if config.lr_decay_style == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-    lowest = config.min_lr / config.lr
-    return lowest + (1 - lowest) * left

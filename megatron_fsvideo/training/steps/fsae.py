@@ -24,10 +24,10 @@ from megatron_fsvideo.checkpoint.distributed import (
 )
 from megatron_fsvideo.checkpoint.release import MODEL_FOLDER, save_fsae
 from megatron_fsvideo.config import FSAEJob, differences, from_dict, to_dict
-from megatron_fsvideo.data.clip_dataset import ClipDataset, FrameStore, collect_shots, held_out_clips
+from megatron_fsvideo.data.clip_dataset import open_clips
 from megatron_fsvideo.evaluation.perceptual import build_perceptual_loss
-from megatron_fsvideo.evaluation.psnr import frame_psnr
-from megatron_fsvideo.evaluation.ssim import frame_ssim
+from megatron_fsvideo.evaluation.psnr import psnr_per_frame
+from megatron_fsvideo.evaluation.ssim import ssim
 from megatron_fsvideo.models.fsae import FSAE, begin_video
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, barrier
 from megatron_fsvideo.parallel.seeds import derive_seed, sample_generator
@@ -50,18 +50,13 @@ class FSAEStep:
         self.job = job
         self.pgs = pgs
         self._check_batches()
-        data = job.data
-        if data.video_dir is None:
-            raise ValueError("--video-dir is missing: name the folder of video files to train on")
-        train_shots, held_out = collect_shots(data.video_dir, data.holdout_every)
-        store = FrameStore(data.short_side, data.cache_gib)
-        self.clips = ClipDataset(
-            train_shots, store, data.num_frames, data.resolution, job.training.seed, data.max_frame_stride
-        )
+        self.clips, held_out = open_clips(job.data, job.training.seed)
         self.valid_clips: Tensor | None = None
         if job.training.eval_iters > 0:
+            if held_out is None:
+                raise ValueError("eval_iters is positive, but no shot is held out: set holdout_every")
             count = job.training.eval_iters * job.training.global_batch_size
-            self.valid_clips, _ = held_out_clips(held_out, store, data.num_frames, data.valid_side, count)
+            self.valid_clips = held_out.fixed_clips(count, job.data.num_frames, job.data.valid_side)
 
         torch.manual_seed(derive_seed(job.training.seed, "fsae"))
         self.model = FSAE(job.model).to(pgs.device)
@@ -115,10 +110,10 @@ class FSAEStep:
                 video = clip.unsqueeze(0).to(self.pgs.device)
                 with self._autocast():
                     reconstruction = self.model(video)[0].float()
-                psnr, ssim = frame_psnr(reconstruction, video), frame_ssim(reconstruction, video)
-                sums += torch.stack([psnr.mean(), psnr[0, -1], ssim.mean(), torch.ones_like(ssim[0, 0])]).double()
-        psnr, last_psnr, ssim, count = all_reduce_sum(sums, self.pgs.dp).tolist()
-        return {"psnr": psnr / count, "psnr_last_frame": last_psnr / count, "ssim": ssim / count}
+                psnr, similarity = psnr_per_frame(reconstruction, video)[0], ssim(reconstruction, video)[0]
+                sums += torch.stack([psnr.mean(), psnr[-1], similarity, torch.ones_like(similarity)])
+        psnr_sum, last_sum, ssim_sum, count = all_reduce_sum(sums, self.pgs.dp).tolist()
+        return {"psnr": psnr_sum / count, "psnr_last_frame": last_sum / count, "ssim": ssim_sum / count}
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint into `--save`: a release folder `model`, which others load, and what training needs."""
@@ -165,7 +160,7 @@ class FSAEStep:
     def _forward_backward(self, first: int, size: int, num_frames: int, weight: float) -> dict[str, Tensor]:
         """Gradients of one micro-batch are added, weighted; returns its loss and the loss's parts."""
         seed, strength = self.job.training.seed, self.job.losses.latent_noise
-        video = self.clips.batch(first, size, num_frames).to(self.pgs.device)
+        video = self.clips.random_batch(first, size, num_frames, self.job.data.resolution).to(self.pgs.device)
         noise = None
         if strength > 0:
             side = video.shape[-1] // self.model.spatial_factor
