@@ -51,11 +51,12 @@ def load_dit(folder: str | Path, parallel: ParallelConfig, pgs: ProcessGroups, u
     return LoadedDiT(model.eval().requires_grad_(False), job, record["data"], iteration)
 
 
-def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.device) -> FSAE:
+def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.device, dtype: torch.dtype) -> FSAE:
     """The autoencoder that made the training latents.
 
     Args:
         data: from the checkpoint.
+        dtype: of its weights and activations.
         override: where it is now, when it has moved.
 
     Raises:
@@ -71,7 +72,7 @@ def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.d
             f"the DiT was trained on latents of the autoencoder {expected[:12]}, {path} is {found[:12]}: "
             "its latents mean something else to this autoencoder"
         )
-    return fsae
+    return fsae.to(dtype)
 
 
 def _load_weights(model: DiTModel, folder: Path, iteration: int, averaged: bool) -> None:

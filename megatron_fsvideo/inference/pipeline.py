@@ -99,7 +99,8 @@ class ImageToVideoPipeline:
         progress: Progress,
     ) -> Tensor:
         """Normalised latents [b, c, t, h, w]."""
-        encoded = (self.fsae.encode(first_frames) - self.latent_mean) / self.latent_std  # (b, c, 1, h, w)
+        encoded = self.fsae.encode(first_frames.to(self._fsae_dtype)).float()
+        encoded = (encoded - self.latent_mean) / self.latent_std  # (b, c, 1, h, w)
         num_latent_frames = 1 + (self.bucket.num_frames - 1) // self.fsae.temporal_factor
         shape = (*encoded.shape[:2], num_latent_frames, *encoded.shape[3:])
         image = self._image_features(first_frames)
@@ -117,7 +118,12 @@ class ImageToVideoPipeline:
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [b, c, t, h, w] -> uint8 [b, f, height, width, 3]."""
-        return from_unit(self.fsae.decode(latents * self.latent_std + self.latent_mean))
+        restored = latents * self.latent_std + self.latent_mean
+        return from_unit(self.fsae.decode(restored.to(self._fsae_dtype)))
+
+    @property
+    def _fsae_dtype(self) -> torch.dtype:
+        return next(self.fsae.parameters()).dtype
 
     def _velocity(self, condition: tuple[Tensor, Tensor], text: Tensor | None, image: Tensor | None) -> Velocity:
         """The model as a velocity of whole latents under one condition."""

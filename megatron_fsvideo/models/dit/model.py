@@ -111,8 +111,12 @@ class DiTModel(MegatronModule):
         self.block.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Megatron's, with the copies of the condition embedder on later stages told apart as replicas."""
+        """The weights, with the copies of the condition embedder on later stages told apart as replicas.
+
+        Megatron's `_extra_state` entries are left out: pickles that hold nothing here.
+        """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state = {key: tensor for key, tensor in state.items() if not key.endswith("_extra_state")}
         for key, tensor in state.items():
             if key.startswith(f"{prefix}condition_embedder."):
                 tensor.replica_id = (self.pgs.pp_rank, *tensor.replica_id[1:])
