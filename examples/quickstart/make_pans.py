@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_fsvideo.config import parse_job, run_script
+from megatron_fsvideo.config import FSAE_PRESETS, parse_job, run_script
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.shots import Shot, find_shots, split_shots
 from megatron_fsvideo.data.video import VideoReader, list_videos, resize_and_crop, resize_short_side, write_video
@@ -58,8 +58,8 @@ class PanFlags:
     """Clips of real motion from training shots, beside the pans."""
     heldout_frames: int = 8
     """First frames from held-out shots; each gives four clips, one per direction."""
-    holdout_every: int = 4
-    """Every n-th shot of each film is held out; as in the autoencoder's training."""
+    holdout_every: int = FSAE_PRESETS["fsae_quickstart"]["holdout_every"]
+    """Every n-th shot of each film is held out; the autoencoder's training must hold out the same."""
     bucket: str = "9x96x96"
     """Shape of the clips, frames x height x width."""
     travel: int = 24

@@ -1,7 +1,12 @@
 """Preprocessing: restart, any number of processes, reuse by key, refusals, bad videos."""
 
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,8 @@ from data_fixtures import (
     write_manifest,
 )
 
+from megatron_fsvideo.checkpoint.release import save_fsae
+from megatron_fsvideo.config import FSAEConfig
 from megatron_fsvideo.data.clips import (
     VideoEntry,
     expand,
@@ -26,6 +33,9 @@ from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.latent_shards import ShardError, find_manifests, read_json, read_manifest, read_sample
 from megatron_fsvideo.data.preprocessing import preprocess
 from megatron_fsvideo.data.video import VideoReader, read_video, to_unit, write_video
+from megatron_fsvideo.models.fsae import FSAE
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -197,3 +207,96 @@ def test_many_clips_in_one_file(tmp_path):
         scene = scenes[int(sample.record["caption"].split()[1])]
         expected = encoders.autoencoder.encode(to_unit(scene)[None])[0]
         assert (sample.latents.float() - expected).square().mean() < 0.02 * expected.square().mean()
+
+
+# ---- the tool itself, with a real (tiny, random) autoencoder
+
+
+@pytest.fixture(scope="module")
+def fsae(tmp_path_factory):
+    """A release folder of an autoencoder with spatial factor 4."""
+    torch.manual_seed(0)
+    config = FSAEConfig(
+        widths=(8, 16, 16),
+        encoder_depths=(0, 1, 1),
+        decoder_depths=(0, 1, 1),
+        attention_stages=1,
+        latent_channels=4,
+        attention_head_dim=8,
+    )
+    folder = tmp_path_factory.mktemp("fsae") / "release"
+    save_fsae(folder, FSAE(config))
+    return folder
+
+
+def load_tool():
+    """The tool as a module, for tests that need no process of its own."""
+    spec = importlib.util.spec_from_file_location("preprocess_latents", ROOT / "tools" / "preprocess_latents.py")
+    module = importlib.util.module_from_spec(spec)
+    # Where dataclasses and inspect look for the source of the flags.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_tool(*arguments: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """Run tools/preprocess_latents.py as a user does."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, str(ROOT / "tools" / "preprocess_latents.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def test_tool_with_two_processes_equals_one(tmp_path, entries, fsae):
+    manifest = write_manifest(tmp_path / "videos" / "m.jsonl", entries)
+    for name, processes in (("one", 1), ("two", 2)):
+        result = run_tool(
+            "--manifest", manifest, "--fsae", fsae, "--output", tmp_path / name, "--buckets", "9x32x32",
+            "--samples-per-shard", "4", "--dtype", "fp32", processes=processes,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert "complete" in result.stderr
+    assert folder_bytes(tmp_path / "one") == folder_bytes(tmp_path / "two")
+    assert len(LatentDataset([str(tmp_path / "two")])) == 10
+
+
+BAD_INPUT = {
+    "frames": (["--buckets", "10x32x32"], "a clip of 10 frames: the count must be 4k+1; try 9 or 13"),
+    "size": (["--buckets", "9x30x32"], "height 30 is not a multiple of the autoencoder's spatial factor 4; try 28"),
+    "text": (["--buckets", "9x32x32", "--text-encoder", "minilm"], "1 of 1 videos have no caption"),
+    "autoencoder": (["--buckets", "9x32x32", "--fsae", "/nowhere"], "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_tool_refuses_bad_input_with_one_line(tmp_path, fsae, case, monkeypatch):
+    flags, message = BAD_INPUT[case]
+    write_video(tmp_path / "videos" / "a.mp4", moving_video(9, 32, 32), 8)
+    base = {"--video-dir": tmp_path / "videos", "--fsae": fsae, "--output": tmp_path / "out"}
+    given = base | dict(zip(flags[::2], flags[1::2], strict=True))
+    monkeypatch.setattr(sys, "argv", ["preprocess_latents.py", *(str(x) for pair in given.items() for x in pair)])
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        load_tool().main()
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tool_ends_with_an_error_code_on_a_truncated_video_and_a_corrupt_shard(tmp_path, entries, fsae):
+    manifest = write_manifest(tmp_path / "videos" / "m.jsonl", entries)
+    arguments = ("--manifest", manifest, "--fsae", fsae, "--output", tmp_path / "out", "--buckets", "9x32x32")
+    video = tmp_path / "videos" / "video4.mp4"
+    whole = video.read_bytes()
+    video.write_bytes(whole[: len(whole) // 2])
+    result = run_tool(*arguments)
+    assert result.returncode == 1 and not (tmp_path / "out" / "dataset.json").exists()
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: 1 of 10 videos cannot be read, more than --max-bad-fraction 0.01; the last: ")
+    assert "video4.mp4" in last
+    video.write_bytes(whole)
+    assert run_tool(*arguments).returncode == 0
+    tar = next((tmp_path / "out" / "shards").glob("*.tar"))
+    tar.write_bytes(tar.read_bytes()[:999])
+    before = folder_bytes(tmp_path / "out")
+    result = run_tool(*arguments)
+    assert result.returncode == 1 and folder_bytes(tmp_path / "out") == before
+    assert "corrupt shard: 999 bytes" in result.stderr.strip().splitlines()[-1]
