@@ -1,0 +1,84 @@
+"""Imports point one way, and parallelism has one home (CONTRIBUTING.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_fsvideo"
+
+# A package may import those of lower rank, and itself.
+RANK = {
+    "config": 0,
+    "diffusion": 0,
+    "parallel": 1,
+    "kernels": 1,
+    "models": 2,
+    "data": 3,
+    "checkpoint": 4,
+    "evaluation": 4,
+    "training": 5,
+    "inference": 5,
+}
+# torch.distributed modules that are no communication.
+HARMLESS = ("torch.distributed.checkpoint",)
+
+
+def imported_modules(path: Path) -> list[str]:
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules += [node.module] + [f"{node.module}.{alias.name}" for alias in node.names]
+    return modules
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for module in imported_modules(path):
+        parts = module.split(".")
+        if parts[0] != "megatron_fsvideo" or len(parts) < 2 or here == "__init__":
+            continue
+        there = parts[1]
+        if there != here:
+            assert RANK[there] < RANK[here], f"{here} imports {module}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_parallel_communicates(path):
+    here = path.relative_to(PACKAGE).parts[0]
+    if here == "parallel":
+        return
+    for module in imported_modules(path):
+        assert not module.startswith("megatron.core.parallel_state"), f"{path} imports {module}"
+        if module.startswith("torch.distributed") and not module.startswith(HARMLESS):
+            # A process group may be named as a type; every operation on one is a function of parallel/.
+            allowed = module in ("torch.distributed", "torch.distributed.ProcessGroup")
+            assert allowed, f"{path} imports {module}"
+
+
+def test_nothing_but_parallel_calls_torch_distributed():
+    for path in SOURCES:
+        if path.relative_to(PACKAGE).parts[0] == "parallel":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and ast.unparse(node).startswith(("torch.distributed.", "dist.")):
+                assert ast.unparse(node).startswith(
+                    ("torch.distributed.checkpoint", "torch.distributed.ProcessGroup")
+                ), f"{path}:{node.lineno} uses {ast.unparse(node)}"
+
+
+def test_the_mathematics_imports_torch_only():
+    for path in (PACKAGE / "diffusion").rglob("*.py"):
+        for module in imported_modules(path):
+            root = module.split(".")[0]
+            assert root in ("torch", "collections") or module.startswith("megatron_fsvideo.diffusion"), (
+                f"{path} imports {module}"
+            )
