@@ -12,7 +12,7 @@ class DataConfig:
     valid_data_path: tuple[str, ...] = ()
     """Latent dataset folders for validation, spelled like data_path."""
     num_workers: int = 0
-    """Processes that read data ahead; 0 reads in the training process."""
+    """Threads that read ahead; 0 reads when a batch is asked for."""
     max_bad_fraction: float = 0.01
     """A larger share of unreadable samples stops the run; below it they are skipped and named."""
 

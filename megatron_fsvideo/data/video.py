@@ -59,7 +59,8 @@ def probe(path: str | Path) -> VideoInfo:
     Raises:
         VideoError: not a video, or fewer packets than the header promises (a truncated file).
     """
-    with _opened(path) as (container, stream):
+    container, stream = _open(path)
+    with container:
         return _probe(path, container, stream)[0]
 
 
@@ -72,7 +73,8 @@ def iterate_frames(path: str | Path, size: tuple[int, int] | None = None) -> Ite
     Raises:
         VideoError: the file is damaged or ends before the frame its header promises.
     """
-    with _opened(path) as (container, stream):
+    container, stream = _open(path)
+    with container:
         promised = stream.frames
         count = 0
         for frame in _decode(path, container, stream):
@@ -119,9 +121,10 @@ class VideoReader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
-        with _opened(path) as (container, stream):
+        container, stream = _open(path)
+        with container:
             self.info, self._timestamps = _probe(path, container, stream)
-        self._open: _opened | None = None
+        self._container: Any = None
         self._decoder: Iterator[Any] = iter(())
         self._position = 0
 
@@ -133,9 +136,9 @@ class VideoReader:
 
     def close(self) -> None:
         """Close the file; reading again opens it."""
-        if self._open is not None:
-            self._open.__exit__()
-            self._open = None
+        if self._container is not None:
+            self._container.close()
+            self._container = None
 
     def read(
         self,
@@ -162,10 +165,10 @@ class VideoReader:
 
     def _range(self, first: int, last: int) -> list[Any]:
         """Decoded frames first..last, both included."""
-        if self._open is None or first < self._position or first > self._position + SEEK_FROM:
+        if self._container is None or first < self._position or first > self._position + SEEK_FROM:
             if first >= SEEK_FROM and (frames := self._seek(first, last)) is not None:
                 return frames
-            if self._open is None or first < self._position:
+            if self._container is None or first < self._position:
                 self._restart()
         frames = list(islice(self._decoder, first - self._position, last + 1 - self._position))
         if len(frames) < last + 1 - first:
@@ -176,10 +179,9 @@ class VideoReader:
 
     def _restart(self) -> tuple[Any, Any]:
         self.close()
-        self._open = _opened(self.path)
-        container, stream = self._open.__enter__()
-        self._decoder, self._position = _decode(self.path, container, stream), 0
-        return container, stream
+        self._container, stream = _open(self.path)
+        self._decoder, self._position = _decode(self.path, self._container, stream), 0
+        return self._container, stream
 
     def _seek(self, first: int, last: int) -> list[Any] | None:
         """Frames first..last by a seek, or None (and a restart due) unless it gave exactly their timestamps."""
@@ -296,29 +298,20 @@ def _resize(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return scaled.movedim(1, -1).contiguous()
 
 
-class _opened:
-    """`with _opened(path) as (container, stream)`: PyAV's errors become VideoError with the file's name."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
-        self.container: Any = None
-
-    def __enter__(self) -> tuple[Any, Any]:
-        if not Path(self.path).is_file():
-            raise VideoError(f"{self.path}: no such file")
-        try:
-            self.container = av.open(str(self.path))
-        except (av.FFmpegError, OSError) as error:
-            raise VideoError(f"{self.path}: not a readable video, truncated or damaged ({error.strerror})") from error
-        if not self.container.streams.video:
-            self.container.close()
-            raise VideoError(f"{self.path}: has no video stream")
-        stream = self.container.streams.video[0]
-        stream.thread_type = "AUTO"
-        return self.container, stream
-
-    def __exit__(self, *error: object) -> None:
-        self.container.close()
+def _open(path: str | Path) -> tuple[Any, Any]:
+    """(container, video stream); close the container. PyAV's errors become VideoError with the file's name."""
+    if not Path(path).is_file():
+        raise VideoError(f"{path}: no such file")
+    try:
+        container = av.open(str(path))
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(f"{path}: not a readable video, truncated or damaged ({error.strerror})") from error
+    if not container.streams.video:
+        container.close()
+        raise VideoError(f"{path}: has no video stream")
+    stream = container.streams.video[0]
+    stream.thread_type = "AUTO"
+    return container, stream
 
 
 def _probe(path: str | Path, container: Any, stream: Any) -> tuple[VideoInfo, list[int] | None]:
