@@ -68,6 +68,18 @@ def test_a_hostile_entry_among_the_tensors_runs_no_code(data: Path, saved: Path,
     assert not canary.exists()
 
 
+@pytest.mark.parametrize("pattern", ["*.distcp", ".metadata", "common.pt", "job.json"])
+@pytest.mark.parametrize("kept", [100, None], ids=["truncated", "missing"])
+def test_a_damaged_checkpoint_is_one_line(data: Path, saved: Path, tmp_path: Path, pattern: str, kept: int) -> None:
+    folder = _copy(saved, tmp_path / "run")
+    (path,) = iteration_folder(folder, SAVED).glob(pattern)
+    content = path.read_bytes()
+    path.unlink()
+    if kept:
+        path.write_bytes(content[:kept])
+    _expect_one_line(debug_arguments(data, folder), tmp_path / "log", iteration_folder(folder, SAVED).name)
+
+
 def test_another_architecture_is_refused_by_name(data: Path, saved: Path, tmp_path: Path) -> None:
     argv = debug_arguments(data, saved, "--num-layers", "3", "--ffn-hidden-size", "64")
     _expect_one_line(argv, tmp_path / "log", "num_layers", "2", "3", "ffn_hidden_size", "96", "64")
@@ -107,3 +119,12 @@ def _expect_one_line(argv: list[str], log: Path, *parts: str) -> None:
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     for part in parts:
         assert part in line
+
+
+def test_a_checkpoint_is_not_overwritten_by_a_run_that_does_not_continue_it(
+    data: Path, saved: Path, tmp_path: Path
+) -> None:
+    folder = _copy(saved, tmp_path / "run")
+    argv = debug_arguments(data, folder)
+    place = argv.index("--load")
+    _expect_one_line([*argv[:place], *argv[place + 2 :]], tmp_path / "log", str(folder), "overwrite", "--load")

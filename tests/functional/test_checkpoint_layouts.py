@@ -63,13 +63,13 @@ def test_distributed_optimizer_saved_at_dp2(extra, world_size, data, tmp_path):
     assert got == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("bf16", ["--no-bf16", "--bf16"])
-def test_muon_saved_at_tp2_continues_in_one_process(bf16, data, tmp_path):
-    muon = ["--optimizer", "muon", bf16]
-    expected = save_at(data, tmp_path / "saved", muon + TP2, 2)
-    got = continue_in(data, tmp_path / "saved", tmp_path / "continued", muon, 1)
+@pytest.mark.parametrize(("kind", "bf16"), [("muon", "--no-bf16"), ("muon", "--bf16"), ("adam", "--bf16")])
+def test_saved_at_tp2_continues_in_one_process_and_exactly_at_tp2(kind, bf16, data, tmp_path):
+    flags = ["--optimizer", kind, bf16]
+    expected = save_at(data, tmp_path / "saved", flags + TP2, 2)
+    got = continue_in(data, tmp_path / "saved", tmp_path / "continued", flags, 1)
     assert got == pytest.approx(expected, rel=1e-5 if bf16 == "--no-bf16" else 2e-2)
-    again = continue_in(data, tmp_path / "saved", tmp_path / "again", muon + TP2, 2)
+    again = continue_in(data, tmp_path / "saved", tmp_path / "again", flags + TP2, 2)
     assert again == expected
 
 

@@ -166,10 +166,16 @@ class DiTStep:
         """Continue from `--load`, if there is a checkpoint in it.
 
         Raises:
-            ValueError: the checkpoint is of another architecture or autoencoder, or damaged.
+            ValueError: the checkpoint is of another architecture or autoencoder, or damaged; or `--save` holds one that
+                would be overwritten.
         """
         checkpoint = self.job.checkpoint
         if checkpoint.load is None:
+            if checkpoint.save is not None and latest_iteration(Path(checkpoint.save)) is not None:
+                raise ValueError(
+                    f"--save {checkpoint.save} holds a checkpoint, which this run would overwrite: add "
+                    f"--load {checkpoint.save} to continue it, or save into another folder"
+                )
             return TrainState()
         folder = Path(checkpoint.load)
         iteration = latest_iteration(folder)
