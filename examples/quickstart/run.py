@@ -87,9 +87,15 @@ def train_autoencoder(phases: Phases, out: Path, videos: Path, long: bool) -> No
     fsae = out / "fsae"
     command = ["python", "pretrain_fsae.py", "--preset", "fsae_quickstart", "--video-dir", videos]
     command += ["--save", fsae, "--load", fsae, "--save-interval", "200", "--tensorboard-dir", out / "fsae-logs"]
-    phases.run("train_fsae", *command, *_longer("fsae_quickstart", long))
+    images = FSAE_PRESETS["fsae_quickstart"]["image_warmup_iters"]
+    longer = ["--image-warmup-iters", str(4 * images)] if long else []
+    phases.run("train_fsae", *command, *_longer("fsae_quickstart", long), *longer)
+    preset = FSAE_PRESETS["fsae_quickstart"]
     command = ["python", "tools/evaluate_fsae.py", "--load", fsae, "--video-dir", videos]
-    phases.run("evaluate_fsae", *command, "--output-dir", out / "fsae-evaluation")
+    command += ["--resolution", str(preset["valid_resolution"])]
+    for name in ("num_frames", "short_side", "holdout_every"):
+        command += ["--" + name.replace("_", "-"), str(preset[name])]
+    phases.run("evaluate_fsae", *command, "--out", out / "fsae-evaluation" / "evaluation.json")
 
 
 def make_latents(phases: Phases, out: Path, videos: Path) -> None:

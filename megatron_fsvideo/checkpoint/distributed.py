@@ -79,7 +79,7 @@ def save_checkpoint(
     if pgs.is_rank_zero:
         write_text_atomically(target / JOB_FILE, json.dumps(record, indent=1) + "\n")
         write_text_atomically(folder / LATEST_FILE, f"{iteration}\n")
-        _remove_old(folder, iteration, keep)
+        remove_old_checkpoints(folder, iteration, keep)
     barrier()
 
 
@@ -121,7 +121,8 @@ def write_text_atomically(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _remove_old(folder: Path, newest: int, keep: int) -> None:
+def remove_old_checkpoints(folder: Path, newest: int, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints up to `newest`; 0 deletes none."""
     if keep <= 0:
         return
     # Later ones are leftovers of a run that was restarted from an earlier checkpoint.

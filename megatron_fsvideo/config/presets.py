@@ -88,6 +88,7 @@ FSAE_PRESETS: dict[str, Preset] = {
         "ema_decay": 0.0,
         "num_frames": 17,
         "resolution": 64,
+        "valid_resolution": 128,
         "short_side": 144,
         "holdout_every": 5,
         "perceptual_weight": 0.0,

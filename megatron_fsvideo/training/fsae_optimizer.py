@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from megatron_fsvideo.config import OptimizerConfig
+from megatron_fsvideo.models.fsae.layers import CausalConv3d
 from megatron_fsvideo.training.muon import Muon
 from megatron_fsvideo.training.schedule import learning_rate_factor
 
@@ -24,17 +25,17 @@ class FSAEOptimizer:
         self.config = config
         self.train_iters = train_iters
         self.parameters = list(model.parameters())
-        kernels = [p for p in self.parameters if config.optimizer == "muon" and is_dense_kernel(p)]
-        taken = {id(p) for p in kernels}
-        others = [p for p in self.parameters if id(p) not in taken]
-        decayed = {"params": [p for p in others if p.ndim > 1], "weight_decay": config.weight_decay}
-        undecayed = {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0}
-        adam = torch.optim.AdamW(
-            [decayed, undecayed], config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps
-        )
+        dense = dense_kernels(model)
+        taken = {id(p) for p in dense}
+        others = {"params": [p for p in self.parameters if id(p) not in taken], "weight_decay": 0.0}
+        adam_groups = [others]
+        if config.optimizer == "adam":
+            adam_groups.append({"params": dense, "weight_decay": config.weight_decay})
+        betas = (config.adam_beta1, config.adam_beta2)
+        adam = torch.optim.AdamW(adam_groups, config.lr, betas=betas, eps=config.adam_eps)
         self._optimizers: list[tuple[torch.optim.Optimizer, float]] = [(adam, config.lr)]
-        if kernels:
-            muon = Muon(kernels, config.muon_lr, MUON_MOMENTUM, config.weight_decay)
+        if config.optimizer == "muon":
+            muon = Muon(dense, config.muon_lr, MUON_MOMENTUM, config.weight_decay)
             self._optimizers.append((muon, config.muon_lr))
 
     def step(self, iteration: int) -> tuple[float, float]:
@@ -73,6 +74,7 @@ class FSAEOptimizer:
             optimizer.load_state_dict(state)
 
 
-def is_dense_kernel(parameter: nn.Parameter) -> bool:
-    """Whether Muon updates it: a convolution kernel that mixes channels. A depthwise one is no matrix of anything."""
-    return parameter.ndim >= 4 and parameter.shape[1] > 1
+def dense_kernels(model: nn.Module) -> list[nn.Parameter]:
+    """Kernels of ungrouped convolutions: what Muon updates and weight decay reaches. A grouped one is no matrix."""
+    convolutions = (CausalConv3d, nn.Conv2d, nn.Conv3d)
+    return [m.weight for m in model.modules() if isinstance(m, convolutions) and m.groups == 1]

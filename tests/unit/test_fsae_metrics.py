@@ -189,7 +189,7 @@ def test_optimizer_deals_weights_and_clips() -> None:
     grad_norm, rate = optimizer.step(0)
     assert grad_norm == pytest.approx(norm, rel=1e-5) and rate == 0.01
     dense, *others = [(p.detach() - q).abs() for p, q in zip(model.parameters(), before, strict=True)]
-    # AdamW's first step is its rate; a matrix of equal elements has rank 1 and Muon spreads one singular value.
+    # AdamW's first step is its rate; a grouped kernel is AdamW's; a matrix of equal elements has rank 1 and Muon spreads one singular value.
     for moved in others:
         assert torch.allclose(moved, torch.tensor(0.01), rtol=1e-3)
     assert float(dense.norm()) == pytest.approx(0.1, rel=0.3)

@@ -161,7 +161,7 @@ def test_a_resumed_run_is_the_unbroken_one(video_dir: Path, tmp_path: Path, pgs:
     # Two image steps of 4, then 2 clips or, drawn, 4 images.
     assert state.iteration == 6 and 4 + 4 + 4 * 2 <= state.consumed_samples <= 6 * 4
 
-    # Interrupted where the image phase ends, and once more.
+    # Interrupted where the image phase ends, and once more. One checkpoint is kept.
     for exit_interval in (2, 1, 6):
         folder = str(tmp_path / "b")
         resumed, _ = run(
@@ -172,6 +172,7 @@ def test_a_resumed_run_is_the_unbroken_one(video_dir: Path, tmp_path: Path, pgs:
                 tensorboard_dir=folder,
                 eval_iters=1,
                 exit_interval=exit_interval,
+                keep_checkpoints=1,
             ),
             pgs,
         )
@@ -188,7 +189,8 @@ def test_a_resumed_run_is_the_unbroken_one(video_dir: Path, tmp_path: Path, pgs:
     loaded = load_fsae(tmp_path / "b")
     assert torch.equal(loaded.encoder.conv_out.weight, resumed.ema.weights["encoder.conv_out.weight"])
     assert not torch.equal(loaded.encoder.conv_out.weight, resumed.model.encoder.conv_out.weight)
-    assert load_fsae(tmp_path / "b" / "iter_0000002" / "model").latent_channels == 4
+    assert [path.name for path in sorted((tmp_path / "b").glob("iter_*"))] == ["iter_0000006"]
+    assert load_fsae(tmp_path / "a" / "iter_0000006" / "model").latent_channels == 4
 
     finetune = FSAEStep(debug_job(video_dir, load=str(tmp_path / "b"), finetune=True), pgs)
     state = finetune.load()

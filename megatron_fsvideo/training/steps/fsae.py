@@ -20,6 +20,7 @@ from megatron_fsvideo.checkpoint.distributed import (
     iteration_folder,
     latest_iteration,
     read_record,
+    remove_old_checkpoints,
     write_text_atomically,
 )
 from megatron_fsvideo.checkpoint.release import MODEL_FOLDER, save_fsae
@@ -132,6 +133,7 @@ class FSAEStep:
             torch.save(content, target / TRAINING_FILE)
             write_text_atomically(target / JOB_FILE, json.dumps({"job": to_dict(self.job)}, indent=1) + "\n")
             write_text_atomically(target.parent / LATEST_FILE, f"{state.iteration}\n")
+            remove_old_checkpoints(target.parent, state.iteration, self.job.checkpoint.keep_checkpoints)
         barrier()
 
     def load(self) -> TrainState:

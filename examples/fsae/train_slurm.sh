@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Train the video autoencoder on a SLURM cluster, one process per GPU.
+#
+#   sbatch --nodes 4 examples/fsae/train_slurm.sh
+#
+# A requeued job continues from the newest checkpoint.
+#SBATCH --job-name=pretrain_fsae
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --requeue
+set -euo pipefail
+
+export VIDEO_DIR=${VIDEO_DIR:-data/videos}
+export VGG16=${VGG16:-vgg16_lpips.safetensors}
+export SAVE=${SAVE:-runs/fsae}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
+export MASTER_PORT=${MASTER_PORT:-29500}
+
+# shellcheck disable=SC2016
+srun bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec "$@"' pretrain \
+  python pretrain_fsae.py \
+  --preset fsae_causal \
+  --video-dir "$VIDEO_DIR" \
+  --holdout-every 50 \
+  --num-frames 17 \
+  --resolution 256 \
+  --short-side 256 \
+  --perceptual-trunk-path "$VGG16" \
+  --micro-batch-size 2 \
+  --global-batch-size 64 \
+  --image-batch-size 128 \
+  --train-iters 200000 \
+  --eval-interval 2000 \
+  --eval-iters 1 \
+  --save "$SAVE" \
+  --load "$SAVE" \
+  --save-interval 1000 \
+  --keep-checkpoints 3 \
+  --tensorboard-dir "$SAVE/logs"

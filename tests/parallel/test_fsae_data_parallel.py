@@ -1,0 +1,57 @@
+"""The autoencoder on two gloo processes makes the losses and weights of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, ParallelConfig, build_job
+from megatron_fsvideo.data.video import write_video
+from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.training.state import TrainState
+from megatron_fsvideo.training.steps.fsae import FSAEStep
+from tests.parallel.harness import run_workers
+
+
+@pytest.fixture(scope="module")
+def video_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    generator = torch.Generator().manual_seed(0)
+    texture = torch.rand(3, 8, 8, generator=generator)
+    texture = torch.nn.functional.interpolate(texture[None], (40, 40), mode="bilinear")[0] * 255
+    frames = torch.stack([texture.roll(k, dims=2) for k in range(24)]).movedim(1, -1).to(torch.uint8)
+    write_video(folder / "film.mp4", frames, fps=25)
+    return folder
+
+
+def train_steps(job: FSAEJob) -> tuple[list[float], list[float], torch.Tensor]:
+    """Losses, gradient norms and all weights after the job's iterations."""
+    pgs = groups.initialize(ParallelConfig())
+    step, state = FSAEStep(job, pgs), TrainState()
+    losses, norms = [], []
+    for _ in range(job.training.train_iters):
+        result = step.train_step(state)
+        state.advance(result.num_samples)
+        losses.append(result.metrics["loss"])
+        norms.append(result.metrics["grad_norm"])
+    groups.shutdown()
+    return losses, norms, torch.cat([p.detach().flatten() for p in step.model.parameters()])
+
+
+def test_two_processes_are_one(video_dir: Path) -> None:
+    values = {"video_dir": str(video_dir), "train_iters": 4, "image_warmup_iters": 2, "image_batch_size": 4}
+    values |= {"micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-3, "adam_eps": 1e-4, "ema_decay": 0.0}
+    job = build_job(FSAEJob, FSAE_PRESETS["fsae_debug"] | values)
+    ((losses, norms, weights),) = run_workers(train_steps, 1, job)
+    for other_losses, other_norms, other_weights in run_workers(train_steps, 2, job):
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        assert other_norms[0] == pytest.approx(norms[0], rel=1e-5)
+        # L1's gradient is a sign: once the weights differ in the last digit, single pixels change sides.
+        assert other_norms == pytest.approx(norms, rel=2e-3)
+        assert (other_weights - weights).norm() / weights.norm() < 1e-4
+
+
+def test_batches_that_do_not_divide_are_refused(video_dir: Path) -> None:
+    values = {"video_dir": str(video_dir), "micro_batch_size": 1, "global_batch_size": 3}
+    with pytest.raises(AssertionError, match="global_batch_size 3 is not a multiple of micro_batch_size 1 x 2"):
+        run_workers(train_steps, 2, build_job(FSAEJob, FSAE_PRESETS["fsae_debug"] | values))
