@@ -74,6 +74,8 @@ class FSAETrainingConfig:
     """Weight of the L1 distance of spatial image gradients."""
     multiscale_weight: float = 0.0
     """Weight of the L1 distance of 2x and 4x averaged frames."""
+    latent_penalty: float = 0.0
+    """Weight of max(0, mean square of the latents - 1): it keeps their scale near 1 where the steps are large."""
     image_fraction: float = 0.0
     """Share of batches that are single frames."""
     image_warmup_iters: int = 0

@@ -15,7 +15,7 @@ from megatron_fsvideo.evaluation.psnr import psnr, psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
 from megatron_fsvideo.training.fsae_optimizer import FSAEOptimizer
 from megatron_fsvideo.training.muon import Muon, orthogonalize
-from megatron_fsvideo.training.steps.fsae_objective import draw_latent_noise, reconstruction_loss
+from megatron_fsvideo.training.steps.fsae_objective import draw_latent_noise, latent_penalty, reconstruction_loss
 
 CPU = torch.device("cpu")
 
@@ -90,6 +90,15 @@ def test_losses_are_weighted_means() -> None:
         assert torch.allclose(parts[name], value)
     total = 2 * expected["l1"] + 0.5 * expected["gradient"] + 0.25 * expected["multiscale"]
     assert torch.allclose(loss, total)
+
+
+def test_latents_are_pulled_back_to_unit_size_only() -> None:
+    latents = torch.full((1, 2, 1, 2, 2), 3.0, requires_grad=True)
+    penalty = latent_penalty(latents)
+    assert penalty == 8.0
+    penalty.backward()
+    assert torch.allclose(latents.grad, torch.full_like(latents, 6.0 / latents.numel()))
+    assert latent_penalty(torch.full((1, 2, 1, 2, 2), 0.9)) == 0
 
 
 def test_latent_noise_belongs_to_the_sample() -> None:
@@ -189,7 +198,7 @@ def test_optimizer_deals_weights_and_clips() -> None:
     grad_norm, rate = optimizer.step(0)
     assert grad_norm == pytest.approx(norm, rel=1e-5) and rate == 0.01
     dense, *others = [(p.detach() - q).abs() for p, q in zip(model.parameters(), before, strict=True)]
-    # AdamW's first step is its rate; a grouped kernel is AdamW's; a matrix of equal elements has rank 1 and Muon spreads one singular value.
+    # AdamW's first step is its rate, also for the grouped kernel; Muon's step on a matrix of rank 1 has norm 1.
     for moved in others:
         assert torch.allclose(moved, torch.tensor(0.01), rtol=1e-3)
     assert float(dense.norm()) == pytest.approx(0.1, rel=0.3)

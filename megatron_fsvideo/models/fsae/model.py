@@ -49,8 +49,8 @@ class FSAE(nn.Module):
         latents = self.encode(video)
         if latent_noise is None:
             return self.decode(latents), latents
-        # Measured on the latents, so that the encoder cannot escape the noise by making them large.
-        scale = latents.detach().float().std(dim=(0, 2, 3, 4), keepdim=True)
+        # With its gradient: a constant scale would reward larger latents, which grow without bound then.
+        scale = latents.float().std(dim=(0, 2, 3, 4), keepdim=True)
         return self.decode(latents + (scale * latent_noise).to(latents.dtype)), latents
 
     def encode(self, video: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from megatron_fsvideo.parallel.seeds import derive_seed, sample_generator
 from megatron_fsvideo.training.ema import EMA
 from megatron_fsvideo.training.fsae_optimizer import FSAEOptimizer
 from megatron_fsvideo.training.state import StepResult, TrainState
-from megatron_fsvideo.training.steps.fsae_objective import draw_latent_noise, reconstruction_loss
+from megatron_fsvideo.training.steps.fsae_objective import draw_latent_noise, latent_penalty, reconstruction_loss
 
 TRAINING_FILE = "training.pt"
 
@@ -170,8 +170,10 @@ class FSAEStep:
             shape = (size, self.model.latent_channels, frames, side, side)
             noise = draw_latent_noise(seed, first, shape, strength).to(self.pgs.device)
         with self._autocast():
-            reconstruction, _ = self.wrapped(video, noise)
+            reconstruction, latents = self.wrapped(video, noise)
         loss, parts = reconstruction_loss(reconstruction, video, self.job.losses, self.perceptual)
+        if self.job.losses.latent_penalty > 0:
+            loss = loss + self.job.losses.latent_penalty * latent_penalty(latents)
         (loss * weight).backward()
         return {"loss": loss.detach(), **parts}
 

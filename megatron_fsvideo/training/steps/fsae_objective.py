@@ -42,6 +42,15 @@ def multiscale_l1(reconstruction: Tensor, video: Tensor) -> Tensor:
     return torch.stack([F.avg_pool3d(error, (1, scale, scale)).abs().mean() for scale in SCALES]).sum()
 
 
+def latent_penalty(latents: Tensor) -> Tensor:
+    """By how much the mean square of the latents exceeds 1, a scalar.
+
+    Nothing else sets their scale, and Muon's steps do not shrink with the gradient: left alone the scale runs away, and
+    residual branches of unit size no longer matter beside it.
+    """
+    return torch.relu(latents.float().square().mean() - 1)
+
+
 def draw_latent_noise(seed: int, first: int, shape: tuple[int, ...], strength: float) -> Tensor:
     """Noise for the latents of samples first, first + 1, ...: [b, c, t, h, w], each sample at its own level.
 
