@@ -23,8 +23,8 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor, nn
 
-from megatron_fsvideo.parallel.groups import ProcessGroups
-from megatron_fsvideo.parallel.sequence import all_gather_slices
+from megatron_fsvideo.parallel.groups import ProcessGroups, broadcast_tensor
+from megatron_fsvideo.parallel.sequence import all_gather_slices, local_slice
 from megatron_fsvideo.training.muon import scaled_orthogonal
 
 ConfigOverrides = dict[ParamKey, ParamGroupOverride]
@@ -51,24 +51,43 @@ class TensorParallelMuon(torch.optim.Optimizer):
     def step(self) -> None:
         """One update. Its root-mean-square does not depend on the gradient's scale, only on `lr`."""
         for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(weight)
-                gradient, buffer = weight.grad, state["momentum_buffer"]
-                buffer.lerp_(gradient, 1 - group["momentum"])
-                update = self._orthogonal(gradient.lerp(buffer, group["momentum"]), _sliced_dim(weight))
+            weights = [weight for weight in group["params"] if weight.grad is not None]
+            updates = [self._nesterov(weight, group["momentum"]) for weight in weights]
+            for weight, direction in zip(weights, self._directions(weights, updates), strict=True):
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.to(weight.dtype), alpha=-group["lr"])
+                weight.add_(direction.to(weight.dtype), alpha=-group["lr"])
 
-    def _orthogonal(self, update: Tensor, sliced_dim: int | None) -> Tensor:
-        """The scaled orthogonal factor of `update`; a slice of it where `update` is a slice."""
-        if sliced_dim is None or self.pgs.tp_size == 1:
-            return scaled_orthogonal(update, self.dtype)
-        whole = scaled_orthogonal(all_gather_slices(update, sliced_dim, self.pgs.tp), self.dtype)
-        return whole.chunk(self.pgs.tp_size, dim=sliced_dim)[self.pgs.tp_rank]
+    def _nesterov(self, weight: Tensor, momentum: float) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(weight)
+        state["momentum_buffer"].lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(state["momentum_buffer"], momentum)
+
+    def _directions(self, weights: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
+        """The scaled orthogonal factor of each update; a slice of it where the update is a slice.
+
+        The tensor-parallel ranks share the work: each makes every tp_size-th matrix whole and sends it to the others.
+        """
+        if self.pgs.tp_size == 1:
+            return [scaled_orthogonal(update, self.dtype) for update in updates]
+        # All are gathered before any is orthogonalised: a rank at work would keep the others waiting.
+        wholes = [
+            update if (dim := _sliced_dim(weight)) is None else all_gather_slices(update, dim, self.pgs.tp)
+            for weight, update in zip(weights, updates, strict=True)
+        ]
+        directions = [
+            scaled_orthogonal(whole, self.dtype).contiguous()
+            if index % self.pgs.tp_size == self.pgs.tp_rank
+            else torch.empty_like(whole, memory_format=torch.contiguous_format)
+            for index, whole in enumerate(wholes)
+        ]
+        for index, direction in enumerate(directions):
+            broadcast_tensor(direction, self.pgs.tp, source=index % self.pgs.tp_size)
+        return [
+            direction if (dim := _sliced_dim(weight)) is None else local_slice(direction, dim, self.pgs.tp)
+            for weight, direction in zip(weights, directions, strict=True)
+        ]
 
 
 def build_muon_chain(
