@@ -5,12 +5,15 @@ from typing import Any
 from megatron_fsvideo.config import DiTJob, differences, from_dict
 
 
-def check_agreement(record: dict[str, Any], job: DiTJob, description: dict[str, Any], where: str) -> None:
+def check_agreement(
+    record: dict[str, Any], job: DiTJob, description: dict[str, Any], where: str, finetune: bool
+) -> None:
     """Compare a checkpoint's job.json with this run.
 
     Args:
         description: of this run's dataset, from `LatentDataset.description`.
         where: the checkpoint's folder, for the message.
+        finetune: only the weights are wanted.
 
     Raises:
         ValueError: naming every field that differs.
@@ -21,7 +24,7 @@ def check_agreement(record: dict[str, Any], job: DiTJob, description: dict[str, 
     if wrong:
         raise ValueError(f"the checkpoint {where} has another architecture: {'; '.join(wrong)}")
     check_autoencoder(record["data"], description, where)
-    if job.checkpoint.finetune:
+    if finetune:
         return
     kind = _only(differences(saved.optimizer, job.optimizer), ("optimizer",))
     kind += _only(differences(saved.parallel, job.parallel), ("use_distributed_optimizer",))

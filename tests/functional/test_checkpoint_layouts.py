@@ -78,3 +78,16 @@ def test_another_micro_batch_and_no_average(data, saved_at_dp2, tmp_path):
     extra = ["--micro-batch-size", "2", "--ema-decay", "0"]
     got = continue_in(data, folder, tmp_path / "continued", extra, 1)
     assert got == pytest.approx(expected, rel=1e-6)
+
+
+def test_finetune_takes_the_weights_then_continues_itself(data, saved_at_dp2, tmp_path):
+    folder, expected = saved_at_dp2
+    target = tmp_path / "finetuned"
+    argv = debug_arguments(data, target, *COMMON, "--finetune", "--exit-interval", "2")
+    argv[argv.index("--load") + 1] = str(folder)
+    run_to_end(argv, tmp_path / "log")
+    first = losses(target / "logs")
+    # The first batch again, with weights that have seen it.
+    assert list(first) == [1, 2] and first[1] < expected[1]
+    run_to_end(argv, tmp_path / "log")
+    assert list(losses(target / "logs")) == [1, 2, 3, 4]

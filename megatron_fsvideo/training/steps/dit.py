@@ -163,30 +163,22 @@ class DiTStep:
         )
 
     def load(self) -> TrainState:
-        """Continue from `--load`, if there is a checkpoint in it.
+        """Continue from `--save` if this run has saved before, otherwise from `--load`, if there is a checkpoint in it.
 
         Raises:
             ValueError: the checkpoint is of another architecture or autoencoder, or damaged; or `--save` holds one that
                 would be overwritten.
         """
-        checkpoint = self.job.checkpoint
-        if checkpoint.load is None:
-            if checkpoint.save is not None and latest_iteration(Path(checkpoint.save)) is not None:
-                raise ValueError(
-                    f"--save {checkpoint.save} holds a checkpoint, which this run would overwrite: add "
-                    f"--load {checkpoint.save} to continue it, or save into another folder"
-                )
+        folder, finetune = self._checkpoint_source()
+        if folder is None:
             return TrainState()
-        folder = Path(checkpoint.load)
         iteration = latest_iteration(folder)
-        if iteration is None:
-            if checkpoint.load != checkpoint.save:
-                raise ValueError(f"--load {folder} holds no checkpoint (only the --save folder may be empty)")
-            return TrainState()
+        assert iteration is not None, "the source has a checkpoint"
         record = read_record(folder, iteration)
-        check_agreement(record, self.job, self.dataset.description(), str(folder))
+        check_agreement(record, self.job, self.dataset.description(), str(folder), finetune)
         had_ema = record["job"]["optimizer"]["ema_decay"] > 0
-        content = load_checkpoint(folder, iteration, self._sharded_state(is_loading=True, with_ema=had_ema))
+        state = self._sharded_state(is_loading=True, with_ema=had_ema, with_optimizer=not finetune)
+        content = load_checkpoint(folder, iteration, state)
         missing, _ = self.model.load_state_dict(content["model"], strict=False)
         assert all(name.endswith("_extra_state") for name in missing), missing
         if self.ema is not None:
@@ -194,12 +186,32 @@ class DiTStep:
                 self.ema.load(content["ema"])
             else:
                 self.ema.restart()
-        if checkpoint.finetune:
+        if finetune:
             self.optimizer.reload_model_params()
             return TrainState()
         load_optimizer_state(self.optimizer, self._sharded_weights(), content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         return TrainState(content["iteration"], content["consumed_samples"])
+
+    def _checkpoint_source(self) -> tuple[Path | None, bool]:
+        """The folder to continue from, or None for a fresh start; and whether only its weights are taken."""
+        checkpoint = self.job.checkpoint
+        has_saved = checkpoint.save is not None and latest_iteration(Path(checkpoint.save)) is not None
+        if checkpoint.load is None:
+            if has_saved:
+                raise ValueError(
+                    f"--save {checkpoint.save} holds a checkpoint, which this run would overwrite: add "
+                    f"--load {checkpoint.save} to continue it, or save into another folder"
+                )
+            return None, False
+        if has_saved:
+            # A run that began from another folder, was stopped and is started again by the same command.
+            return Path(checkpoint.save), checkpoint.finetune and checkpoint.load == checkpoint.save
+        if latest_iteration(Path(checkpoint.load)) is not None:
+            return Path(checkpoint.load), checkpoint.finetune
+        if checkpoint.load != checkpoint.save:
+            raise ValueError(f"--load {checkpoint.load} holds no checkpoint (only the --save folder may be empty)")
+        return None, False
 
     def _training_step(self, iterator: Iterator[Batch], wrapped: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Megatron's forward step: the prediction, and a function of it that is the loss."""
@@ -284,7 +296,7 @@ class DiTStep:
         check_data_fits_model(dataset, self.job.model)
         return dataset
 
-    def _sharded_state(self, is_loading: bool, with_ema: bool = True) -> dict[str, Any]:
+    def _sharded_state(self, is_loading: bool, with_ema: bool = True, with_optimizer: bool = True) -> dict[str, Any]:
         """What a checkpoint holds, as Megatron's sharded tensors of this rank's slices."""
         model = self._sharded_weights()
         content: dict[str, Any] = {"model": model}
@@ -293,7 +305,7 @@ class DiTStep:
             for name, tensor in content["ema"].items():
                 tensor.key = f"ema.{tensor.key}"
                 tensor.data, tensor.dtype = self.ema.weights[name], torch.float32
-        if not (is_loading and self.job.checkpoint.finetune):
+        if with_optimizer:
             content["optimizer"] = sharded_optimizer_state(self.optimizer, model, is_loading)
             content["scheduler"] = self.scheduler.state_dict()
         return content
