@@ -23,6 +23,8 @@ BUCKET = "9x96x96"
 NUM_PROCESSES = 2
 # Six steps make fewer speckles than thirty: a model trained for minutes errs a little at every step.
 NUM_INFERENCE_STEPS = 6
+# Of the DiT, at the start and at the end; in the preset's batches of four, all 32 held-out clips.
+VALIDATION_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def train_dit(phases: Phases, out: Path, long: bool) -> None:
     command = ["torchrun", "--nproc-per-node", str(NUM_PROCESSES), "pretrain_dit.py", "--preset", "dit_quickstart"]
     command += ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     command += ["--data-path", out / "latents" / "train", "--valid-data-path", out / "latents" / "heldout"]
+    command += ["--eval-iters", str(VALIDATION_BATCHES)]
     command += ["--save", dit, "--load", dit, "--save-interval", "400", "--keep-checkpoints", "1"]
     phases.run("train_dit", *command, "--tensorboard-dir", out / "dit-logs", *_longer("dit_quickstart", long))
 

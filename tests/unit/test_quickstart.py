@@ -68,6 +68,9 @@ def test_every_command_parses_and_is_printed_as_a_user_types_it(driver, tmp_path
         scripts.append(Path(script).name)
     assert scripts[:2] == ["fetch_clips.py", "pretrain_fsae.py"] and scripts[-2:] == ["generate.py", "report.py"]
     assert scripts.index("preprocess_latents.py") < scripts.index("pretrain_dit.py") < scripts.index("generate.py")
+    # The report compares the validation errors at the start and at the end.
+    (training,) = (words for words in shell.commands if "pretrain_dit.py" in words)
+    assert int(vars(parser_of("pretrain_dit.py").parse_args(script_and_arguments(training)[1]))["eval_iters"]) > 0
     printed = [shlex.split(line[2:]) for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
     assert [script_and_arguments(words) for words in printed] == [script_and_arguments(w) for w in shell.commands]
     assert {words[0] for words in printed} == {"python", "torchrun"}
