@@ -5,7 +5,7 @@ from megatron_fsvideo.config.data import DataConfig, VideoDataConfig
 from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
 from megatron_fsvideo.config.flags import build_job, differences, from_dict, make_parser, parse_job, to_dict
 from megatron_fsvideo.config.fsae import FSAEConfig, FSAETrainingConfig
-from megatron_fsvideo.config.jobs import DiTJob, FSAEJob, check_layout
+from megatron_fsvideo.config.jobs import DiTJob, FSAEJob, check_layout, check_token_count
 from megatron_fsvideo.config.parallel import ParallelConfig
 from megatron_fsvideo.config.presets import DIT_PRESETS, FSAE_PRESETS
 from megatron_fsvideo.config.require import require
@@ -29,6 +29,7 @@ __all__ = [
     "VideoDataConfig",
     "build_job",
     "check_layout",
+    "check_token_count",
     "differences",
     "from_dict",
     "make_parser",

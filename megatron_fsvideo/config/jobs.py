@@ -60,7 +60,6 @@ def check_layout(model: DiTConfig, parallel: ParallelConfig) -> None:
         ValueError: naming both numbers.
     """
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    pp = parallel.pipeline_model_parallel_size
     if model.num_attention_heads % tp:
         raise ValueError(
             f"tensor_model_parallel_size {tp} does not divide num_attention_heads {model.num_attention_heads}"
@@ -72,11 +71,43 @@ def check_layout(model: DiTConfig, parallel: ParallelConfig) -> None:
             f"tensor_model_parallel_size {tp} x context_parallel_size {cp} = {tp * cp} does not divide "
             f"num_attention_heads {model.num_attention_heads}, which the Ulysses all-to-all needs"
         )
-    uneven = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
-    if uneven == (None, None) and model.num_layers % pp:
+    _check_stages(model.num_layers, parallel)
+
+
+def check_token_count(num_tokens: int, source: str, parallel: ParallelConfig) -> None:
+    """Refuse samples whose tokens the ranks cannot share evenly; `source` names what has so many.
+
+    Raises:
+        ValueError: naming the numbers.
+    """
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    num_ranks = cp * (tp if parallel.sequence_parallel else 1)
+    if num_tokens % num_ranks:
+        with_tp = f" x tensor_model_parallel_size {tp} (sequence_parallel)" if parallel.sequence_parallel else ""
         raise ValueError(
-            f"pipeline_model_parallel_size {pp} does not divide num_layers {model.num_layers}; "
+            f"{source}: its {num_tokens} tokens cannot be shared evenly by context_parallel_size {cp}{with_tp} = "
+            f"{num_ranks} ranks; choose another size of video or fewer ranks"
+        )
+
+
+def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
+    ends = [
+        number
+        for number in (parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage)
+        if number is not None
+    ]
+    if any(number < 1 for number in ends):
+        raise ValueError(f"the first and the last pipeline stage need at least one layer, got {min(ends)}")
+    pp = parallel.pipeline_model_parallel_size
+    layers, stages = num_layers - sum(ends), pp - len(ends)
+    if layers >= stages >= 0 and (layers % stages == 0 if stages else layers == 0):
+        return
+    if not ends:
+        raise ValueError(
+            f"pipeline_model_parallel_size {pp} does not divide num_layers {num_layers}; "
             "set num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage"
         )
-    if model.num_layers < pp:
-        raise ValueError(f"pipeline_model_parallel_size {pp} is larger than num_layers {model.num_layers}")
+    raise ValueError(
+        f"the first and last pipeline stage take {sum(ends)} of num_layers {num_layers}; the other {layers} cannot be "
+        f"shared evenly by the other {stages} of {pp} stages"
+    )

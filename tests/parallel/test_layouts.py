@@ -202,6 +202,7 @@ def test_layout_equals_one_process(case):
     assert max(expected["norms"]) > 0.1, "the steps are not clipped"
 
     ranks = run_workers(train, case.world_size, case)
+    assert any(rank["losses"] for rank in ranks)
     assert len({name for rank in ranks for name in rank["weights"]}) == len(expected["weights"])
     for rank in ranks:
         assert rank["gradients"].keys() == rank["weights"].keys()

@@ -15,6 +15,7 @@ from megatron_fsvideo.config import (
     FSAEJob,
     ParallelConfig,
     check_layout,
+    check_token_count,
     differences,
     from_dict,
     make_parser,
@@ -104,6 +105,34 @@ def test_uneven_pipeline_stages_are_legal():
     check_layout(
         DiTConfig(num_layers=41), ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=20)
     )
+
+
+@pytest.mark.parametrize(
+    ("pp", "first", "last", "words"),
+    [
+        (2, 41, None, "take 41 of num_layers 41; the other 0 cannot be shared evenly by the other 1 of 2 stages"),
+        (2, 20, 20, "take 40 of num_layers 41; the other 1 cannot be shared evenly by the other 0 of 2 stages"),
+        (3, 20, None, "take 20 of num_layers 41; the other 21 cannot be shared evenly by the other 2 of 3 stages"),
+        (1, 20, None, "other 21 cannot be shared evenly by the other 0 of 1 stages"),
+        (2, 0, None, "at least one layer, got 0"),
+        (3, None, None, "3 does not divide num_layers 41"),
+    ],
+)
+def test_pipeline_stages_that_do_not_fit_are_named(pp, first, last, words):
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=pp,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+    )
+    with pytest.raises(ValueError, match=words):
+        check_layout(DiTConfig(num_layers=41), parallel)
+
+
+def test_tokens_that_the_ranks_cannot_share_are_named():
+    parallel = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=4, sequence_parallel=True)
+    with pytest.raises(ValueError, match="bucket 5x32x32: its 36 tokens .* 4 x .* 2 .* = 8 ranks"):
+        check_token_count(36, "bucket 5x32x32", parallel)
+    check_token_count(36, "bucket", ParallelConfig(tensor_model_parallel_size=8, context_parallel_size=4))
 
 
 def test_differences_name_the_field_and_both_values():

@@ -69,7 +69,7 @@ class DiTStep:
         self.job = job
         self.pgs = pgs
         self.dataset = LatentDataset(job.data.data_path, job.data.max_bad_fraction)
-        check_data_fits_model(self.dataset, job.model)
+        check_data_fits_model(self.dataset, job.model, job.parallel)
         self.valid_dataset = self._open_validation()
         dtype = torch.bfloat16 if job.training.bf16 else torch.float32
         self.model = build_dit(job.model, job.parallel, pgs, params_dtype=dtype, seed=job.training.seed)
@@ -293,7 +293,7 @@ class DiTStep:
             raise ValueError("eval_iters is positive, but valid_data_path names no dataset")
         data = self.job.data
         dataset = LatentDataset(data.valid_data_path, data.max_bad_fraction, self.dataset.normalization)
-        check_data_fits_model(dataset, self.job.model)
+        check_data_fits_model(dataset, self.job.model, self.job.parallel)
         return dataset
 
     def _sharded_state(self, is_loading: bool, with_ema: bool = True, with_optimizer: bool = True) -> dict[str, Any]:

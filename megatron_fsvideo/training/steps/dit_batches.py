@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 
-from megatron_fsvideo.config import DataConfig, DiTConfig, TrainingConfig
+from megatron_fsvideo.config import DataConfig, DiTConfig, ParallelConfig, TrainingConfig, check_token_count
 from megatron_fsvideo.data.batch import Batch, BatchLoader, broadcast_batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch, bucket_batch_sizes
@@ -68,8 +68,8 @@ class BatchSource:
         return received, len(plan.samples), self._tokens[plan.bucket]
 
 
-def check_data_fits_model(dataset: LatentDataset, model: DiTConfig) -> None:
-    """Refuse a dataset whose sizes are not the model's.
+def check_data_fits_model(dataset: LatentDataset, model: DiTConfig, parallel: ParallelConfig) -> None:
+    """Refuse a dataset whose sizes are not the model's, or whose tokens the ranks cannot share.
 
     Raises:
         ValueError: naming the flag and both numbers.
@@ -81,3 +81,5 @@ def check_data_fits_model(dataset: LatentDataset, model: DiTConfig) -> None:
     ):
         if wants != has and not (wants == 0 and name != "latent_channels"):
             raise ValueError(f"{name} of the model is {wants}, of the dataset {dataset.folders[0]} {has}")
+    for bucket, num_tokens in dataset.bucket_tokens(model.patch_size).items():
+        check_token_count(num_tokens, f"bucket {bucket} of {dataset.folders[0]}", parallel)
