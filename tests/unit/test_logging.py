@@ -42,9 +42,7 @@ def run(folder, iterations, first=0, log_interval=1, **training):
     step, state = CountingStep(), TrainState(first, 3 * first)
     settings = TrainingConfig(train_iters=iterations, **training)
     logger = MetricsLogger(LoggingConfig(log_interval, str(folder)), iterations, first)
-    train(
-        step, state, settings, CheckpointConfig(save="unused", save_interval=2), logger
-    )
+    train(step, state, settings, CheckpointConfig(save="unused", save_interval=2), logger)
     return step.events
 
 
@@ -69,13 +67,8 @@ def test_resumed_file_equals_unbroken(tmp_path):
     with (tmp_path / "killed" / METRICS_FILE).open("a") as file:
         file.write('{"iteration": 6, "lo')
     run(tmp_path / "killed", 6, first=3)
-    rows = [
-        read_metrics(tmp_path / name / METRICS_FILE) for name in ("unbroken", "killed")
-    ]
-    losses = [
-        [(row["iteration"], row["consumed_samples"], row["loss"]) for row in each]
-        for each in rows
-    ]
+    rows = [read_metrics(tmp_path / name / METRICS_FILE) for name in ("unbroken", "killed")]
+    losses = [[(row["iteration"], row["consumed_samples"], row["loss"]) for row in each] for each in rows]
     assert losses[0] == losses[1] == [(k, 3 * k, float(k)) for k in range(1, 7)]
 
 
@@ -102,9 +95,7 @@ def test_start_anew_drops_everything(tmp_path):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    logger = MetricsLogger(
-        LoggingConfig(1, str(tmp_path / "none")), 1, is_rank_zero=False
-    )
+    logger = MetricsLogger(LoggingConfig(1, str(tmp_path / "none")), 1, is_rank_zero=False)
     logger.log_step(TrainState(1, 1), StepResult({"loss": 1.0}, 1), 0.1)
     logger.log_validation(TrainState(1, 1), {"loss": 1.0})
     logger.close()
