@@ -58,6 +58,9 @@ def layout(
 
 NORMALIZED = DiTConfig(**{**MODEL.__dict__, "layer_memory_norm": "normalized", "patch_size": (1, 2, 2)})
 WITHOUT_MEMORY = DiTConfig(**{**MODEL.__dict__, "layer_memory": False})
+# The embedders, which every stage has, are larger than the layers: the shards of the distributed optimizer then cut
+# them at other places on each stage.
+LARGE_EMBEDDERS = DiTConfig(**{**MODEL.__dict__, "num_layers": 3, "freq_dim": 1536})
 
 LAYOUTS = [
     layout("tp2", 2, tp=2),
@@ -67,6 +70,15 @@ LAYOUTS = [
     layout("tp2_pp2", 4, tp=2, pp=2),
     layout("dp2", 2),
     layout("pp2_dp2_distributed_optimizer", 4, pp=2, use_distributed_optimizer=True),
+    layout(
+        "large_embedders_pp2_dp2_distributed_optimizer",
+        4,
+        LARGE_EMBEDDERS,
+        pp=2,
+        num_layers_in_first_pipeline_stage=2,
+        num_layers_in_last_pipeline_stage=1,
+        use_distributed_optimizer=True,
+    ),
     layout("tp2_sp_cp2", 4, tp=2, cp=2, sequence_parallel=True),
     layout("tp2_sp_pp2", 4, tp=2, pp=2, sequence_parallel=True),
     layout("pp4", 4, pp=4),
