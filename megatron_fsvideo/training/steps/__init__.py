@@ -1,1 +1,1 @@
-"""One step object per job, for `training.loop.train`."""
+"""One step object per job: what an iteration of it does."""
