@@ -57,7 +57,7 @@ def test_sigma_distribution_and_dropout_rate():
 
 
 def test_validation_never_changes():
-    first, again = (validation_draws(batch_of([5, 6], [0, epoch]), seed=1) for epoch in (0, 3))
+    first, again = (validation_draws(batch_of([5, 6], [0, epoch]), DiffusionConfig(), seed=1) for epoch in (0, 3))
     for one, other in zip(first, again, strict=True):
         assert torch.equal(one, other)
     assert not first[2].any()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from megatron_fsvideo.training.loop import train
 from megatron_fsvideo.training.muon import Muon
 from megatron_fsvideo.training.state import TrainState
 from megatron_fsvideo.training.steps.fsae import FSAEStep
+from tests.parallel.harness import run_workers
 
 NUM_SHOTS, SHOT_FRAMES = 4, 20
 
@@ -138,11 +140,9 @@ def test_one_clip_is_learnt(video_dir: Path) -> None:
     assert errors[-1] < 0.25 * errors[0], (errors[0], errors[-1])
 
 
-@pytest.fixture(scope="module")
-def pgs():
-    process_groups = groups.initialize(ParallelConfig())
-    yield process_groups
-    groups.shutdown()
+def in_a_process_of_its_own(check: Callable[[groups.ProcessGroups], None]) -> None:
+    """Run a check that needs process groups; in the test process they would break every later fork."""
+    run_workers(lambda: check(groups.initialize(ParallelConfig())), 1)
 
 
 def run(job: FSAEJob, pgs: groups.ProcessGroups) -> tuple[FSAEStep, TrainState]:
@@ -155,50 +155,53 @@ def run(job: FSAEJob, pgs: groups.ProcessGroups) -> tuple[FSAEStep, TrainState]:
     return step, state
 
 
-def test_a_resumed_run_is_the_unbroken_one(video_dir: Path, tmp_path: Path, pgs: groups.ProcessGroups) -> None:
-    job = debug_job(video_dir, save=str(tmp_path / "a"), tensorboard_dir=str(tmp_path / "a"), eval_iters=1)
-    unbroken, state = run(job, pgs)
-    # Two image steps of 4, then 2 clips or, drawn, 4 images.
-    assert state.iteration == 6 and 4 + 4 + 4 * 2 <= state.consumed_samples <= 6 * 4
+def test_a_resumed_run_is_the_unbroken_one(video_dir: Path, tmp_path: Path) -> None:
+    def check(pgs: groups.ProcessGroups) -> None:
+        job = debug_job(video_dir, save=str(tmp_path / "a"), tensorboard_dir=str(tmp_path / "a"), eval_iters=1)
+        unbroken, state = run(job, pgs)
+        # Two image steps of 4, then 2 clips or, drawn, 4 images.
+        assert state.iteration == 6 and 4 + 4 + 4 * 2 <= state.consumed_samples <= 6 * 4
 
-    # Interrupted where the image phase ends, and once more. One checkpoint is kept.
-    for exit_interval in (2, 1, 6):
-        folder = str(tmp_path / "b")
-        resumed, _ = run(
-            debug_job(
-                video_dir,
-                save=folder,
-                load=folder,
-                tensorboard_dir=folder,
-                eval_iters=1,
-                exit_interval=exit_interval,
-                keep_checkpoints=1,
-            ),
-            pgs,
+        # Interrupted where the image phase ends, and once more. One checkpoint is kept.
+        for exit_interval in (2, 1, 6):
+            folder = str(tmp_path / "b")
+            resumed, _ = run(
+                debug_job(
+                    video_dir,
+                    save=folder,
+                    load=folder,
+                    tensorboard_dir=folder,
+                    eval_iters=1,
+                    exit_interval=exit_interval,
+                    keep_checkpoints=1,
+                ),
+                pgs,
+            )
+        for (name, ours), theirs in zip(
+            unbroken.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+        ):
+            assert torch.equal(ours, theirs), name
+        assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
+        assert {"loss", "l1", "grad_norm", "learning_rate"} <= json.loads(
+            (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[1]
+        ).keys()
+
+        # The folder is an autoencoder for others: the averaged weights.
+        loaded = load_fsae(tmp_path / "b")
+        assert torch.equal(loaded.encoder.conv_out.weight, resumed.ema.weights["encoder.conv_out.weight"])
+        assert not torch.equal(loaded.encoder.conv_out.weight, resumed.model.encoder.conv_out.weight)
+        assert [path.name for path in sorted((tmp_path / "b").glob("iter_*"))] == ["iter_0000006"]
+        assert load_fsae(tmp_path / "a" / "iter_0000006" / "model").latent_channels == 4
+
+        finetune = FSAEStep(debug_job(video_dir, load=str(tmp_path / "b"), finetune=True), pgs)
+        state = finetune.load()
+        assert state == TrainState() and torch.equal(
+            finetune.model.encoder.conv_out.weight, resumed.model.encoder.conv_out.weight
         )
-    for (name, ours), theirs in zip(
-        unbroken.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(ours, theirs), name
-    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
-    assert {"loss", "l1", "grad_norm", "learning_rate"} <= json.loads(
-        (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()[1]
-    ).keys()
+        with pytest.raises(ValueError, match=r"another architecture: .*latent_channels"):
+            FSAEStep(debug_job(video_dir, load=str(tmp_path / "b"), latent_channels=8), pgs).load()
 
-    # The folder is an autoencoder for others: the averaged weights.
-    loaded = load_fsae(tmp_path / "b")
-    assert torch.equal(loaded.encoder.conv_out.weight, resumed.ema.weights["encoder.conv_out.weight"])
-    assert not torch.equal(loaded.encoder.conv_out.weight, resumed.model.encoder.conv_out.weight)
-    assert [path.name for path in sorted((tmp_path / "b").glob("iter_*"))] == ["iter_0000006"]
-    assert load_fsae(tmp_path / "a" / "iter_0000006" / "model").latent_channels == 4
-
-    finetune = FSAEStep(debug_job(video_dir, load=str(tmp_path / "b"), finetune=True), pgs)
-    state = finetune.load()
-    assert state == TrainState() and torch.equal(
-        finetune.model.encoder.conv_out.weight, resumed.model.encoder.conv_out.weight
-    )
-    with pytest.raises(ValueError, match=r"another architecture: .*latent_channels"):
-        FSAEStep(debug_job(video_dir, load=str(tmp_path / "b"), latent_channels=8), pgs).load()
+    in_a_process_of_its_own(check)
 
 
 def losses_of(folder: Path) -> list[dict]:
@@ -207,15 +210,18 @@ def losses_of(folder: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if "loss" in key or "psnr" in key or key == "l1"} for row in rows]
 
 
-def test_jobs_that_cannot_run_are_refused(video_dir: Path, pgs: groups.ProcessGroups) -> None:
-    with pytest.raises(ValueError, match="resolution 36 is not a multiple .* factor 8; try 32"):
-        build_job(FSAEJob, FSAE_PRESETS["fsae_quickstart"] | {"resolution": 36})
-    with pytest.raises(ValueError, match="perceptual_trunk is none"):
-        build_job(FSAEJob, {"perceptual_trunk": "none"})
-    with pytest.raises(ValueError, match="num_frames must be 4k.1 .* got 16; try 17"):
-        build_job(FSAEJob, {"num_frames": 16})
-    with pytest.raises(ValueError, match="set holdout_every"):
-        FSAEStep(debug_job(video_dir, eval_iters=1, holdout_every=0), pgs)
+def test_jobs_that_cannot_run_are_refused(video_dir: Path) -> None:
+    def check(pgs: groups.ProcessGroups) -> None:
+        with pytest.raises(ValueError, match="resolution 36 is not a multiple .* factor 8; try 32"):
+            build_job(FSAEJob, FSAE_PRESETS["fsae_quickstart"] | {"resolution": 36})
+        with pytest.raises(ValueError, match="perceptual_trunk is none"):
+            build_job(FSAEJob, {"perceptual_trunk": "none"})
+        with pytest.raises(ValueError, match="num_frames must be 4k.1 .* got 16; try 17"):
+            build_job(FSAEJob, {"num_frames": 16})
+        with pytest.raises(ValueError, match="set holdout_every"):
+            FSAEStep(debug_job(video_dir, eval_iters=1, holdout_every=0), pgs)
+
+    in_a_process_of_its_own(check)
 
 
 def test_release_round_trip(tmp_path: Path) -> None:

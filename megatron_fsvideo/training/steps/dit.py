@@ -230,7 +230,7 @@ class DiTStep:
 
     def _validation_step(self, iterator: Iterator[Batch], wrapped: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(iterator)
-        noisy = self._noisy(batch, validation_draws(batch, self.job.training.seed))
+        noisy = self._noisy(batch, validation_draws(batch, self.job.diffusion, self.job.training.seed))
 
         def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             mse = velocity_mse(prediction, noisy, self.model, self.job.diffusion, self.pgs)

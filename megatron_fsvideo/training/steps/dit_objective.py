@@ -61,11 +61,12 @@ def training_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tuple
     return torch.stack(noise), sigmas, torch.stack(dropped) < diffusion.text_dropout
 
 
-def validation_draws(batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for validation: sigma uniform in [0, 1], no dropped text, and no change from one time to the next."""
+def validation_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for validation: the training's noise levels, no dropped text, the same draws every time."""
     shape = batch.latents.shape[1:]
     ids = [sample_generator(seed, int(number), 0, "validation") for number in batch.sample_ids]
-    sigmas = torch.stack([torch.rand((), generator=generator) for generator in ids])
+    normals = torch.stack([torch.randn((), generator=generator) for generator in ids])
+    sigmas = logit_normal_sigmas(normals, diffusion.sigma_mean, diffusion.sigma_std, diffusion.sigma_shift)
     noise = torch.stack([torch.randn(shape, generator=generator) for generator in ids])
     return noise, sigmas, torch.zeros(len(ids), dtype=torch.bool)
 
