@@ -85,9 +85,14 @@ def clip(chain: Chain, out: str) -> torch.Tensor:
     return read_video(chain.folder / out)
 
 
+def frames(chain: Chain, out: str) -> torch.Tensor:
+    """All five frames, from the PNG beside the mp4: x264 does not repeat itself on frames this small."""
+    return torch.from_numpy(np.array(Image.open((chain.folder / out).with_suffix(".png"))))
+
+
 def distance(chain: Chain, one: str, other: str) -> float:
-    """Mean difference of grey levels. One level that rounds the other way moves a codec's block by several."""
-    return (clip(chain, one).float() - clip(chain, other).float()).abs().mean().item()
+    """Mean difference of grey levels."""
+    return (frames(chain, one).float() - frames(chain, other).float()).abs().mean().item()
 
 
 def test_generation_writes_video_sheet_and_record_and_repeats_bit_for_bit(chain):
@@ -99,9 +104,9 @@ def test_generation_writes_video_sheet_and_record_and_repeats_bit_for_bit(chain)
     again = [record["request"]["seed"], record["flags"]["guidance_scale"], record["flags"]["sigma_shift"]]
     flags = ["--seed", str(again[0]), "--guidance-scale", str(again[1]), "--sigma-shift", str(again[2])]
     assert chain.generate("b.mp4", *flags).code == 0
-    assert torch.equal(clip(chain, "a.mp4"), clip(chain, "b.mp4"))
+    assert torch.equal(frames(chain, "a.mp4"), frames(chain, "b.mp4"))
     assert chain.generate("c.mp4", "--seed", "1").code == 0
-    assert not torch.equal(clip(chain, "a.mp4"), clip(chain, "c.mp4"))
+    assert not torch.equal(frames(chain, "a.mp4"), frames(chain, "c.mp4"))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +121,7 @@ def test_generation_on_two_ranks_equals_one(chain, layout):
     assert chain.generate("one.mp4").code == 0
     result = chain.generate("two.mp4", *layout, world_size=2)
     assert result.code == 0, result.stderr[-3000:]
-    assert distance(chain, "one.mp4", "two.mp4") < 0.5
+    assert distance(chain, "one.mp4", "two.mp4") < 0.01
 
 
 def test_many_requests_do_not_depend_on_their_batch(chain):
@@ -134,8 +139,8 @@ def test_many_requests_do_not_depend_on_their_batch(chain):
     usual += ["--num-inference-steps", "2", "--autoencoder-dtype", "fp32", "--request-batch-size", "2"]
     assert chain.run("tools/generate.py", *usual).code == 0
     assert chain.generate("alone.mp4", "--seed", "2").code == 0
-    assert distance(chain, "r2.mp4", "alone.mp4") < 0.5
-    assert distance(chain, "r1.mp4", "alone.mp4") > 1
+    assert distance(chain, "r2.mp4", "alone.mp4") < 0.01
+    assert distance(chain, "r1.mp4", "alone.mp4") > 0.1
 
 
 def refused(result: Result, *words: str) -> None:
