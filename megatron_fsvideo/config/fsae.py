@@ -74,6 +74,8 @@ class FSAETrainingConfig:
     """Weight of the L1 distance of spatial image gradients."""
     multiscale_weight: float = 0.0
     """Weight of the L1 distance of 2x and 4x averaged frames."""
+    ssim_weight: float = 0.0
+    """Weight of 1 - SSIM (Zhao et al. 2017): it rewards texture that L1 averages away."""
     latent_penalty: float = 0.0
     """Weight of max(0, mean square of the latents - 1): it keeps their scale near 1 where the steps are large."""
     image_fraction: float = 0.0

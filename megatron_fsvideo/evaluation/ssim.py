@@ -44,8 +44,20 @@ def _planes(video: Tensor) -> Tensor:
 
 
 def _blur(planes: Tensor) -> Tensor:
-    """Gaussian window, valid positions only."""
-    offsets = torch.arange(WINDOW, dtype=planes.dtype, device=planes.device) - WINDOW // 2
+    """Gaussian window, valid positions only: [n, 1, h, w] -> [n, 1, h - 10, w - 10].
+
+    As two products with band matrices: sides are below 400 here, where this is many times faster than a convolution of
+    one channel, forward and backward.
+    """
+    rows, columns = (_band(side, planes) for side in planes.shape[2:])
+    return rows @ planes @ columns.T
+
+
+def _band(side: int, like: Tensor) -> Tensor:
+    """[side - 10, side]: row i holds the window over positions i .. i + 10."""
+    offsets = torch.arange(WINDOW, dtype=like.dtype, device=like.device) - WINDOW // 2
     window = torch.exp(-(offsets**2) / (2 * DEVIATION**2))
     window = window / window.sum()
-    return F.conv2d(F.conv2d(planes, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+    rows = side - WINDOW + 1
+    # One row and a zero more than it needs, repeated: each next row of `side` numbers starts one place earlier in it.
+    return F.pad(window, (0, rows)).repeat(rows)[: rows * side].view(rows, side)

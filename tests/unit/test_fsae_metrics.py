@@ -74,7 +74,12 @@ def test_metrics_refuse_what_they_cannot_measure() -> None:
 def test_losses_are_weighted_means() -> None:
     video, noisy = random_videos()
     weights = FSAETrainingConfig(
-        l1_weight=2.0, gradient_weight=0.5, multiscale_weight=0.25, perceptual_weight=0.0, perceptual_trunk="none"
+        l1_weight=2.0,
+        gradient_weight=0.5,
+        multiscale_weight=0.25,
+        ssim_weight=0.75,
+        perceptual_weight=0.0,
+        perceptual_trunk="none",
     )
     loss, parts = reconstruction_loss(noisy, video, weights, None)
     error = noisy - video
@@ -84,11 +89,12 @@ def test_losses_are_weighted_means() -> None:
         "l1": error.abs().mean(),
         "gradient": sum(step.abs().mean() for step in steps),
         "multiscale": sum(box.abs().mean() for box in boxes),
+        "ssim": 1 - ssim(noisy, video).mean(),
     }
     assert parts.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.allclose(parts[name], value)
-    total = 2 * expected["l1"] + 0.5 * expected["gradient"] + 0.25 * expected["multiscale"]
+    total = 2 * expected["l1"] + 0.5 * expected["gradient"] + 0.25 * expected["multiscale"] + 0.75 * expected["ssim"]
     assert torch.allclose(loss, total)
 
 

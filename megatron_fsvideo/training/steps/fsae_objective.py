@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_fsvideo.config import FSAETrainingConfig
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
+from megatron_fsvideo.evaluation.ssim import ssim
 from megatron_fsvideo.parallel.seeds import sample_generator
 
 SCALES = (2, 4)
@@ -24,6 +25,9 @@ def reconstruction_loss(
     if weights.multiscale_weight > 0:
         parts["multiscale"] = multiscale_l1(reconstruction, video)
         loss = loss + weights.multiscale_weight * parts["multiscale"]
+    if weights.ssim_weight > 0:
+        parts["ssim"] = 1 - ssim(reconstruction, video).mean()
+        loss = loss + weights.ssim_weight * parts["ssim"]
     if perceptual is not None:
         parts["perceptual"] = perceptual(reconstruction, video)
         loss = loss + weights.perceptual_weight * parts["perceptual"]
