@@ -70,6 +70,10 @@ class FSAETrainingConfig:
     """Frozen network behind the perceptual loss."""
     perceptual_trunk_path: str | None = None
     """Weights of the trunk, where it does not come with a package."""
+    perceptual_linear_path: str | None = None
+    """LPIPS's lin weights, where the trunk's file does not have them."""
+    perceptual_frames: int = 0
+    """Frames whose perceptual loss is computed at a time, to bound its memory; 0 takes all."""
     gradient_weight: float = 0.0
     """Weight of the L1 distance of spatial image gradients."""
     multiscale_weight: float = 0.0

@@ -3,8 +3,9 @@
 LPIPS (Zhang et al. 2018, arXiv:1801.03924): features of each frame, unit length at every position, squared difference,
 weighted per channel, averaged over positions, summed over layers. Trunks:
 
-- `vgg16`: the real thing, if the file of weights has torchvision's `features.N.*` and LPIPS's `linK.model.1.weight`
-  (one safetensors or torch file with both). Without the `lin` weights channels weigh equally: `vgg16-unweighted`.
+- `vgg16`: the real thing, if the weights have torchvision's `features.N.*` and LPIPS v0.1's `linK.model.1.weight` (one
+  safetensors or torch file with both, or two files). Without the `lin` weights channels weigh equally:
+  `vgg16-unweighted`.
 - `efficientnet-lite0`: ImageNet features of a small network that comes as a package; a stand-in, never to be reported
   as LPIPS.
 
@@ -69,18 +70,26 @@ def build_perceptual_loss(losses: FSAETrainingConfig, device: torch.device) -> P
     """The perceptual loss a job asks for; None with weight 0 or trunk none."""
     if losses.perceptual_weight == 0 or losses.perceptual_trunk == "none":
         return None
-    return load_perceptual_loss(losses.perceptual_trunk, losses.perceptual_trunk_path, device)
+    return load_perceptual_loss(
+        losses.perceptual_trunk, losses.perceptual_trunk_path, device, losses.perceptual_linear_path
+    )
 
 
-def load_perceptual_loss(trunk: str, path: str | None, device: torch.device) -> PerceptualLoss:
+def load_perceptual_loss(
+    trunk: str, path: str | None, device: torch.device, linear_path: str | None = None
+) -> PerceptualLoss:
     """Load `vgg16` from a file of weights, or `efficientnet-lite0` from its package.
 
+    Args:
+        path: VGG16's weights.
+        linear_path: LPIPS's `lin` weights, where `path` does not have them.
+
     Raises:
-        ValueError: an unknown trunk, or a file that is missing or is no VGG16.
+        ValueError: an unknown trunk, or a file that is missing, is no VGG16 or has no `lin` weights.
         ImportError: the package is missing.
     """
     if trunk == "vgg16":
-        return _load_vgg(path).to(device)
+        return _load_vgg(path, linear_path).to(device)
     if trunk == "efficientnet-lite0":
         return PerceptualLoss(EfficientNetTrunk(), None, "efficientnet-lite0 proxy (not LPIPS)").to(device)
     raise ValueError(f"unknown perceptual trunk {trunk!r}: choose vgg16 or efficientnet-lite0")
@@ -136,10 +145,10 @@ class EfficientNetTrunk(nn.Module):
         return taps
 
 
-def _load_vgg(path: str | None) -> PerceptualLoss:
+def _load_vgg(path: str | None, linear_path: str | None) -> PerceptualLoss:
     if path is None:
         raise ValueError("perceptual_trunk vgg16 needs --perceptual-trunk-path: a file with VGG16's weights")
-    weights = _read_weights(path)
+    weights = _read_weights("perceptual_trunk_path", path)
     trunk = VGG16Trunk()
     expected = trunk.state_dict()
     found = {name: tensor for name, tensor in weights.items() if name in expected}
@@ -147,14 +156,27 @@ def _load_vgg(path: str | None) -> PerceptualLoss:
         raise ValueError(f"{path} lacks {len(missing)} weights of VGG16, the first is {missing[0]}")
     trunk.load_state_dict(found)
     names = [f"lin{layer}.model.1.weight" for layer in range(len(VGG_WIDTHS))]
-    if not all(name in weights for name in names):
+    linear = weights if linear_path is None else _read_weights("perceptual_linear_path", linear_path)
+    if missing := [name for name in names if name not in linear]:
+        if linear_path is not None:
+            raise ValueError(f"{linear_path} lacks {len(missing)} of LPIPS's weights, the first is {missing[0]}")
         return PerceptualLoss(trunk, None, "vgg16-unweighted (not LPIPS)")
-    return PerceptualLoss(trunk, [weights[name].flatten() for name in names], "LPIPS-VGG16")
+    return PerceptualLoss(trunk, [_channel_weights(linear, name) for name in names], "LPIPS-VGG16")
 
 
-def _read_weights(path: str) -> dict[str, Tensor]:
+def _channel_weights(linear: dict[str, Tensor], name: str) -> Tensor:
+    weights, width = linear[name].flatten(), VGG_WIDTHS[int(name[3])]
+    if len(weights) != width or weights.min() < 0:
+        raise ValueError(
+            f"{name} has {len(weights)} weights, the smallest {float(weights.min()):.3g}; LPIPS with VGG16 has {width} "
+            "and none below 0"
+        )
+    return weights
+
+
+def _read_weights(flag: str, path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
-        raise ValueError(f"perceptual_trunk_path {path} does not exist")
+        raise ValueError(f"{flag} {path} does not exist")
     if path.endswith(".safetensors"):
         return safetensors.torch.load_file(path)
     return torch.load(path, weights_only=True, map_location="cpu")

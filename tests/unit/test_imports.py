@@ -20,8 +20,9 @@ RANK = {
     "data": 3,
     "checkpoint": 4,
     "evaluation": 4,
-    "training": 5,
-    "inference": 5,
+    "losses": 5,
+    "training": 6,
+    "inference": 6,
 }
 # torch.distributed modules that are no communication.
 HARMLESS = ("torch.distributed.checkpoint",)

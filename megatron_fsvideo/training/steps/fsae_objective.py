@@ -7,6 +7,7 @@ from torch import Tensor
 from megatron_fsvideo.config import FSAETrainingConfig
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
 from megatron_fsvideo.evaluation.ssim import ssim
+from megatron_fsvideo.losses.lpips import sliced_perceptual_loss
 from megatron_fsvideo.parallel.seeds import sample_generator
 
 SCALES = (2, 4)
@@ -29,7 +30,8 @@ def reconstruction_loss(
         parts["ssim"] = 1 - ssim(reconstruction, video).mean()
         loss = loss + weights.ssim_weight * parts["ssim"]
     if perceptual is not None:
-        parts["perceptual"] = perceptual(reconstruction, video)
+        frames = weights.perceptual_frames
+        parts["perceptual"] = sliced_perceptual_loss(perceptual, reconstruction, video, frames)
         loss = loss + weights.perceptual_weight * parts["perceptual"]
     return loss, {name: part.detach() for name, part in parts.items()}
 
