@@ -100,12 +100,13 @@ FSAE_PRESETS: dict[str, Preset] = {
         "perceptual_weight": 0.0,
         "gradient_weight": 1.0,
         "latent_penalty": 0.01,
-        "latent_noise": 0.3,
+        "latent_noise": 0.1,
         "multiscale_weight": 1.0,
-        "image_warmup_iters": 260,
+        "ssim_weight": 0.5,
+        "image_warmup_iters": 320,
         "micro_batch_size": 2,
         "global_batch_size": 2,
-        "train_iters": 560,
+        "train_iters": 720,
     },
     # Seconds on a CPU.
     "fsae_debug": {
