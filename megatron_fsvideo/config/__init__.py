@@ -5,6 +5,7 @@ from megatron_fsvideo.config.data import DataConfig, VideoDataConfig
 from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
 from megatron_fsvideo.config.flags import build_job, differences, from_dict, make_parser, parse_job, to_dict
 from megatron_fsvideo.config.fsae import FSAEConfig, FSAETrainingConfig
+from megatron_fsvideo.config.fsae_losses import AdversaryConfig, AlignmentConfig
 from megatron_fsvideo.config.jobs import DiTJob, FSAEJob, check_layout, check_token_count
 from megatron_fsvideo.config.parallel import ParallelConfig
 from megatron_fsvideo.config.presets import DIT_PRESETS, FSAE_PRESETS
@@ -14,6 +15,8 @@ from megatron_fsvideo.config.training import CheckpointConfig, LoggingConfig, Op
 __all__ = [
     "DIT_PRESETS",
     "FSAE_PRESETS",
+    "AdversaryConfig",
+    "AlignmentConfig",
     "CheckpointConfig",
     "DataConfig",
     "DiTConfig",

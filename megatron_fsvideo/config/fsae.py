@@ -62,6 +62,11 @@ class FSAEConfig:
 class FSAETrainingConfig:
     """losses and phases of autoencoder training"""
 
+    phase: int = 1
+    """What is trained, by which losses: 1 pixels, 2 + adversary, 3 large videos, 4 + alignment; then the decoder alone:
+    5 Standard, 6 Lite."""
+    init_from: str | None = None
+    """Where a run without a checkpoint gets its weights: the previous phase's --save folder, or a release folder."""
     l1_weight: float = 1.0
     """Weight of the mean absolute error."""
     perceptual_weight: float = 0.1
@@ -90,3 +95,27 @@ class FSAETrainingConfig:
     """Samples of a single-frame batch."""
     latent_noise: float = 0.0
     """In training, latents get Gaussian noise of uniform(0, this) of their standard deviation before decoding."""
+
+    def __post_init__(self) -> None:
+        if self.phase not in range(1, 7):
+            raise ValueError(f"phase must be 1 to 6, got {self.phase}")
+        if self.image_warmup_iters and self.phase > 1:
+            raise ValueError(
+                f"image_warmup_iters {self.image_warmup_iters} starts a model from images, which phase {self.phase} "
+                "no longer does: set it to 0"
+            )
+
+    @property
+    def trains_encoder(self) -> bool:
+        """Whether the encoder still changes; from phase 5 on it is frozen, so that latents stay what they are."""
+        return self.phase <= 4
+
+    @property
+    def has_adversary(self) -> bool:
+        """Whether the phase has a discriminator (where its weight is not 0)."""
+        return self.phase >= 2
+
+    @property
+    def has_alignment(self) -> bool:
+        """Whether the phase has the Video VF loss (where its weight is not 0)."""
+        return self.phase == 4

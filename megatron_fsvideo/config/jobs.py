@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from megatron_fsvideo.config.data import DataConfig, VideoDataConfig
 from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
 from megatron_fsvideo.config.fsae import FSAEConfig, FSAETrainingConfig
+from megatron_fsvideo.config.fsae_losses import AdversaryConfig, AlignmentConfig
 from megatron_fsvideo.config.parallel import ParallelConfig
 from megatron_fsvideo.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
 
@@ -32,6 +33,8 @@ class FSAEJob:
 
     model: FSAEConfig = field(default_factory=FSAEConfig)
     losses: FSAETrainingConfig = field(default_factory=FSAETrainingConfig)
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: VideoDataConfig = field(default_factory=VideoDataConfig)
@@ -51,6 +54,21 @@ class FSAEJob:
                 f"perceptual_weight is {self.losses.perceptual_weight}, but perceptual_trunk is none: name a trunk, or "
                 "set the weight to 0"
             )
+        if self.alignment.latent_regularizer != "none" and not self.losses.trains_encoder:
+            raise ValueError(
+                f"latent_regularizer {self.alignment.latent_regularizer} shapes the latents, which phase "
+                f"{self.losses.phase} leaves as they are: set it to none"
+            )
+
+    @property
+    def uses_gan(self) -> bool:
+        """Whether this run trains with a discriminator."""
+        return self.losses.has_adversary and self.adversary.gan_weight > 0
+
+    @property
+    def uses_vf(self) -> bool:
+        """Whether this run aligns the latents with a vision model."""
+        return self.losses.has_alignment and self.alignment.vf_weight > 0
 
 
 def check_layout(model: DiTConfig, parallel: ParallelConfig) -> None:
