@@ -25,7 +25,7 @@ def pretrain(job: DiTJob) -> None:
         is_rank_zero=pgs.is_rank_zero,
         world_size=pgs.world_size,
     )
-    train(step, state, job.training, job.checkpoint, logger)
+    train(step, state, job.training, job.checkpoint, logger, pgs.any_rank)
     groups.shutdown()
 
 

@@ -26,7 +26,7 @@ def pretrain(job: FSAEJob) -> None:
         is_rank_zero=pgs.is_rank_zero,
         world_size=pgs.world_size,
     )
-    train(step, state, job.training, job.checkpoint, logger)
+    train(step, state, job.training, job.checkpoint, logger, pgs.any_rank)
     groups.shutdown()
 
 

@@ -24,6 +24,12 @@ class TrainingConfig:
     """Validation batches (of the global batch size) each time; 0 validates never."""
     exit_interval: int = 0
     """Save and leave after this many iterations of this process; 0 runs to train_iters."""
+    exit_duration_in_mins: float | None = None
+    """Save and leave at the first iteration's end after so many minutes of this process; none sets no limit."""
+    exit_signal_handler: bool = True
+    """On SIGTERM or SIGUSR1 to any rank, save at the iteration's end and leave; off, the signals kill."""
+    max_consecutive_skipped: int = 10
+    """Stop after this many iterations in a row whose loss or gradient was not finite (their step is skipped)."""
 
     def __post_init__(self) -> None:
         if self.global_batch_size % self.micro_batch_size:
@@ -31,6 +37,8 @@ class TrainingConfig:
                 f"global_batch_size {self.global_batch_size} is not a multiple of "
                 f"micro_batch_size {self.micro_batch_size}"
             )
+        if self.max_consecutive_skipped < 1:
+            raise ValueError(f"max_consecutive_skipped must be at least 1, got {self.max_consecutive_skipped}")
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class CheckpointConfig:
     """Folder to continue from. It may be the --save folder, and may still be empty."""
     save_interval: int = 0
     """Iterations between checkpoints; 0 saves only at the end."""
+    async_save: bool = False
+    """Copy the state to host memory and write it while training goes on."""
     keep_checkpoints: int = 0
     """Newest checkpoints that are kept; 0 keeps all."""
     finetune: bool = False

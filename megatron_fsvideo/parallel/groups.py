@@ -103,6 +103,13 @@ class ProcessGroups:
         """Whether this rank has the head and the loss."""
         return self.pp_rank == self.pp_size - 1
 
+    def any_rank(self, flags: list[bool]) -> list[bool]:
+        """Which of these flags any rank of the job has set: the same answer on every rank."""
+        if self.world_size == 1:
+            return flags
+        counts = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        return [count > 0 for count in all_reduce_sum(counts).tolist()]
+
 
 def initialize(parallel: ParallelConfig) -> ProcessGroups:
     """Join the job and make its groups; under torchrun, or alone in one process.

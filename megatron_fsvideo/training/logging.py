@@ -68,16 +68,20 @@ class MetricsLogger:
             )
 
     def log_step(self, state: TrainState, result: StepResult, iteration_time: float) -> None:
-        """Record one iteration; a line every `log_interval` iterations, and for the first and the last."""
+        """Record one iteration; a line every `log_interval` iterations, for the first, the last and skipped ones."""
         if not self._active:
             return
         self._window.append((iteration_time, result))
         if self._bar is not None:
             self._bar.update()
         iteration = state.iteration
-        if iteration % self._interval and iteration not in (1, self._train_iters):
+        if result.skipped:
+            self.note(f"iteration {iteration}: the optimizer step is skipped: {result.skipped}")
+        elif iteration % self._interval and iteration not in (1, self._train_iters):
             return
         row = {"iteration": iteration, "consumed_samples": state.consumed_samples} | result.metrics | self._speed()
+        if result.skipped:
+            row["skipped"] = result.skipped
         self._window.clear()
         self._write(row, prefix="train")
         if self._bar is not None:
@@ -95,6 +99,11 @@ class MetricsLogger:
             prefix="valid",
         )
         self._say(f"iteration {state.iteration} | " + " | ".join(f"{k} {v:.4f}" for k, v in named.items()))
+
+    def note(self, text: str) -> None:
+        """One line for whoever watches the run; rank 0 prints it."""
+        if self._active:
+            self._say(text)
 
     def close(self) -> None:
         """Flush and close."""
@@ -125,7 +134,7 @@ class MetricsLogger:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():
-            if name != "iteration" and value is not None:
+            if name != "iteration" and isinstance(value, int | float):
                 self._tensorboard.add_scalar(f"{prefix}/{name}", value, row["iteration"])
 
     def _print_line(self, row: dict[str, Any]) -> None:

@@ -1,11 +1,15 @@
 """The training loop, for every job. What differs between jobs is the step object."""
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from megatron_fsvideo.config import CheckpointConfig, TrainingConfig
 from megatron_fsvideo.training.logging import MetricsLogger
+from megatron_fsvideo.training.signals import ExitRequest
 from megatron_fsvideo.training.state import StepResult, TrainState
+
+AnyRank = Callable[[list[bool]], list[bool]]
 
 
 class TrainStep(Protocol):
@@ -20,7 +24,15 @@ class TrainStep(Protocol):
         ...
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint from which `state.iteration + 1` can be done."""
+        """Write a checkpoint from which `state.iteration + 1` can be done, or begin to (`async_save`)."""
+        ...
+
+    def is_saving(self) -> bool:
+        """Whether this rank still writes a checkpoint in the background. Ranks may answer differently."""
+        ...
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and make it the newest."""
         ...
 
 
@@ -30,32 +42,69 @@ def train(
     training: TrainingConfig,
     checkpoint: CheckpointConfig,
     logger: MetricsLogger,
+    any_rank: AnyRank = list,
 ) -> None:
-    """Run from `state` to `training.train_iters`, or until `training.exit_interval` iterations are done here."""
+    """Run from `state` to `training.train_iters`, or until the run is asked to leave; then it saves and returns.
+
+    Args:
+        any_rank: which flags any rank has set, `ProcessGroups.any_rank`; the default is for a single process.
+
+    Raises:
+        ValueError: too many optimizer steps in a row were skipped, or a checkpoint could not be written.
+    """
     first = state.iteration
     # A resumed run has validated before it saved.
     if training.eval_iters > 0 and first == 0:
         logger.log_validation(state, step.validate())
 
     saved = first if first > 0 else None
-    while state.iteration < training.train_iters:
-        started = time.perf_counter()
-        result = step.train_step(state)
-        state.advance(result.num_samples)
-        logger.log_step(state, result, time.perf_counter() - started)
+    skipped = 0
+    with ExitRequest(training.exit_signal_handler, training.exit_duration_in_mins) as request:
+        while state.iteration < training.train_iters:
+            started = time.perf_counter()
+            result = step.train_step(state)
+            state.advance(result.num_samples)
+            logger.log_step(state, result, time.perf_counter() - started)
+            skipped = skipped + 1 if result.skipped else 0
+            if skipped == training.max_consecutive_skipped:
+                step.finish_save()
+                raise ValueError(_too_many_skipped(skipped, result))
 
-        is_last = state.iteration == training.train_iters
-        if training.eval_iters > 0 and (is_last or _due(state.iteration, training.eval_interval)):
-            logger.log_validation(state, step.validate())
-        if checkpoint.save and (is_last or _due(state.iteration, checkpoint.save_interval)):
+            is_last = state.iteration == training.train_iters
+            if training.eval_iters > 0 and (is_last or _due(state.iteration, training.eval_interval)):
+                logger.log_validation(state, step.validate())
+            if checkpoint.save and (is_last or _due(state.iteration, checkpoint.save_interval)):
+                step.save(state)
+                saved = state.iteration
+            is_asked = _should_leave(step, state, request, any_rank, logger)
+            if is_asked or _due(state.iteration - first, training.exit_interval):
+                break
+
+        if checkpoint.save and saved != state.iteration:
             step.save(state)
-            saved = state.iteration
-        if _due(state.iteration - first, training.exit_interval):
-            break
-
-    if checkpoint.save and saved != state.iteration:
-        step.save(state)
+        step.finish_save()
     logger.close()
+
+
+def _should_leave(
+    step: TrainStep, state: TrainState, request: ExitRequest, any_rank: AnyRank, logger: MetricsLogger
+) -> bool:
+    """The end of an iteration, where all ranks agree: to leave, and that a checkpoint is written."""
+    is_saving, *flags = any_rank([step.is_saving(), *request.flags()])
+    if not is_saving:
+        step.finish_save()
+    reason = request.explain(flags)
+    if reason:
+        logger.note(f"leaving after iteration {state.iteration}: {reason}")
+    return reason is not None
+
+
+def _too_many_skipped(count: int, last: StepResult) -> str:
+    return (
+        f"{count} optimizer steps in a row were skipped, as many as max_consecutive_skipped allows; the last: "
+        f"{last.skipped}. Continue from the last checkpoint with a lower lr, or look for broken samples "
+        "(docs/debugging.md)"
+    )
 
 
 def _due(count: int, interval: int) -> bool:

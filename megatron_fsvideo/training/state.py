@@ -35,6 +35,7 @@ class StepResult:
         num_tokens: tokens processed, over all ranks; 0 where that is no useful number.
         flops: floating-point operations of the model's forward and backward passes, over all ranks; 0 if not counted.
         data_wait: seconds spent waiting for data.
+        skipped: why the weights were not changed (a loss or gradient that is not finite), with the samples' names.
     """
 
     metrics: dict[str, float]
@@ -42,3 +43,4 @@ class StepResult:
     num_tokens: int = 0
     flops: float = 0.0
     data_wait: float = 0.0
+    skipped: str | None = None

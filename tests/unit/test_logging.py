@@ -37,6 +37,12 @@ class CountingStep:
     def save(self, state: TrainState) -> None:
         self.events.append(f"save {state.iteration}")
 
+    def is_saving(self) -> bool:
+        return False
+
+    def finish_save(self) -> None:
+        pass
+
 
 def run(folder, iterations, first=0, log_interval=1, **training):
     step, state = CountingStep(), TrainState(first, 3 * first)

@@ -162,6 +162,13 @@ class DiTStep:
             checkpoint.keep_checkpoints,
         )
 
+    def is_saving(self) -> bool:
+        """Whether this rank still writes a checkpoint."""
+        return False
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is being written, if any."""
+
     def load(self) -> TrainState:
         """Continue from `--save` if this run has saved before, otherwise from `--load`, if there is a checkpoint in it.
 
