@@ -136,6 +136,13 @@ class FSAEStep:
             remove_old_checkpoints(target.parent, state.iteration, self.job.checkpoint.keep_checkpoints)
         barrier()
 
+    def is_saving(self) -> bool:
+        """Whether this rank still writes a checkpoint."""
+        return False
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is being written, if any."""
+
     def load(self) -> TrainState:
         """Continue from the newest checkpoint in `--load`; a fresh start without one.
 
