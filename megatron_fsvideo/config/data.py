@@ -31,6 +31,10 @@ class VideoDataConfig:
     """Videos are resized to this short side before cropping."""
     max_frame_stride: int = 1
     """Training clips skip frames: every frame, every second, ... up to this stride, drawn for each clip."""
+    buckets: tuple[str, ...] = ()
+    """Clip shapes, frames x height x width as in 17x192x320, instead of num_frames and square crops: a batch has one
+    shape, and a video serves those of each length that are nearest to its aspect ratio. A shape named twice is drawn
+    twice as often."""
     holdout_every: int = 0
     """Every n-th shot of each video is held out for validation; 0 holds out none."""
     valid_resolution: int | None = None

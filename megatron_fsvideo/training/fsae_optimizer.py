@@ -15,7 +15,7 @@ MUON_MOMENTUM = 0.95
 
 
 class FSAEOptimizer:
-    """Clips the gradients, sets the learning rates, steps, clears the gradients.
+    """Clips the gradients, sets the learning rates, steps, clears the gradients. Frozen parameters are left out.
 
     Args:
         train_iters: length of the schedule.
@@ -24,7 +24,7 @@ class FSAEOptimizer:
     def __init__(self, model: nn.Module, config: OptimizerConfig, train_iters: int) -> None:
         self.config = config
         self.train_iters = train_iters
-        self.parameters = list(model.parameters())
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         dense = dense_kernels(model)
         taken = {id(p) for p in dense}
         others = {"params": [p for p in self.parameters if id(p) not in taken], "weight_decay": 0.0}
@@ -75,6 +75,7 @@ class FSAEOptimizer:
 
 
 def dense_kernels(model: nn.Module) -> list[nn.Parameter]:
-    """Kernels of ungrouped convolutions: what Muon updates and weight decay reaches. A grouped one is no matrix."""
+    """Trained kernels of ungrouped convolutions: what Muon updates and weight decay reaches. Grouped: no matrix."""
     convolutions = (CausalConv3d, nn.Conv2d, nn.Conv3d)
-    return [m.weight for m in model.modules() if isinstance(m, convolutions) and m.groups == 1]
+    found = [m.weight for m in model.modules() if isinstance(m, convolutions) and m.groups == 1]
+    return [weight for weight in found if weight.requires_grad]

@@ -34,8 +34,11 @@ NUM_SHOTS, SHOT_FRAMES = 4, 20
 
 @pytest.fixture(scope="module")
 def video_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_film(tmp_path_factory.mktemp("videos"))
+
+
+def make_film(folder: Path) -> Path:
     """One film of four shots: textures of different colours that move one pixel a frame."""
-    folder = tmp_path_factory.mktemp("videos")
     generator = torch.Generator().manual_seed(0)
     shots = []
     for k in range(NUM_SHOTS):
@@ -111,7 +114,7 @@ def test_damaged_and_short_videos(video_dir: Path, tmp_path: Path, capsys: pytes
         open_clips(VideoDataConfig(video_dir=str(tmp_path), holdout_every=9, num_frames=5), seed=0)
 
 
-def test_one_clip_is_learnt(video_dir: Path) -> None:
+def test_property_28_one_clip_is_learnt(video_dir: Path) -> None:
     video = to_unit(read_video(video_dir / "film.mp4", 0, 5, size=(32, 32)))[None]
     torch.manual_seed(0)
     config = FSAEConfig(

@@ -1,7 +1,9 @@
-"""The autoencoder's step: phase 1 of its training (paper section 2.2.3), on one process or data-parallel.
+"""The autoencoder's step: phases 1 to 6 of its training (paper section 2.2), on one process or data-parallel.
 
-A phase on single frames may come first (`image_warmup_iters`): it is cheap and settles everything spatial. Where it
-ends, the temporal taps move (`begin_video`) and the optimizer starts anew. Everything random is a function of
+    encode -> (noise, transform) -> decode -> losses -> backward -> the discriminator's losses -> backward -> both step
+
+A run from scratch may begin with single frames (`image_warmup_iters`): they are cheap and settle everything spatial.
+Where they end, the temporal taps move (`begin_video`) and the optimizer starts anew. Everything random is a function of
 (seed, sample number), so that a restarted run repeats an unbroken one.
 """
 
@@ -25,92 +27,87 @@ from megatron_fsvideo.checkpoint.distributed import (
 )
 from megatron_fsvideo.checkpoint.release import MODEL_FOLDER, save_fsae
 from megatron_fsvideo.config import FSAEJob, differences, from_dict, to_dict
-from megatron_fsvideo.data.clip_dataset import open_clips
-from megatron_fsvideo.evaluation.perceptual import build_perceptual_loss
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
+from megatron_fsvideo.losses.latent_regularizers import LatentTransform, draw_transform
+from megatron_fsvideo.losses.video_vf import LatentProjection
 from megatron_fsvideo.models.fsae import FSAE, begin_video
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, barrier
-from megatron_fsvideo.parallel.seeds import derive_seed, sample_generator
+from megatron_fsvideo.parallel.seeds import derive_seed
 from megatron_fsvideo.training.ema import EMA
+from megatron_fsvideo.training.fsae_adversary import Adversary
 from megatron_fsvideo.training.fsae_optimizer import FSAEOptimizer
+from megatron_fsvideo.training.fsae_phases import TRAINING_FILE, inherit_weights
 from megatron_fsvideo.training.state import StepResult, TrainState
-from megatron_fsvideo.training.steps.fsae_objective import draw_latent_noise, latent_penalty, reconstruction_loss
-
-TRAINING_FILE = "training.pt"
+from megatron_fsvideo.training.steps.fsae_batches import BatchPlan, FSAEBatches
+from megatron_fsvideo.training.steps.fsae_objective import FSAEObjective, draw_latent_noise
+from megatron_fsvideo.training.steps.fsae_trainee import FSAETrainee
 
 
 class FSAEStep:
-    """Model, optimizer, moving average and clips of an autoencoder job.
+    """Model, adversary, optimizers, moving average and clips of an autoencoder job.
 
     Raises:
-        ValueError: batches that do not divide, no videos, or none held out although `eval_iters` is positive.
+        ValueError: batches that do not divide, no videos, none held out although `eval_iters` is positive, or weights
+            that a loss needs are missing.
     """
 
     def __init__(self, job: FSAEJob, pgs: ProcessGroups) -> None:
         self.job = job
         self.pgs = pgs
-        self._check_batches()
-        self.clips, held_out = open_clips(job.data, job.training.seed)
-        self.valid_clips: Tensor | None = None
-        if job.training.eval_iters > 0:
-            if held_out is None:
-                raise ValueError("eval_iters is positive, but no shot is held out: set holdout_every")
-            count = job.training.eval_iters * job.training.global_batch_size
-            self.valid_clips = held_out.fixed_clips(count, job.data.num_frames, job.data.valid_side)
+        self.batches = FSAEBatches(job, pgs.dp_size)
+        self.objective = FSAEObjective(job, pgs.device)
 
         torch.manual_seed(derive_seed(job.training.seed, "fsae"))
         self.model = FSAE(job.model).to(pgs.device)
-        self.wrapped: torch.nn.Module = self.model
+        self.trainee = FSAETrainee(self.model, job.losses.trains_encoder, self._build_projection())
+        self.wrapped: torch.nn.Module = self.trainee
         if pgs.dp_size > 1:
-            self.wrapped = DistributedDataParallel(self.model, process_group=pgs.dp)
-        self.optimizer = FSAEOptimizer(self.model, job.optimizer, job.training.train_iters)
+            self.wrapped = DistributedDataParallel(self.trainee, process_group=pgs.dp)
+        self.optimizer = FSAEOptimizer(self.trainee, job.optimizer, job.training.train_iters)
+        self.adversary = Adversary(job, pgs) if job.uses_gan else None
         self.ema = EMA(self.model, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
-        self.perceptual = build_perceptual_loss(job.losses, pgs.device)
 
     def train_step(self, state: TrainState) -> StepResult:
-        """One optimizer step on frames or on clips."""
-        warmup = self.job.losses.image_warmup_iters
-        if warmup and state.iteration == warmup:
-            begin_video(self.model)
-            self.optimizer.restart()
-            if self.ema is not None:
-                self.ema.restart()
-        num_samples, micro_batch, num_frames = self._batch_shape(state.iteration)
-        per_rank = num_samples // self.pgs.dp_size
+        """One optimizer step on images or on clips."""
+        self._begin_video(state.iteration)
+        plan = self.batches.plan(state.iteration)
+        transform = self._draw_transform(plan, state)
+        # Transformed latents make videos of any size: the discriminator sees plain ones only.
+        adversary = self.adversary if transform is None or transform.role == "added" else None
+        per_rank = plan.num_samples // self.pgs.dp_size
         first = state.consumed_samples + self.pgs.dp_rank * per_rank
 
         sums: dict[str, float] = {}
         self.wrapped.train()
-        for start in range(first, first + per_rank, micro_batch):
-            is_last = start + micro_batch == first + per_rank
+        for start in range(first, first + per_rank, plan.micro_batch_size):
+            is_last = start + plan.micro_batch_size == first + per_rank
             with nullcontext() if is_last or self.pgs.dp_size == 1 else self.wrapped.no_sync():
-                parts = self._forward_backward(start, micro_batch, num_frames, micro_batch / per_rank)
+                parts = self._micro_batch(start, plan, state.iteration, transform, adversary)
             for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * micro_batch / per_rank
-        grad_norm, learning_rate = self.optimizer.step(state.iteration)
-        if not math.isfinite(sums["loss"] + grad_norm):
-            raise ValueError(
-                f"iteration {state.iteration + 1}: the loss is {sums['loss']}, the gradient norm {grad_norm}; continue "
-                "from the last checkpoint with a lower lr"
-            )
-        if self.ema is not None:
-            self.ema.update(state.iteration + 1)
+                sums[name] = sums.get(name, 0.0) + float(value) * plan.micro_batch_size / per_rank
         averaged = self._mean_over_ranks(list(sums.values()))
-        metrics = dict(zip(sums, averaged, strict=True)) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        return StepResult(metrics, num_samples, 0)
+        metrics = dict(zip(sums, averaged, strict=True)) | self._update(state.iteration, adversary)
+        wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if wrong:
+            raise ValueError(
+                f"iteration {state.iteration + 1}: {', '.join(f'{name} is {value}' for name, value in wrong.items())}; "
+                "continue from the last checkpoint with a lower lr"
+            )
+        return StepResult(metrics, plan.num_samples, 0)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """PSNR and SSIM on held-out shots, over all frames and for the last one."""
-        assert self.valid_clips is not None, "checked when the job was made"
+        valid_clips = self.batches.valid_clips
+        assert valid_clips is not None, "checked when the job was made"
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.pgs.device)
         with self.ema.applied() if self.ema is not None else nullcontext():
-            for clip in self.valid_clips[self.pgs.dp_rank :: self.pgs.dp_size]:
+            for clip in valid_clips[self.pgs.dp_rank :: self.pgs.dp_size]:
                 video = clip.unsqueeze(0).to(self.pgs.device)
                 with self._autocast():
-                    reconstruction = self.model(video)[0].float()
+                    reconstruction = self.trainee.reconstruct(video).float()
                 psnr, similarity = psnr_per_frame(reconstruction, video)[0], ssim(reconstruction, video)[0]
                 sums += torch.stack([psnr.mean(), psnr[-1], similarity, torch.ones_like(similarity)])
         psnr_sum, last_sum, ssim_sum, count = all_reduce_sum(sums, self.pgs.dp).tolist()
@@ -127,8 +124,10 @@ class FSAEStep:
                 "iteration": state.iteration,
                 "consumed_samples": state.consumed_samples,
                 "weights": self.model.state_dict(),
+                "projection": self._projection_state(),
                 "ema": self.ema.weights if self.ema is not None else None,
                 "optimizer": self.optimizer.state_dict(),
+                "adversary": self.adversary.state_dict() if self.adversary is not None else None,
             }
             torch.save(content, target / TRAINING_FILE)
             write_text_atomically(target / JOB_FILE, json.dumps({"job": to_dict(self.job)}, indent=1) + "\n")
@@ -137,21 +136,23 @@ class FSAEStep:
         barrier()
 
     def is_saving(self) -> bool:
-        """Whether this rank still writes a checkpoint."""
+        """False: `save` has written everything when it returns."""
         return False
 
     def finish_save(self) -> None:
-        """Wait for the checkpoint that is being written, if any."""
+        """Nothing is being written."""
 
     def load(self) -> TrainState:
-        """Continue from the newest checkpoint in `--load`; a fresh start without one.
+        """Continue from the newest checkpoint in `--load`; without one start from `--init-from`, or anew.
 
         Raises:
-            ValueError: the checkpoint is damaged or of another architecture.
+            ValueError: the checkpoint is damaged, of another architecture or of another phase.
         """
         folder = self.job.checkpoint.load
         iteration = latest_iteration(Path(folder)) if folder else None
         if iteration is None:
+            if self.job.losses.init_from is not None:
+                self._inherit(self.job.losses.init_from)
             return TrainState()
         source = iteration_folder(Path(folder), iteration)
         saved = from_dict(FSAEJob, read_record(Path(folder), iteration)["job"])
@@ -161,51 +162,110 @@ class FSAEStep:
         self.model.load_state_dict(content["weights"])
         if self.job.checkpoint.finetune:
             return TrainState()
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.ema is not None:
-            self.ema.load(content["ema"] or content["weights"])
+        if saved.losses.phase != self.job.losses.phase:
+            raise ValueError(
+                f"the checkpoint {source} is of phase {saved.losses.phase}, this run of phase {self.job.losses.phase}: "
+                "give it a --load and --save folder of its own, and the other as --init-from"
+            )
+        self._load_training_state(content, source)
         return TrainState(content["iteration"], content["consumed_samples"])
 
-    def _forward_backward(self, first: int, size: int, num_frames: int, weight: float) -> dict[str, Tensor]:
-        """Gradients of one micro-batch are added, weighted; returns its loss and the loss's parts."""
-        seed, strength = self.job.training.seed, self.job.losses.latent_noise
-        video = self.clips.random_batch(first, size, num_frames, self.job.data.resolution).to(self.pgs.device)
-        noise = None
-        if strength > 0:
-            side = video.shape[-1] // self.model.spatial_factor
-            frames = (num_frames - 1) // self.model.temporal_factor + 1
-            shape = (size, self.model.latent_channels, frames, side, side)
-            noise = draw_latent_noise(seed, first, shape, strength).to(self.pgs.device)
-        with self._autocast():
-            reconstruction, latents = self.wrapped(video, noise)
-        loss, parts = reconstruction_loss(reconstruction, video, self.job.losses, self.perceptual)
-        if self.job.losses.latent_penalty > 0:
-            loss = loss + self.job.losses.latent_penalty * latent_penalty(latents)
-        (loss * weight).backward()
+    def _load_training_state(self, content: dict, source: Path) -> None:
+        if (content.get("adversary") is None) != (self.adversary is None):
+            raise ValueError(
+                f"the checkpoint {source} was trained {'without' if self.adversary else 'with'} a discriminator: keep "
+                "gan_weight as it was, or start from it with --init-from"
+            )
+        self.optimizer.load_state_dict(content["optimizer"])
+        if self.adversary is not None:
+            self.adversary.load_state_dict(content["adversary"])
+        if self.trainee.projection is not None:
+            self.trainee.projection.load_state_dict(content["projection"])
+        if self.ema is not None:
+            self.ema.load(content["ema"] or content["weights"])
+
+    def _inherit(self, source: str) -> None:
+        lines = inherit_weights(source, self.model, self.adversary, self.pgs.device)
+        if self.ema is not None:
+            self.ema.restart()
+        if self.pgs.is_rank_zero:
+            print("\n".join(lines), flush=True)
+
+    def _begin_video(self, iteration: int) -> None:
+        warmup = self.job.losses.image_warmup_iters
+        if warmup and iteration == warmup:
+            begin_video(self.model)
+            self.optimizer.restart()
+            if self.ema is not None:
+                self.ema.restart()
+
+    def _micro_batch(
+        self,
+        first: int,
+        plan: BatchPlan,
+        iteration: int,
+        transform: LatentTransform | None,
+        adversary: Adversary | None,
+    ) -> dict[str, Tensor]:
+        """Add the gradients of the micro-batch that begins with sample `first`; its loss and the loss's parts."""
+        weight = plan.micro_batch_size * self.pgs.dp_size / plan.num_samples
+        video = self.batches.read(first, plan).to(self.pgs.device)
+        if transform is not None and transform.role == "before_encoding":
+            video, transform = transform.of_video(video, self.model.spatial_factor), None
+        learns = not self._autoencoder_rests(iteration)
+        with torch.set_grad_enabled(learns):
+            with self._autocast():
+                features = self.objective.features(video)
+                size = None if features is None else features.shape[3:]
+                noise = self._latent_noise(first, video)
+                output = (self.wrapped if learns else self.trainee)(video, noise, transform, size)
+            loss, parts = self.objective(
+                output, video, self.model, features=features, transform=transform, adversary=adversary
+            )
+        if learns:
+            (loss * weight).backward()
+        if adversary is not None:
+            parts |= adversary.backward(video, output.reconstruction, iteration, weight)
         return {"loss": loss.detach(), **parts}
 
-    def _batch_shape(self, iteration: int) -> tuple[int, int, int]:
-        """(samples over all ranks, samples per forward pass, frames) of the step after `iteration`."""
-        training, losses = self.job.training, self.job.losses
-        is_image = iteration < losses.image_warmup_iters
-        if losses.image_fraction > 0 and not is_image:
-            generator = sample_generator(training.seed, iteration, 0, "image_batch")
-            is_image = float(torch.rand((), generator=generator)) < losses.image_fraction
-        if is_image:
-            return losses.image_batch_size, losses.image_batch_size // self.pgs.dp_size, 1
-        return training.global_batch_size, training.micro_batch_size, self.job.data.num_frames
+    def _update(self, iteration: int, adversary: Adversary | None) -> dict[str, float]:
+        """Step what has learnt; gradient norms and the learning rate."""
+        metrics = {"grad_norm": 0.0, "learning_rate": 0.0}
+        if not self._autoencoder_rests(iteration):
+            metrics["grad_norm"], metrics["learning_rate"] = self.optimizer.step(iteration)
+            if self.ema is not None:
+                self.ema.update(iteration + 1)
+        if adversary is not None:
+            metrics["discriminator_grad_norm"] = adversary.step(iteration)
+        return metrics
 
-    def _check_batches(self) -> None:
-        training, dp_size = self.job.training, self.pgs.dp_size
-        if training.global_batch_size % (training.micro_batch_size * dp_size):
-            raise ValueError(
-                f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
-                f"{training.micro_batch_size} x {dp_size} processes"
-            )
-        if self.job.losses.image_batch_size % dp_size:
-            raise ValueError(
-                f"image_batch_size {self.job.losses.image_batch_size} is not a multiple of the {dp_size} processes"
-            )
+    def _autoencoder_rests(self, iteration: int) -> bool:
+        return self.adversary is not None and self.adversary.learns_alone(iteration)
+
+    def _draw_transform(self, plan: BatchPlan, state: TrainState) -> LatentTransform | None:
+        """One for the whole step, so that all ranks do the same."""
+        if self._autoencoder_rests(state.iteration):
+            return None
+        factor, seed = self.model.spatial_factor, self.job.training.seed
+        grid = (plan.bucket.height // factor, plan.bucket.width // factor)
+        return draw_transform(self.job.alignment.latent_regularizer, seed, state.consumed_samples, grid)
+
+    def _latent_noise(self, first: int, video: Tensor) -> Tensor | None:
+        strength = self.job.losses.latent_noise
+        if strength == 0:
+            return None
+        factor = self.model.spatial_factor
+        frames = (video.shape[2] - 1) // self.model.temporal_factor + 1
+        shape = (len(video), self.model.latent_channels, frames, video.shape[3] // factor, video.shape[4] // factor)
+        return draw_latent_noise(self.job.training.seed, first, shape, strength).to(self.pgs.device)
+
+    def _build_projection(self) -> LatentProjection | None:
+        if self.objective.dino is None:
+            return None
+        return LatentProjection(self.job.model.latent_channels, self.objective.dino.channels).to(self.pgs.device)
+
+    def _projection_state(self) -> dict[str, Tensor] | None:
+        return None if self.trainee.projection is None else self.trainee.projection.state_dict()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.pgs.device.type, torch.bfloat16, enabled=self.job.training.bf16)

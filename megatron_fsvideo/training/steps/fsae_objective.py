@@ -1,16 +1,101 @@
-"""What the autoencoder minimises in phase 1 (paper section 2.2.3, fsae_spec section 4): means over all elements."""
+"""What the autoencoder minimises (paper sections 2.2.1 and 2.2.2, fsae_spec section 4): means over all elements.
+
+L_ae    = L1 + 0.1 LPIPS + 0.1 L_GAN              the adversary from phase 2 on
+L_total = L_ae + 0.5 (L_v-mcos + L_v-mdms)        phase 4, equation 4
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_fsvideo.config import FSAETrainingConfig
-from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
+from megatron_fsvideo.config import FSAEJob, FSAETrainingConfig
+from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, build_perceptual_loss
 from megatron_fsvideo.evaluation.ssim import ssim
+from megatron_fsvideo.losses.dinov2 import DINOv2Features, load_dinov2
+from megatron_fsvideo.losses.latent_regularizers import LatentTransform
 from megatron_fsvideo.losses.lpips import sliced_perceptual_loss
+from megatron_fsvideo.losses.video_vf import adaptive_weight, pool_features, video_vf_losses
+from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.seeds import sample_generator
+from megatron_fsvideo.training.fsae_adversary import Adversary
+from megatron_fsvideo.training.steps.fsae_trainee import TraineeOutput
 
 SCALES = (2, 4)
+
+
+class FSAEObjective:
+    """The losses of a job's phase, weighted.
+
+    Attributes:
+        dino: the vision model whose features the latents are aligned with, in phase 4.
+    """
+
+    def __init__(self, job: FSAEJob, device: torch.device) -> None:
+        self.job = job
+        self.perceptual = build_perceptual_loss(job.losses, device)
+        self.dino: DINOv2Features | None = None
+        if job.uses_vf:
+            if job.alignment.vf_encoder_path is None:
+                raise ValueError("phase 4 aligns the latents with DINOv2: give --vf-encoder-path, or --vf-weight 0")
+            self.dino = load_dinov2(job.alignment.vf_encoder_path, device, job.alignment.vf_grid)
+
+    def features(self, video: Tensor) -> Tensor | None:
+        """What the latents of a video [b, 3, f, h, w] are aligned with, [b, e, t, rows, columns]; None without VF."""
+        return None if self.dino is None else pool_features(self.dino(video), self.job.model.temporal_factor)
+
+    def __call__(
+        self,
+        output: TraineeOutput,
+        video: Tensor,
+        fsae: FSAE,
+        *,
+        features: Tensor | None = None,
+        transform: LatentTransform | None = None,
+        adversary: Adversary | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its unweighted parts by name.
+
+        Args:
+            video: what was encoded, [b, 3, f, h, w].
+            fsae: whose encoder's last layer the adaptive weight looks at.
+            features: from `features`.
+            transform: that made `output.transformed`.
+            adversary: None leaves the adversarial loss out.
+        """
+        loss, parts = torch.zeros((), device=video.device), {}
+        if output.reconstruction is not None:
+            loss, parts = self._reconstruction(output.reconstruction, video)
+        if transform is not None:
+            assert output.transformed is not None
+            target = transform.of_video(video, fsae.spatial_factor)
+            regularized, of_transformed = self._reconstruction(output.transformed, target)
+            parts |= {f"transformed_{name}": value for name, value in of_transformed.items()}
+            is_added = transform.role == "added"
+            loss = loss + (self.job.alignment.latent_regularizer_weight if is_added else 1.0) * regularized
+        if features is not None:
+            aligned, of_aligned = self._alignment(loss, output, features, fsae)
+            loss, parts = loss + aligned, parts | of_aligned
+        if adversary is not None:
+            parts["gan"] = adversary.generator_loss(output.reconstruction)
+            loss = loss + self.job.adversary.gan_weight * parts["gan"]
+        if self.job.losses.latent_penalty > 0:
+            loss = loss + self.job.losses.latent_penalty * latent_penalty(output.latents)
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+    def _reconstruction(self, reconstruction: Tensor, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return reconstruction_loss(reconstruction, video, self.job.losses, self.perceptual)
+
+    def _alignment(
+        self, reconstruction: Tensor, output: TraineeOutput, features: Tensor, fsae: FSAE
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.job.alignment
+        matching, distances = video_vf_losses(
+            output.projected, features, config.vf_cosine_margin, config.vf_distance_margin, config.vf_rows
+        )
+        weight = config.vf_weight
+        if config.vf_adaptive and torch.is_grad_enabled():
+            weight = weight * adaptive_weight(reconstruction, matching + distances, fsae.encoder.conv_out.weight)
+        return weight * (matching + distances), {"vf_cosine": matching, "vf_distance": distances}
 
 
 def reconstruction_loss(

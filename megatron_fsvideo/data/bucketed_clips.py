@@ -1,0 +1,131 @@
+"""Random clips in several shapes: aspect ratios, mixed resolutions and lengths (paper section 2.2.1, footnote 2).
+
+Every batch has one bucket, drawn by the number of the batch. A shot serves the buckets that it is long enough for, and
+of those of one length the ones nearest to its aspect ratio. Clip number n of a bucket is a function of
+(seed, n, bucket) alone.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from math import log
+
+import torch
+from torch import Tensor
+
+from megatron_fsvideo.config import VideoDataConfig
+from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.clip_dataset import ClipDataset, open_clips
+from megatron_fsvideo.data.shots import Shot
+from megatron_fsvideo.data.video import VideoReader, resize_short_side, to_unit
+from megatron_fsvideo.parallel.seeds import sample_generator
+
+
+class BucketedClips:
+    """Clips of a list of shots, read from their files each time.
+
+    Args:
+        shots: without cuts inside.
+        buckets: shapes; one that occurs twice is drawn twice as often.
+        seed: of buckets and clips.
+        max_frame_stride: clips take every frame, every second, ... up to this, as far as the shot is long.
+
+    Raises:
+        ValueError: no shot serves any bucket.
+    """
+
+    def __init__(self, shots: Sequence[Shot], buckets: Sequence[Bucket], seed: int, max_frame_stride: int = 1) -> None:
+        self.seed = seed
+        self.max_frame_stride = max_frame_stride
+        self._readers = {path: VideoReader(path) for path in sorted({shot.path for shot in shots})}
+        self._shots = {bucket: self._serving(shots, bucket, buckets) for bucket in set(buckets)}
+        self.buckets = tuple(bucket for bucket in buckets if self._shots[bucket])
+        if not self.buckets:
+            longest = max((shot.num_frames for shot in shots), default=0)
+            raise ValueError(
+                f"none of the {len(shots)} shots (the longest has {longest} frames) serves a bucket: give shorter ones"
+            )
+        for bucket in sorted(set(buckets) - set(self.buckets)):
+            print(f"no shot serves the bucket {bucket}: it is left out", file=sys.stderr, flush=True)
+
+    def choose_bucket(self, batch: int, is_image: bool) -> Bucket:
+        """The bucket of batch `batch`, among those of one frame or among the others.
+
+        Raises:
+            ValueError: there is none such.
+        """
+        candidates = [bucket for bucket in self.buckets if (bucket.num_frames == 1) == is_image]
+        if not candidates:
+            kind = "one frame, which image_fraction asks for" if is_image else "more than one frame"
+            raise ValueError(f"none of the buckets {', '.join(map(str, self.buckets))} has {kind}")
+        generator = sample_generator(self.seed, batch, 0, "bucket")
+        # By shots, so that those of a rare aspect ratio are not seen more often than others.
+        weights = torch.tensor([len(self._shots[bucket]) for bucket in candidates], dtype=torch.float64)
+        return candidates[int(torch.multinomial(weights, 1, generator=generator))]
+
+    def random_clip(self, number: int, bucket: Bucket) -> Tensor:
+        """Clip `number` of a bucket's endless sequence: [3, f, h, w] in [-1, 1]."""
+        generator = sample_generator(self.seed, number, 0, f"clip {bucket}")
+        shots = self._shots[bucket]
+        # Uniform over frames, not over shots: long shots have more to show.
+        lengths = torch.tensor([shot.num_frames - bucket.num_frames + 1 for shot in shots], dtype=torch.float64)
+        shot = shots[int(torch.multinomial(lengths, 1, generator=generator))]
+        gaps = bucket.num_frames - 1
+        longest_stride = min(self.max_frame_stride, (shot.num_frames - 1) // max(1, gaps))
+        stride = 1 + _draw(longest_stride - 1, generator)
+        start = shot.start + _draw(shot.num_frames - 1 - gaps * stride, generator)
+        frames = self._readers[shot.path].read(start, bucket.num_frames, stride=stride)
+        frames = _cover(frames, bucket)
+        top = _draw(frames.shape[1] - bucket.height, generator)
+        left = _draw(frames.shape[2] - bucket.width, generator)
+        crop = frames[:, top : top + bucket.height, left : left + bucket.width]
+        return to_unit(crop.flip(2) if _draw(1, generator) else crop)
+
+    def random_batch(self, first: int, count: int, bucket: Bucket) -> Tensor:
+        """Clips `first` to `first + count - 1` as [count, 3, f, h, w]."""
+        return torch.stack([self.random_clip(first + k, bucket) for k in range(count)])
+
+    def _serving(self, shots: Sequence[Shot], bucket: Bucket, buckets: Sequence[Bucket]) -> list[Shot]:
+        rivals = [other for other in buckets if other.num_frames == bucket.num_frames]
+        return [
+            shot
+            for shot in shots
+            if shot.num_frames >= bucket.num_frames
+            and _distance(bucket, self._ratio(shot)) <= min(_distance(b, self._ratio(shot)) for b in rivals) + 1e-6
+        ]
+
+    def _ratio(self, shot: Shot) -> float:
+        info = self._readers[shot.path].info
+        return log(info.width / info.height)
+
+
+def open_bucketed_clips(
+    data: VideoDataConfig, buckets: Sequence[Bucket], seed: int
+) -> tuple[BucketedClips, ClipDataset | None]:
+    """As `open_clips`, with training clips in buckets; held-out ones stay square crops.
+
+    Raises:
+        ValueError: as `open_clips`, or no shot serves a bucket.
+    """
+    shortest = min(bucket.num_frames for bucket in buckets)
+    clips, held_out = open_clips(replace(data, num_frames=shortest, cache_gib=0.0), seed)
+    return BucketedClips(clips.shots, buckets, seed, data.max_frame_stride), held_out
+
+
+def _distance(bucket: Bucket, log_ratio: float) -> float:
+    return abs(log(bucket.aspect_ratio) - log_ratio)
+
+
+def _cover(frames: Tensor, bucket: Bucket) -> Tensor:
+    """Scale uint8 [f, h, w, 3] until it just covers the bucket."""
+    height, width = frames.shape[1:3]
+    scale = max(bucket.height / height, bucket.width / width)
+    short = -(-min(height, width) * scale // 1)  # rounded up
+    scaled = resize_short_side(frames, int(short))
+    assert scaled.shape[1] >= bucket.height and scaled.shape[2] >= bucket.width, "rounding lost a row"
+    return scaled
+
+
+def _draw(largest: int, generator: torch.Generator) -> int:
+    """A whole number in 0..largest."""
+    return int(torch.randint(largest + 1, (1,), generator=generator))

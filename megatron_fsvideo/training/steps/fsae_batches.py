@@ -1,0 +1,117 @@
+"""Which clips an autoencoder's step reads: images or videos, crops or buckets; a function of the step's number."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_fsvideo.config import FSAEJob
+from megatron_fsvideo.data.bucketed_clips import BucketedClips, open_bucketed_clips
+from megatron_fsvideo.data.buckets import Bucket, bucket_batch_size
+from megatron_fsvideo.data.clip_dataset import ClipDataset, open_clips
+from megatron_fsvideo.parallel.seeds import sample_generator
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch of one step.
+
+    Attributes:
+        num_samples: over all ranks.
+        micro_batch_size: samples of one forward pass.
+        bucket: shape of the clips.
+    """
+
+    num_samples: int
+    micro_batch_size: int
+    bucket: Bucket
+
+
+class FSAEBatches:
+    """Batches of an autoencoder job.
+
+    Attributes:
+        valid_clips: held-out clips [n, 3, f, h, w], or None when the job does not validate.
+
+    Raises:
+        ValueError: batches that do not divide, buckets that the autoencoder cannot divide, no videos, or none held out
+            although `eval_iters` is positive.
+    """
+
+    def __init__(self, job: FSAEJob, dp_size: int) -> None:
+        self.job = job
+        self.dp_size = dp_size
+        self._check_batches()
+        self._clips, self._bucketed, held_out = self._open()
+        self.valid_clips: Tensor | None = None
+        if job.training.eval_iters > 0:
+            if held_out is None:
+                raise ValueError("eval_iters is positive, but no shot is held out: set holdout_every")
+            count = job.training.eval_iters * job.training.global_batch_size
+            self.valid_clips = held_out.fixed_clips(count, job.data.num_frames, job.data.valid_side)
+
+    def plan(self, iteration: int) -> BatchPlan:
+        """The batch of the step after `iteration` steps."""
+        training, data = self.job.training, self.job.data
+        is_image = self._is_image(iteration)
+        if self._bucketed is None:
+            bucket = Bucket(1 if is_image else data.num_frames, data.resolution, data.resolution)
+        else:
+            bucket = self._bucketed.choose_bucket(iteration, is_image)
+        if is_image:
+            size = self.job.losses.image_batch_size
+            return BatchPlan(size, size // self.dp_size, bucket)
+        if self._bucketed is None:
+            return BatchPlan(training.global_batch_size, training.micro_batch_size, bucket)
+        # The batch sizes of the job are the largest bucket's; smaller clips come in larger batches.
+        largest, volume = max(map(_volume, self._bucketed.buckets)), _volume(bucket)
+        micro_batch_size = bucket_batch_size(training.micro_batch_size, largest, volume)
+        multiple = micro_batch_size * self.dp_size
+        return BatchPlan(
+            bucket_batch_size(training.global_batch_size, largest, volume, multiple), micro_batch_size, bucket
+        )
+
+    def read(self, first: int, plan: BatchPlan) -> Tensor:
+        """The micro-batch that begins with sample `first`: [micro_batch_size, 3, f, h, w] in [-1, 1]."""
+        if self._bucketed is not None:
+            return self._bucketed.random_batch(first, plan.micro_batch_size, plan.bucket)
+        assert self._clips is not None
+        return self._clips.random_batch(first, plan.micro_batch_size, plan.bucket.num_frames, plan.bucket.height)
+
+    def _is_image(self, iteration: int) -> bool:
+        losses = self.job.losses
+        if iteration < losses.image_warmup_iters:
+            return True
+        if losses.image_fraction == 0:
+            return False
+        generator = sample_generator(self.job.training.seed, iteration, 0, "image_batch")
+        return float(torch.rand((), generator=generator)) < losses.image_fraction
+
+    def _open(self) -> tuple[ClipDataset | None, BucketedClips | None, ClipDataset | None]:
+        data, seed = self.job.data, self.job.training.seed
+        if not data.buckets:
+            clips, held_out = open_clips(data, seed)
+            return clips, None, held_out
+        buckets = [Bucket.parse(text) for text in data.buckets]
+        for bucket in buckets:
+            bucket.check_factors(self.job.model.spatial_factor, self.job.model.temporal_factor)
+        bucketed, held_out = open_bucketed_clips(data, buckets, seed)
+        for is_image in {self.job.losses.image_fraction > 0 or self.job.losses.image_warmup_iters > 0, False}:
+            bucketed.choose_bucket(0, is_image)  # refused now rather than at the first such batch
+        return None, bucketed, held_out
+
+    def _check_batches(self) -> None:
+        training, dp_size = self.job.training, self.dp_size
+        if training.global_batch_size % (training.micro_batch_size * dp_size):
+            raise ValueError(
+                f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
+                f"{training.micro_batch_size} x {dp_size} processes"
+            )
+        if self.job.losses.image_batch_size % dp_size:
+            raise ValueError(
+                f"image_batch_size {self.job.losses.image_batch_size} is not a multiple of the {dp_size} processes"
+            )
+
+
+def _volume(bucket: Bucket) -> int:
+    return bucket.num_frames * bucket.height * bucket.width
