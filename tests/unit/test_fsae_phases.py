@@ -155,7 +155,8 @@ def test_property_26_the_regularisations_of_table_1_train(video_dir: Path, kind:
 
 
 def test_property_28_one_clip_is_learnt_with_the_adversary() -> None:
-    job = phase_job(2, widths=(16, 16, 32), residual_init=0.1, resample_init=0.3, optimizer="muon", lr=2e-3, r1_interval=8)
+    values = {"widths": (16, 16, 32), "residual_init": 0.1, "resample_init": 0.3, "optimizer": "muon", "lr": 2e-3}
+    job = phase_job(2, r1_interval=8, **values)
     torch.manual_seed(0)
     trainee = FSAETrainee(FSAE(job.model), True)
     objective, adversary = FSAEObjective(job, ONE_PROCESS.device), Adversary(job, ONE_PROCESS)
