@@ -19,8 +19,10 @@ CHANNELS, TEXT_WIDTH, TEXT_LENGTH, IMAGE_WIDTH = 4, 12, 6, 10
 BUCKET = "5x32x32"
 
 
-def write_latent_dataset(folder: Path, num_samples: int = 24, fingerprint: str = "a" * 64, seed: int = 0) -> Path:
-    """Latents [4, 2, 4, 4] that the debug preset's model fits, one shard."""
+def write_latent_dataset(
+    folder: Path, num_samples: int = 24, fingerprint: str = "a" * 64, seed: int = 0, nan_sample: int = -1
+) -> Path:
+    """Latents [4, 2, 4, 4] that the debug preset's model fits, one shard; those of `nan_sample` hold a NaN."""
     generator = torch.Generator().manual_seed(seed)
 
     def sample(index: int) -> LatentSample:
@@ -34,8 +36,11 @@ def write_latent_dataset(folder: Path, num_samples: int = 24, fingerprint: str =
             "fps": 8.0,
             "caption": f"sample {index}",
         }
+        latents = torch.randn(CHANNELS, 2, 4, 4, generator=generator).bfloat16()
+        if index == nan_sample:
+            latents[0, 1, 2, 3] = float("nan")
         return LatentSample(
-            latents=torch.randn(CHANNELS, 2, 4, 4, generator=generator).bfloat16(),
+            latents=latents,
             text=torch.randn(1 + index % TEXT_LENGTH, TEXT_WIDTH, generator=generator).bfloat16(),
             image=torch.randn(3, IMAGE_WIDTH, generator=generator).bfloat16(),
             record=record,

@@ -149,6 +149,10 @@ class LatentDataset:
                 self._count_bad(f"{path}:{entry.key}", str(error))
         raise ShardError(f"{self.folders[self.streams[stream_index].folder_index]}: no readable sample left")
 
+    def sample_key(self, stream_index: int, position: int) -> str:
+        """The key under which the shards hold a sample, without reading it."""
+        return self._samples[stream_index][position][1].key
+
     def _count_bad(self, name: str, reason: str) -> None:
         self.bad_samples[name] = reason
         logger.warning("skipped a bad sample (%d of %d so far): %s", len(self.bad_samples), len(self), reason)

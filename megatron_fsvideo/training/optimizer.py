@@ -8,7 +8,8 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import (
     OptimizerConfig as MegatronOptimizerConfig,
 )
@@ -71,6 +72,28 @@ def build_optimizer(
         return get_megatron_optimizer(
             config, [wrapped], overrides, use_gloo_process_groups=False, pg_collection=pgs.collection
         )
+
+
+def step_if_finite(optimizer: ChainedOptimizer, loss: float, pgs: ProcessGroups) -> tuple[float, bool]:
+    """Clip and step as Megatron does, but leave everything alone if the loss or the gradient norm is not finite.
+
+    Megatron's own `step` scales by the norm unseen: one such batch would turn all weights into NaN.
+
+    Returns:
+        The gradient norm before clipping, and whether the step was done: all ranks do the same.
+    """
+    with megatron_on_cpu():
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
+        (is_wrong,) = pgs.any_rank([not math.isfinite(loss + grad_norm)])
+        if is_wrong:
+            return grad_norm, False
+        for link in optimizer.chained_optimizers:
+            parameters = link.get_parameters()
+            if parameters and link.config.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=link.config.clip_grad, total_norm=grad_norm)
+        optimizer.step_with_ready_grads()
+    return grad_norm, True
 
 
 def parameter_overrides(optimizer: OptimizerConfig) -> ConfigOverrides:

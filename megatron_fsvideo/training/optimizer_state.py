@@ -34,11 +34,11 @@ def sharded_optimizer_state(
 
     Args:
         weights: the model's sharded tensors, whose `data` are the parameters themselves.
-        is_loading: make empty states for what has not been stepped yet, to be filled.
+        is_loading: the states will be filled.
     """
-    if is_loading:
-        for link in optimizer.chained_optimizers:
-            _make_empty_state(link.optimizer)
+    # Nothing has been stepped yet in a run that loads, or whose every step so far was skipped.
+    for link in optimizer.chained_optimizers:
+        _make_empty_state(link.optimizer)
     if _is_distributed(optimizer):
         with megatron_on_cpu():
             return optimizer.sharded_state_dict(weights, is_loading, metadata=CHECKPOINT_METADATA)

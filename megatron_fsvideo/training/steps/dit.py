@@ -1,6 +1,5 @@
 """The DiT's step: flow matching on latents with Megatron's schedule, optimizer and checkpoints (paper section 3)."""
 
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,13 @@ from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
 from megatron_fsvideo.diffusion.losses import per_sample_loss
 from megatron_fsvideo.models.dit import build_dit
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
-from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum
+from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
 from megatron_fsvideo.training.ema import EMA
 from megatron_fsvideo.training.flops import dit_training_flops
 from megatron_fsvideo.training.optimizer import (
     LateDecayScheduler,
     build_optimizer,
+    step_if_finite,
     wrap_ddp,
 )
 from megatron_fsvideo.training.optimizer_state import (
@@ -79,6 +79,7 @@ class DiTStep:
         self.ema = EMA(self.model, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
         self.null_text = pad_rows(self.dataset.null_text, self.dataset.text_length)
         self._source: BatchSource | None = None
+        self._errors: list[tuple[Tensor, Tensor]] = []  # sample ids and their velocity errors, of the last iteration
 
     def train_step(self, state: TrainState) -> StepResult:
         """One optimizer step."""
@@ -87,25 +88,20 @@ class DiTStep:
         batches, num_samples, tokens = self._source.next()
         learning_rate = self.scheduler.get_lr({"max_lr": self.job.optimizer.lr, "min_lr": self.job.optimizer.min_lr})
 
+        self._errors.clear()
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self._run(batches, self._training_step, forward_only=False)
         loss, mse = self._mean_over_batch(collected, len(batches))
-        with megatron_on_cpu():
-            _, grad_norm, _ = self.optimizer.step()
-        if grad_norm is None or not math.isfinite(loss + float(grad_norm)):
-            raise ValueError(
-                f"iteration {state.iteration + 1}: the loss is {loss}, the gradient norm {grad_norm}; continue from "
-                "the last checkpoint with a lower lr, or look for a broken sample (docs/debugging.md)"
-            )
+        grad_norm, has_stepped = step_if_finite(self.optimizer, loss, self.pgs)
         # The schedule is one of iterations, whatever the size of this bucket's batch.
         self.scheduler.step(increment=self.job.training.global_batch_size)
-        if self.ema is not None:
+        if self.ema is not None and has_stepped:
             self.ema.update(state.iteration + 1)
 
         metrics = {
             "loss": loss,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "velocity_mse": mse,
             "bad_samples": float(len(self.dataset.bad_samples)),
@@ -113,7 +109,8 @@ class DiTStep:
         context = self.dataset.text_length if self.job.model.text_embed_dim else 0
         context += batches[0].image.shape[1] if batches[0].image is not None else 0
         flops = num_samples * dit_training_flops(self.job.model, tokens, context)
-        return StepResult(metrics, num_samples, num_samples * tokens, flops, self._source.data_wait)
+        skipped = None if has_stepped else f"the loss is {loss}, the gradient norm {grad_norm}; {self._blame()}"
+        return StepResult(metrics, num_samples, num_samples * tokens, flops, self._source.data_wait, skipped)
 
     def validate(self) -> dict[str, float]:
         """Velocity error in normalised latents with fixed noise, also by noise level, of the averaged weights."""
@@ -230,6 +227,7 @@ class DiTStep:
             mse = velocity_mse(prediction, noisy, self.model, diffusion, self.pgs)
             # `mse` is per element already: one element is what it is the error of.
             loss = per_sample_loss(mse, 1, diffusion.loss_type, diffusion.huber_c).mean()
+            self._errors.append((batch.sample_ids, mse.detach()))
             # Cloned, because the schedule scales the loss in place.
             return loss, {"sums": torch.stack([loss.detach(), mse.detach().mean()])}
 
@@ -250,6 +248,15 @@ class DiTStep:
 
     def _noisy(self, batch: Batch, draws: tuple[Tensor, Tensor, Tensor]) -> NoisyBatch:
         return make_noisy(batch, draws, self.null_text, self.job.model, self.job.diffusion)
+
+    def _blame(self) -> str:
+        """Which samples of the last global batch have no finite loss, else all of them; every rank calls this."""
+        assert self._source is not None, "there was an iteration"
+        mine = {key for ids, errors in self._errors for key in ids[~errors.isfinite()].tolist()}
+        broken = set().union(*gather_objects(mine))
+        names = self._source.sample_names()
+        chosen = [name for key, name in names.items() if key in broken] or list(names.values())
+        return f"samples ({len(chosen)} of {len(names)} in the batch): {' '.join(chosen)}"
 
     def _run(self, batches: list[Batch], forward_step: Callable, forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over the micro-batches; what the loss functions returned, on the last stage."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from megatron_fsvideo.config import DataConfig, DiTConfig, ParallelConfig, TrainingConfig, check_token_count
 from megatron_fsvideo.data.batch import Batch, BatchLoader, broadcast_batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.data.latent_shards import sample_id
 from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch, bucket_batch_sizes
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
@@ -33,6 +34,8 @@ class BatchSource:
     ) -> None:
         self.data_wait = 0.0
         self._pgs = pgs
+        self._dataset = dataset
+        self._plan: GlobalBatch | None = None
         self._tokens = dataset.bucket_tokens(model.patch_size)
         multiple = training.micro_batch_size * pgs.dp_size
         if training.global_batch_size % multiple:
@@ -59,13 +62,20 @@ class BatchSource:
     def next(self) -> tuple[list[Batch], int, int]:
         """This rank's micro-batches, the global batch's number of samples, and the tokens of one sample."""
         started = time.perf_counter()
-        plan = next(self._plans)
+        plan = self._plan = next(self._plans)
         batches: list[Batch | None] = [None] * self._num_microbatches[plan.bucket]
         if self._loader is not None:
             batches = list(next(self._loader)[1])
         received = [broadcast_batch(batch, self._pgs) for batch in batches]
         self.data_wait = time.perf_counter() - started
         return received, len(plan.samples), self._tokens[plan.bucket]
+
+    def sample_names(self) -> dict[int, str]:
+        """Sample id -> name, for messages, of the whole global batch that `next` gave last."""
+        assert self._plan is not None, "next was called"
+        refs = self._plan.samples
+        keys = [self._dataset.sample_key(ref.stream_index, ref.position) for ref in refs]
+        return {sample_id(key): key for key in keys}
 
 
 def check_data_fits_model(dataset: LatentDataset, model: DiTConfig, parallel: ParallelConfig) -> None:
