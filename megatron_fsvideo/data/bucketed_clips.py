@@ -74,8 +74,9 @@ class BucketedClips:
         longest_stride = min(self.max_frame_stride, (shot.num_frames - 1) // max(1, gaps))
         stride = 1 + _draw(longest_stride - 1, generator)
         start = shot.start + _draw(shot.num_frames - 1 - gaps * stride, generator)
-        frames = self._readers[shot.path].read(start, bucket.num_frames, stride=stride)
-        frames = _cover(frames, bucket)
+        # Closed each time: the next clip is elsewhere, and decoders hold memory and threads.
+        with self._readers[shot.path] as reader:
+            frames = _cover(reader.read(start, bucket.num_frames, stride=stride), bucket)
         top = _draw(frames.shape[1] - bucket.height, generator)
         left = _draw(frames.shape[2] - bucket.width, generator)
         crop = frames[:, top : top + bucket.height, left : left + bucket.width]
@@ -84,6 +85,10 @@ class BucketedClips:
     def random_batch(self, first: int, count: int, bucket: Bucket) -> Tensor:
         """Clips `first` to `first + count - 1` as [count, 3, f, h, w]."""
         return torch.stack([self.random_clip(first + k, bucket) for k in range(count)])
+
+    def shots_of(self, bucket: Bucket) -> list[Shot]:
+        """The shots that serve a bucket."""
+        return self._shots[bucket]
 
     def _serving(self, shots: Sequence[Shot], bucket: Bucket, buckets: Sequence[Bucket]) -> list[Shot]:
         rivals = [other for other in buckets if other.num_frames == bucket.num_frames]

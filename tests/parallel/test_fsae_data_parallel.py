@@ -51,6 +51,50 @@ def test_two_processes_are_one(video_dir: Path) -> None:
         assert (other_weights - weights).norm() / weights.norm() < 1e-4
 
 
+@pytest.fixture(scope="module")
+def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
+    )
+    folder = tmp_path_factory.mktemp("dino")
+    transformers.Dinov2Model(config).save_pretrained(folder)
+    return folder
+
+
+def train_both(job: FSAEJob) -> tuple[list[dict[str, float]], torch.Tensor, torch.Tensor]:
+    """Metrics, then all weights of autoencoder and projection, and of the discriminator."""
+    pgs = groups.initialize(ParallelConfig())
+    step, state = FSAEStep(job, pgs), TrainState()
+    metrics = []
+    for _ in range(job.training.train_iters):
+        result = step.train_step(state)
+        state.advance(result.num_samples)
+        metrics.append(result.metrics)
+    groups.shutdown()
+    weights = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (step.trainee, step.adversary.model)]
+    return metrics, *weights
+
+
+def test_two_processes_are_one_with_adversary_and_alignment(video_dir: Path, dino_folder: Path) -> None:
+    values = {"video_dir": str(video_dir), "train_iters": 3, "phase": 4, "vf_encoder_path": str(dino_folder)}
+    values |= {"micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-3, "adam_eps": 1e-4, "ema_decay": 0.0}
+    values |= {"discriminator_width": 4, "discriminator_scales": 2, "discriminator_layers": 1, "vf_grid": 4}
+    # Step 1 trains the discriminator alone, steps 1 and 3 have R1.
+    values |= {"discriminator_warmup_iters": 1, "r1_interval": 2}
+    job = build_job(FSAEJob, FSAE_PRESETS["fsae_debug"] | values)
+    ((metrics, weights, discriminator),) = run_workers(train_both, 1, job)
+    assert "r1" in metrics[0] and metrics[0]["grad_norm"] == 0 < metrics[1]["grad_norm"]
+    for other_metrics, other_weights, other_discriminator in run_workers(train_both, 2, job):
+        assert [row.keys() for row in other_metrics] == [row.keys() for row in metrics]
+        assert other_metrics[0] == pytest.approx(metrics[0], rel=1e-5)
+        assert other_metrics[1] == pytest.approx(metrics[1], rel=1e-4)
+        assert other_metrics[2] == pytest.approx(metrics[2], rel=2e-3)
+        assert (other_weights - weights).norm() / weights.norm() < 1e-4
+        assert (other_discriminator - discriminator).norm() / discriminator.norm() < 1e-4
+
+
 def test_batches_that_do_not_divide_are_refused(video_dir: Path) -> None:
     values = {"video_dir": str(video_dir), "micro_batch_size": 1, "global_batch_size": 3}
     with pytest.raises(AssertionError, match="global_batch_size 3 is not a multiple of micro_batch_size 1 x 2"):
