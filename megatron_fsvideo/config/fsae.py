@@ -16,6 +16,20 @@ class FSAEConfig:
     """Blocks per decoder stage, pixel side first; with 0 there the head itself is the last up-sampling."""
     attention_stages: int = 4
     """How many of the innermost stages use EfficientViT blocks; the others use residual blocks."""
+    decoder: Literal["causal", "standard", "lite"] = "causal"
+    """Convolutions in time of the decoder: causal (phases 1-4); standard sees both ways; lite sees ahead only inside a
+    latent's frames. The latter two attend to the first frame and get noise."""
+    decoder_widths: tuple[int, ...] | None = None
+    """Channels per decoder stage where they differ from widths (lite: fewer at the pixel side)."""
+    upsampling: Literal["hybrid", "sub-pixel"] = "hybrid"
+    """The decoder's ups in space: hybrid repeats pixels and convolves (DC-AE-sana's; a quarter of the weights),
+    sub-pixel convolves to four times the channels. The two that double time are sub-pixel always."""
+    noise_weight: float = 0.05
+    """Weight of the noise in each residual block of a standard or lite decoder (paper: 0.05); 0 adds none."""
+    first_frame_head_dim: int = 64
+    """Width of one head of the attention to the first frame."""
+    first_frame_window: int = 32
+    """Where a frame has more than this squared positions, attention to the first frame stays inside squares of it."""
     latent_channels: int = 128
     """Channels of the latents."""
     attention_head_dim: int = 32
@@ -40,12 +54,26 @@ class FSAEConfig:
                 f"widths has {stages} stages, but encoder_depths {len(self.encoder_depths)} "
                 f"and decoder_depths {len(self.decoder_depths)}"
             )
+        if self.decoder_widths and len(self.decoder_widths) != stages:
+            raise ValueError(
+                f"decoder_widths needs one width for each of the {stages} stages, got {self.decoder_widths}"
+            )
+        if self.noise_weight < 0 or self.first_frame_window < 1:
+            raise ValueError(
+                f"noise_weight {self.noise_weight} must not be negative, first_frame_window {self.first_frame_window} "
+                "must be positive"
+            )
         if not self.norm_affine and self.residual_init != 1.0:
             raise ValueError(
                 f"residual_init {self.residual_init} is the norm's gain, which norm_affine off does not have"
             )
         if not 0 <= self.attention_stages <= stages:
             raise ValueError(f"attention_stages must be in 0..{stages}, got {self.attention_stages}")
+
+    @property
+    def decoder_channels(self) -> tuple[int, ...]:
+        """Channels per decoder stage, pixel side first."""
+        return self.decoder_widths or self.widths
 
     @property
     def spatial_factor(self) -> int:

@@ -63,16 +63,51 @@ DIT_PRESETS: dict[str, Preset] = {
     },
 }
 
+_FSAE: Preset = {
+    "bf16": True,
+    "lr_warmup_iters": 2000,
+    "weight_decay": 0.0,
+    "ema_decay": 0.999,
+    "perceptual_trunk": "vgg16",
+}
+
+# A sixteenth of the paper's weights, at its compression: for one GPU.
+_FSAE_SMALL: Preset = {"widths": (32, 64, 128, 128, 256, 256, 512)}
+
+# The paper's structure (two residual and two attention stages) in seconds on a CPU.
+_FSAE_STAGES_DEBUG: Preset = {
+    "widths": (8, 8, 16, 16),
+    "encoder_depths": (1, 1, 1, 1),
+    "decoder_depths": (1, 1, 1, 1),
+    "attention_stages": 1,
+    "latent_channels": 4,
+    "attention_head_dim": 8,
+    "first_frame_head_dim": 8,
+    "num_frames": 5,
+    "resolution": 32,
+    "short_side": 32,
+    "train_iters": 10,
+    "log_interval": 1,
+    "perceptual_weight": 0.0,
+    "ema_decay": 0.0,
+}
+
+# The decoder alone is trained, from the phase before (--init-from).
+_STANDARD: Preset = {"decoder": "standard", "phase": 5, "lr": 2e-5, "train_iters": 100_000}
+_LITE: Preset = {"decoder": "lite", "phase": 6, "lr": 2e-5, "train_iters": 100_000}
+
 FSAE_PRESETS: dict[str, Preset] = {
-    # The paper's 64x64x4 autoencoder before its Standard and Lite decoders are split off (training phase 1).
-    "fsae_causal": {
-        "bf16": True,
-        "lr_warmup_iters": 2000,
-        "weight_decay": 0.0,
-        "ema_decay": 0.999,
-        "image_fraction": 0.2,
-        "perceptual_trunk": "vgg16",
-    },
+    # The paper's 64x64x4 autoencoder before its Standard and Lite decoders are split off (training phases 1 to 4).
+    "fsae_causal": _FSAE | {"image_fraction": 0.2},
+    # FSAE-Standard and FSAE-Lite (paper section 2.2.3).
+    "fsae_standard": _FSAE | _STANDARD,
+    "fsae_lite": _FSAE | _LITE | {"decoder_widths": (64, 128, 512, 512, 1024, 1024, 2048)},
+    "fsae_causal_small": _FSAE | _FSAE_SMALL | {"image_fraction": 0.2},
+    "fsae_standard_small": _FSAE | _FSAE_SMALL | _STANDARD,
+    "fsae_lite_small": _FSAE | _FSAE_SMALL | _LITE | {"decoder_widths": (16, 32, 128, 128, 256, 256, 512)},
+    "fsae_causal_debug": _FSAE_STAGES_DEBUG,
+    "fsae_standard_debug": _STANDARD | _FSAE_STAGES_DEBUG,
+    "fsae_lite_debug": _LITE | _FSAE_STAGES_DEBUG | {"decoder_widths": (4, 8, 16, 16)},
     # 8x8x4, 32 channels: convincing after minutes on two CPU cores.
     "fsae_quickstart": {
         "widths": (32, 64, 64, 128),

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from megatron_fsvideo.config import FSAEConfig
 from megatron_fsvideo.models.fsae.blocks import build_stage, resample_factor
-from megatron_fsvideo.models.fsae.layers import CausalConv3d, group_mean
+from megatron_fsvideo.models.fsae.convolutions import CausalConv3d
+from megatron_fsvideo.models.fsae.layers import group_mean
 from megatron_fsvideo.models.fsae.resampling import Down
-from megatron_fsvideo.models.fsae.streaming import StreamCache
+from megatron_fsvideo.models.fsae.streaming import Stream
 
 
 class Encoder(nn.Module):
@@ -32,24 +33,24 @@ class Encoder(nn.Module):
         if config.patchify_init:
             _init_identity(self.stem)
         stages = range(self.first_stage, len(widths))
-        self.stages = nn.ModuleList(build_stage(config, stage, depths[stage]) for stage in stages)
+        self.stages = nn.ModuleList(build_stage(config, stage, depths[stage], widths[stage]) for stage in stages)
         self.downs = nn.ModuleList(
             Down(widths[stage], widths[stage + 1], resample_factor(stage), config.resample_init)
             for stage in stages[:-1]
         )
         self.conv_out = CausalConv3d(widths[-1], config.latent_channels, init_scale=config.resample_init)
 
-    def forward(self, video: Tensor, cache: StreamCache | None = None) -> Tensor:
+    def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """video [b, 3, 4k+1, h, w] -> latents [b, c, k+1, h/s, w/s]; a continued stream takes 4k frames to k."""
-        features = self.stage_outputs(video, cache)[-1]
-        return self.conv_out(features, cache) + group_mean(features, self.latent_channels)
+        features = self.stage_outputs(video, stream)[-1]
+        return self.conv_out(features, stream) + group_mean(features, self.latent_channels)
 
-    def stage_outputs(self, video: Tensor, cache: StreamCache | None) -> list[Tensor]:
+    def stage_outputs(self, video: Tensor, stream: Stream | None) -> list[Tensor]:
         """Features of each stage that has some, before its Down, pixel side first."""
-        x = self.stem(video, cache)
+        x = self.stem(video, stream)
         outputs = []
         for down, stage in zip([None, *self.downs], self.stages, strict=True):
-            x = stage(x if down is None else down(x, cache), cache)
+            x = stage(x if down is None else down(x, stream), stream)
             outputs.append(x)
         return outputs
 

@@ -7,7 +7,7 @@ sum to the newest tap makes the network the image autoencoder applied frame by f
 
 import torch
 
-from megatron_fsvideo.models.fsae.layers import CausalConv3d
+from megatron_fsvideo.models.fsae.convolutions import CausalConv3d
 from megatron_fsvideo.models.fsae.model import FSAE
 from megatron_fsvideo.models.fsae.resampling import SubPixelUp
 

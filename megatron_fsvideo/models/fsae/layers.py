@@ -1,4 +1,4 @@
-"""Operators of the video autoencoder (paper section 2.2.1): pixel norm, space-time shuffles, causal convolution.
+"""Operators of the video autoencoder (paper section 2.2.1): pixel norm, space-time shuffles, residual block.
 
 Shapes: b batch, c channels, t frames at the layer's own rate, h, w rows and columns.
 """
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fsvideo.models.fsae.streaming import StreamCache
+from megatron_fsvideo.models.fsae.convolutions import CausalConv3d, ConvKind
+from megatron_fsvideo.models.fsae.streaming import Stream
 
 Factor = tuple[int, int, int]
 """Time, height, width."""
@@ -66,75 +67,26 @@ def repeat_channels(x: Tensor, channels: int) -> Tensor:
     return x if x.shape[1] == channels else x.repeat_interleave(channels // x.shape[1], dim=1)
 
 
-class CausalConv3d(nn.Module):
-    """3x3x3 convolution that sees the present and two past frames; before the start, frame 0 repeats.
-
-    With `stride` 2 in time, output i sees frames 2i-2 .. 2i: a first chunk has an odd number of frames, later ones an
-    even number, and only one frame is carried over. Space is padded with zeros.
+class ResBlock(nn.Module):
+    """DC-AE's residual block with convolutions over time: x + norm(conv(silu(conv(x)))).
 
     Args:
-        stride: stride in time and in space.
-        depthwise: one filter per channel (`in_channels` must equal `out_channels`).
+        noise_weight: of the noise that is added to the branch (paper section 2.2.3). The norm before it makes the
+            branch's unit, so a weight of 0.05 is 5 %.
     """
 
-    kernel_size = 3
-
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        stride: tuple[int, int] = (1, 1),
-        depthwise: bool = False,
-        bias: bool = True,
-        init_scale: float = 1.0,
+        self, channels: int, norm: PixelNorm, conv: ConvKind = CausalConv3d, noise_weight: float = 0.0
     ) -> None:
         super().__init__()
-        self.groups = in_channels if depthwise else 1
-        self.stride = stride
-        k = self.kernel_size
-        self.weight = nn.Parameter(torch.empty(out_channels, in_channels // self.groups, k, k, k))
-        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
-        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
-        with torch.no_grad():
-            self.weight.mul_(init_scale)
-
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[b, c, t, h, w] -> [b, out_channels, t / time stride (rounded up at the start), h', w']."""
-        carried = self.kernel_size - self.stride[0]
-        before = cache.continue_from(self, x, carried) if cache is not None else None
-        if before is None and x.shape[2] == 1:
-            return self._single_frame(x)
-        if before is None:
-            before = x[:, :, :1].expand(-1, -1, self.kernel_size - 1, -1, -1)
-        time_stride, stride = self.stride
-        return F.conv3d(
-            torch.cat([before, x], dim=2),
-            self.weight,
-            self.bias,
-            stride=(time_stride, stride, stride),
-            padding=(0, 1, 1),
-            groups=self.groups,
-        )
-
-    def _single_frame(self, x: Tensor) -> Tensor:
-        """The same result for a video's only or first frame at a third of the work: every tap sees that frame."""
-        y = F.conv2d(
-            x.squeeze(2), self.weight.sum(dim=2), self.bias, stride=self.stride[1], padding=1, groups=self.groups
-        )
-        return y.unsqueeze(2)
-
-
-class ResBlock(nn.Module):
-    """DC-AE's residual block with causal convolutions: x + norm(conv(silu(conv(x))))."""
-
-    def __init__(self, channels: int, norm: PixelNorm) -> None:
-        super().__init__()
-        self.conv1 = CausalConv3d(channels, channels)
-        self.conv2 = CausalConv3d(channels, channels, bias=False)
+        self.conv1 = conv(channels, channels)
+        self.conv2 = conv(channels, channels, bias=False)
         self.norm = norm
+        self.noise_weight = noise_weight
 
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
-        """[b, c, t, h, w] -> the same shape."""
-        h = self.conv2(F.silu(self.conv1(x, cache)), cache)
-        return x + self.norm(h)
+    def forward(self, x: Tensor, stream: Stream | None = None, noise: Tensor | None = None) -> Tensor:
+        """[b, c, t, h, w] -> the same shape; `noise` broadcasts to it and is unscaled."""
+        h = self.norm(self.conv2(F.silu(self.conv1(x, stream)), stream))
+        if noise is not None:
+            h = h + self.noise_weight * noise.to(h.dtype)
+        return x + h

@@ -1,20 +1,21 @@
-"""The video autoencoder (paper section 2.2, fsae_spec 2.1-2.3): causal encoder, causal decoder, streaming.
+"""The video autoencoder (paper section 2.2, fsae_spec 2): causal encoder; causal, Standard or Lite decoder; streaming.
 
 Shapes: video [b, 3, f, h, w] in [-1, 1] with f = 4k+1; latents [b, c, k+1, h/s, w/s]. Latent 0 is frame 0, latent i
-is frames 4i-3 .. 4i. Everything is causal, so a video may be encoded and decoded in chunks with equal results:
+is frames 4i-3 .. 4i. A video may be encoded in chunks with equal results, and decoded unless the decoder is Standard:
 
     cache = StreamCache()
     latents = torch.cat([fsae.encode_chunk(chunk, cache) for chunk in chunks], dim=2)
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import FSAEConfig
-from megatron_fsvideo.models.fsae.blocks import TEMPORAL_STAGES
+from megatron_fsvideo.models.fsae.blocks import TEMPORAL_STAGES, Stage
+from megatron_fsvideo.models.fsae.context import DecodeContext
 from megatron_fsvideo.models.fsae.decoder import Decoder
 from megatron_fsvideo.models.fsae.encoder import Encoder
 from megatron_fsvideo.models.fsae.streaming import StreamCache
@@ -64,14 +65,21 @@ class FSAE(nn.Module):
             raise ValueError(_frames_message(video.shape[2], self.temporal_factor))
         return self.encoder(video)
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(
+        self, latents: Tensor, first_frame_features: Sequence[Tensor] | None = None, noise_seed: int = 0
+    ) -> Tensor:
         """latents [b, c, k+1, h, w] -> video [b, 3, 4k+1, h*s, w*s], not clamped.
 
+        Args:
+            first_frame_features: of `first_frame_features`; without them a Standard or Lite decoder skips its attention
+                to the first frame. A causal decoder has none.
+            noise_seed: which noise a Standard or Lite decoder adds.
+
         Raises:
-            ValueError: another number of channels.
+            ValueError: another number of channels, or features of another frame size.
         """
         self._check_latents(latents)
-        return self.decoder(latents)
+        return self.decoder(latents, DecodeContext(None, first_frame_features, None, noise_seed))
 
     def encode_chunk(self, video: Tensor, cache: StreamCache) -> Tensor:
         """The next frames of a stream: 4k+1 at its start, then 4k. `cache` is advanced.
@@ -89,14 +97,25 @@ class FSAE(nn.Module):
         cache.position += frames
         return latents
 
-    def decode_chunk(self, latents: Tensor, cache: StreamCache) -> Tensor:
+    def decode_chunk(
+        self,
+        latents: Tensor,
+        cache: StreamCache,
+        first_frame_features: Sequence[Tensor] | None = None,
+        noise_seed: int = 0,
+    ) -> Tensor:
         """The next latent frames of a stream, any number: k+1 make 4k+1 frames at its start, k make 4k later.
 
         Raises:
-            ValueError: another number of channels.
+            ValueError: another number of channels, or a Standard decoder.
         """
+        if not self.decoder.streams:
+            raise ValueError(
+                "a Standard decoder sees both ways in time and cannot decode in chunks exactly: decode the whole "
+                "video, use tiling.decode_frames (blended tiles), or a Lite decoder"
+            )
         self._check_latents(latents)
-        video = self.decoder(latents, cache)
+        video = self.decoder(latents, DecodeContext(cache, first_frame_features, None, noise_seed))
         cache.position += latents.shape[2]
         return video
 
@@ -106,11 +125,13 @@ class FSAE(nn.Module):
         for chunk in chunks:
             yield self.encode_chunk(chunk, cache)
 
-    def decode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode one video chunk by chunk with the memory of one chunk."""
+    def decode_chunks(
+        self, chunks: Iterable[Tensor], first_frame_features: Sequence[Tensor] | None = None, noise_seed: int = 0
+    ) -> Iterator[Tensor]:
+        """Decode one video chunk by chunk with the memory of one chunk; as `decode_chunk`."""
         cache = StreamCache()
         for chunk in chunks:
-            yield self.decode_chunk(chunk, cache)
+            yield self.decode_chunk(chunk, cache, first_frame_features, noise_seed)
 
     def first_frame_features(self, frame: Tensor) -> list[Tensor]:
         """Encoder features [b, width, 1, h, w] of one frame [b, 3, 1, h, w] at the stages of the latents' frame rate.
@@ -121,6 +142,12 @@ class FSAE(nn.Module):
         self._check_video(frame)
         stages = self.encoder.stage_outputs(frame[:, :, :1], None)
         return stages[TEMPORAL_STAGES - self.encoder.first_stage :]
+
+    def recompute(self, enabled: bool) -> None:
+        """In training keep only the inputs of blocks, and compute the blocks again in the backward pass."""
+        for module in self.modules():
+            if isinstance(module, Stage):
+                module.recompute = enabled
 
     def _check_video(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != 3:

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megatron_fsvideo.models.fsae.convolutions import CausalConv3d, ConvKind
 from megatron_fsvideo.models.fsae.layers import (
-    CausalConv3d,
     Factor,
     channels_to_space,
     group_mean,
     repeat_channels,
     space_to_channels,
 )
-from megatron_fsvideo.models.fsae.streaming import StreamCache, at_start
+from megatron_fsvideo.models.fsae.streaming import Stream, at_start
 
 
 class Down(nn.Module):
@@ -41,12 +41,12 @@ class Down(nn.Module):
         self.out_channels = out_channels
         self.conv = CausalConv3d(in_channels, out_channels, stride=(factor[0], factor[1]), init_scale=init_scale)
 
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """[b, c, t, h, w] -> [b, out_channels, t', h/2, w/2]."""
-        y = self.conv(x, cache)
+        y = self.conv(x, stream)
         if not self.shortcut:
             return y
-        if self.factor[0] == 2 and at_start(cache):
+        if self.factor[0] == 2 and at_start(stream):
             # Pairs (0, 0), (1, 2), (3, 4) ...: the first frame stands alone, as in LTX-Video.
             x = torch.cat([x[:, :, :1], x], dim=2)
         return y + group_mean(space_to_channels(x, self.factor), self.out_channels)
@@ -59,7 +59,13 @@ class SubPixelUp(nn.Module):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, factor: Factor, init_scale: float, shortcut: bool = True
+        self,
+        in_channels: int,
+        out_channels: int,
+        factor: Factor,
+        init_scale: float,
+        shortcut: bool = True,
+        conv: ConvKind = CausalConv3d,
     ) -> None:
         super().__init__()
         volume = factor[0] * factor[1] * factor[2]
@@ -70,21 +76,21 @@ class SubPixelUp(nn.Module):
             )
         self.factor = factor
         self.shortcut = shortcut
-        self.conv = CausalConv3d(in_channels, out_channels * volume, init_scale=init_scale)
+        self.conv = conv(in_channels, out_channels * volume, init_scale=init_scale)
 
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """[b, c, t, h, w] -> [b, out_channels, t', 2h, 2w]."""
-        y = self.conv(x, cache)
+        y = self.conv(x, stream)
         if self.shortcut:
             y = y + repeat_channels(x, y.shape[1])
         y = channels_to_space(y, self.factor)
-        return y[:, :, 1:] if self.factor[0] == 2 and at_start(cache) else y
+        return y[:, :, 1:] if self.factor[0] == 2 and at_start(stream) else y
 
 
 class InterpolateUp(nn.Module):
     """Double height and width by repeating pixels and a convolution (DC-AE-sana's): a quarter of the weights."""
 
-    def __init__(self, in_channels: int, out_channels: int, init_scale: float) -> None:
+    def __init__(self, in_channels: int, out_channels: int, init_scale: float, conv: ConvKind = CausalConv3d) -> None:
         super().__init__()
         if out_channels * 4 % in_channels:
             raise ValueError(
@@ -92,9 +98,9 @@ class InterpolateUp(nn.Module):
                 f"{out_channels} x 4; choose widths where one divides 4 times the other"
             )
         self.out_channels = out_channels
-        self.conv = CausalConv3d(in_channels, out_channels, init_scale=init_scale)
+        self.conv = conv(in_channels, out_channels, init_scale=init_scale)
 
-    def forward(self, x: Tensor, cache: StreamCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, stream: Stream | None = None) -> Tensor:
         """[b, c, t, h, w] -> [b, out_channels, t, 2h, 2w]."""
-        y = self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"), cache)
+        y = self.conv(F.interpolate(x, scale_factor=(1.0, 2.0, 2.0), mode="nearest"), stream)
         return y + channels_to_space(repeat_channels(x, 4 * self.out_channels), (1, 2, 2))

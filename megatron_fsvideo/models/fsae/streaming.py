@@ -1,8 +1,11 @@
-"""What a causal network remembers between two chunks of one video (paper section 2.2.1: sliced encode and decode).
+"""What lies before and after the frames that a network is given (paper section 2.2.1: sliced encode and decode).
 
-One `StreamCache` is one stream. Modules hold no state of their own, so any number of streams may be interleaved.
+Modules hold no state of their own: each call gets a `Stream` that answers for the frames it cannot see. None means the
+whole video. One `StreamCache` is one video in chunks, so any number of them may be interleaved; `FrameShards`
+(frame_shards.py) is a video whose frames lie on several processes.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -10,22 +13,42 @@ from torch import Tensor, nn
 
 
 @dataclass
-class StreamCache:
-    """State of one stream through one encoder or decoder.
+class Stream:
+    """A call whose frames begin at `position` of the video, with unknown frames before (and after) them.
 
     Attributes:
-        position: frames (encoder) or latent frames (decoder) consumed; 0 is the start of the video.
-        tails: per convolution the last input frames, which the next chunk continues from.
+        position: frames (encoder) or latent frames (decoder) before these; 0 is the start of the video.
+        kept: what a video needs once for all its chunks, such as noise maps.
     """
 
     position: int = 0
+    kept: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def look_back(self, module: nn.Module, frames: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
+        """`frames` [b, c, t, h, w], to be used from here on, and the `length` frames before them if known.
+
+        Args:
+            module: the convolution that asks, always with the same `length`.
+        """
+        return frames, None
+
+    def look_around(self, frames: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`frames`, to be used from here on, with the frame before and the frame after them if known."""
+        return frames, None, None
+
+
+@dataclass
+class StreamCache(Stream):
+    """State of one video that passes through one encoder or decoder in chunks.
+
+    Attributes:
+        tails: per convolution the last input frames, which the next chunk continues from.
+    """
+
     tails: dict[nn.Module, Tensor] = field(default_factory=dict)
 
-    def continue_from(self, module: nn.Module, frames: Tensor, length: int) -> Tensor | None:
-        """The `length` frames before `frames [b, c, t, h, w]`, None at the start; remembers the last of `frames`.
-
-        `frames` must not be shorter than what it overwrites allows: a short chunk keeps part of the older tail.
-        """
+    def look_back(self, module: nn.Module, frames: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
+        """As `Stream.look_back`; remembers the last of `frames`, and of the older ones if the chunk is short."""
         before = self.tails.get(module)
         joined = frames if before is None else torch.cat([before, frames], dim=2)
         if joined.shape[2] < length:
@@ -34,9 +57,9 @@ class StreamCache:
             joined = torch.cat([joined[:, :, :1].expand(-1, -1, missing, -1, -1), joined], dim=2)
         # Without the copy the tail would keep the whole chunk's memory alive, and in-place changes would reach it.
         self.tails[module] = joined[:, :, joined.shape[2] - length :].clone()
-        return before
+        return frames, before
 
 
-def at_start(cache: StreamCache | None) -> bool:
-    """Whether the next chunk begins the video; without a cache a call sees the whole video."""
-    return cache is None or cache.position == 0
+def at_start(stream: Stream | None) -> bool:
+    """Whether these frames begin the video; without a stream a call sees the whole video."""
+    return stream is None or stream.position == 0
