@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from megatron_fsvideo.config import OptimizerConfig
-from megatron_fsvideo.models.fsae.layers import CausalConv3d
+from megatron_fsvideo.models.fsae.convolutions import VideoConv3d
 from megatron_fsvideo.training.muon import Muon
 from megatron_fsvideo.training.schedule import learning_rate_factor
 
@@ -39,16 +39,25 @@ class FSAEOptimizer:
             self._optimizers.append((muon, config.muon_lr))
 
     def step(self, iteration: int) -> tuple[float, float]:
-        """The update after `iteration` steps; returns the gradient norm before clipping and AdamW's rate."""
+        """The update after `iteration` steps; returns the gradient norm before clipping and AdamW's rate.
+
+        With a norm that is not finite nothing moves.
+        """
         limit = self.config.clip_grad or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         factor = learning_rate_factor(iteration + 1, self.train_iters, self.config)
         for optimizer, peak in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = factor * peak
-            optimizer.step()
-            optimizer.zero_grad()
+            if math.isfinite(grad_norm):
+                optimizer.step()
+        self.discard()
         return grad_norm, factor * self.config.lr
+
+    def discard(self) -> None:
+        """Clear the gradients."""
+        for optimizer, _ in self._optimizers:
+            optimizer.zero_grad()
 
     def restart(self) -> None:
         """Forget all momentum: the weights have just been moved."""
@@ -76,6 +85,6 @@ class FSAEOptimizer:
 
 def dense_kernels(model: nn.Module) -> list[nn.Parameter]:
     """Trained kernels of ungrouped convolutions: what Muon updates and weight decay reaches. Grouped: no matrix."""
-    convolutions = (CausalConv3d, nn.Conv2d, nn.Conv3d)
+    convolutions = (VideoConv3d, nn.Conv2d, nn.Conv3d)
     found = [m.weight for m in model.modules() if isinstance(m, convolutions) and m.groups == 1]
     return [weight for weight in found if weight.requires_grad]
