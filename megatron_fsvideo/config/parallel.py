@@ -28,6 +28,8 @@ class ParallelConfig:
     """Recompute whole layers in the backward pass instead of keeping their activations."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Which linears, norms and attention: torch's (local) or Transformer Engine's."""
+    layer_memory_kernel: Literal["auto", "torch", "triton"] = "auto"
+    """What mixes layer memory: Triton's kernels, plain torch, or Triton's on CUDA and torch elsewhere."""
     distributed_timeout_minutes: int = 10
     """A collective that takes longer ends the run."""
 

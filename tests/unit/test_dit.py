@@ -7,7 +7,7 @@ import torch
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, ParallelConfig, build_job
 from megatron_fsvideo.models.dit import build_dit, patchify, unpatchify
-from megatron_fsvideo.models.dit.layer_memory import LayerMemory, mix, pack, unpack
+from megatron_fsvideo.models.dit.layer_memory import LayerMemory
 from megatron_fsvideo.models.dit.rope import apply_rotary, axis_dims, rotary_tables
 from megatron_fsvideo.models.dit.weights import named_global_parameters
 from megatron_fsvideo.parallel import groups
@@ -96,31 +96,6 @@ def test_router_starts_with_its_weight_on_the_latest_state(num_states, initial_w
     assert weights.shape == (5, 2, num_states)
     torch.testing.assert_close(weights[..., -1], torch.full((5, 2), initial_weight))
     torch.testing.assert_close(weights.sum(-1), torch.ones(5, 2))
-
-
-def test_mix_equals_einsum_in_fp64():
-    weights, states = torch.rand(7, 2, 5), [torch.randn(7, 2, 12) for _ in range(5)]
-    expected = torch.einsum("sbl,lsbh->sbh", weights.double(), torch.stack(states).double())
-    torch.testing.assert_close(mix(weights, states).double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_mix_is_local_to_the_token():
-    states = [torch.randn(6, 2, 8) for _ in range(3)]
-    memory = LayerMemory(3, 8, 0.5)
-    router_input = torch.randn(6, 2, 8)
-    before = memory(router_input, states)
-    states[1] = states[1].clone()
-    states[1][4, 1] += 1
-    changed = (memory(router_input, states) != before).any(-1)
-    assert changed.nonzero().tolist() == [[4, 1]]
-
-
-def test_packed_states_come_back_and_are_a_copy():
-    states = [torch.randn(4, 2, 8) for _ in range(3)]
-    packed = pack(states)
-    assert packed.shape == (12, 2, 8) and packed._base is None
-    assert all(torch.equal(a, b) for a, b in zip(unpack(packed, 3), states, strict=True))
-    assert pack(states[:1]).data_ptr() != states[0].data_ptr()
 
 
 @pytest.mark.parametrize("norm", ["raw", "normalized"])

@@ -151,6 +151,8 @@ class SelfAttention(Attention):
         if key_value_source is query_source:
             entered = enter_tensor_parallel(query_source, sequence_parallel, self.tp_group)
             return entered, entered
+        if self.tp_group.size() == 1:
+            return query_source, key_value_source
         both = torch.cat([query_source, key_value_source], dim=1)
         query_source, key_value_source = enter_tensor_parallel(both, sequence_parallel, self.tp_group).chunk(2, dim=1)
         return query_source, key_value_source

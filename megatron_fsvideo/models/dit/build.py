@@ -38,7 +38,15 @@ def build_dit(
     layer_spec = dit_layer_spec(model_config, backend_for(parallel.transformer_impl))
     config = transformer_config(model_config, parallel, params_dtype)
     with torch.device(device):
-        model = DiTModel(model_config, config, layer_spec, pgs, pgs.is_first_stage, pgs.is_last_stage)
+        model = DiTModel(
+            model_config,
+            config,
+            layer_spec,
+            pgs,
+            parallel.layer_memory_kernel,
+            pre_process=pgs.is_first_stage,
+            post_process=pgs.is_last_stage,
+        )
     _mark_sliced_weights(model)
     if device.type != "meta":
         initialize_weights(model, seed)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from megatron_fsvideo.config import DiTConfig
 from megatron_fsvideo.models.dit.embeddings import NUM_MODULATIONS, Conditioning
-from megatron_fsvideo.models.dit.layer_memory import LayerMemory, normalized
+from megatron_fsvideo.models.dit.layer_memory import LayerMemory
+from megatron_fsvideo.models.dit.memory_bank import MemoryBank
 from megatron_fsvideo.models.dit.rope import Rotary
 from megatron_fsvideo.parallel.marks import mark_sees_local_tokens
 
@@ -42,14 +43,17 @@ class DiTLayer(TransformerLayer):
             mark_sees_local_tokens(self.layer_memory.parameters(), config.sequence_parallel)
         mark_sees_local_tokens([self.scale_shift_table], config.sequence_parallel)
 
-    def forward(self, states: list[Tensor], conditioning: Conditioning, rotary: Rotary) -> Tensor:
-        """The layer's output [s, b, h] from the states X_0 .. X_{l-1} before it; without layer memory the last only."""
-        hidden_states = states[-1]
+    def forward(
+        self, hidden_states: Tensor, bank: MemoryBank | None, conditioning: Conditioning, rotary: Rotary
+    ) -> Tensor:
+        """X_l [s, b, h] from X_{l-1} [s, b, h] and, with layer memory, the bank of X_0 .. X_{l-1}."""
         modulation = self.scale_shift_table + conditioning.modulation  # (b, 6, h)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(dim=1)
 
         query_source = modulate(self.input_layernorm(hidden_states), shift1, scale1).to(hidden_states.dtype)
-        key_value_source = self._read_memory(query_source, states, shift1, scale1)
+        key_value_source = query_source
+        if self.layer_memory is not None:
+            key_value_source = self.layer_memory(query_source, hidden_states, bank, shift1, scale1)
         attended = self.self_attention(query_source, key_value_source, rotary)
         hidden_states = gated_residual(hidden_states, attended, gate1)
 
@@ -62,17 +66,6 @@ class DiTLayer(TransformerLayer):
             modulate(self.pre_mlp_layernorm(hidden_states), shift2, scale2).to(hidden_states.dtype)
         )
         return gated_residual(hidden_states, transformed + bias, gate2)
-
-    def _read_memory(self, query_source: Tensor, states: list[Tensor], shift: Tensor, scale: Tensor) -> Tensor:
-        """The source of keys and values: the mix of all states, modulated like the queries' source."""
-        if self.layer_memory is None:
-            return query_source
-        if self.model_config.layer_memory_norm == "normalized":
-            epsilon = self.config.layernorm_epsilon
-            memory = self.layer_memory(query_source, [normalized(state, epsilon) for state in states])
-        else:
-            memory = self.input_layernorm(self.layer_memory(query_source, states).to(query_source.dtype))
-        return modulate(memory, shift, scale).to(query_source.dtype)
 
 
 def modulate(normed: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

@@ -42,8 +42,10 @@ class DiTModel(MegatronModule):
     """The part of the DiT that lives on one pipeline stage; all of it without pipeline parallelism.
 
     Args:
+        layer_memory_kernel: which kernels mix the states (`kernels.mixer_for`).
         pre_process: embed the input here (first stage).
         post_process: put out the prediction here (last stage).
+        vp_stage: which of this rank's model chunks it is, with virtual pipeline stages.
     """
 
     share_embeddings_and_output_weights = False
@@ -55,8 +57,10 @@ class DiTModel(MegatronModule):
         config: TransformerConfig,
         layer_spec: ModuleSpec,
         pgs: ProcessGroups,
+        layer_memory_kernel: str,
         pre_process: bool,
         post_process: bool,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config)
         self.model_config = model_config
@@ -71,10 +75,12 @@ class DiTModel(MegatronModule):
         self.block = DiTBlock(
             config,
             layer_spec,
-            post_layer_norm=False,
+            model_config,
+            layer_memory_kernel,
             pre_process=pre_process,
             post_process=post_process,
             pg_collection=pgs.collection,
+            vp_stage=vp_stage,
         )
         self.head = Head(model_config) if post_process else None
         self._mark_parameters()

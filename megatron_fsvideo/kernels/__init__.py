@@ -1,0 +1,5 @@
+"""Kernels of layer memory: Triton's beside the plain torch reference, with the same signatures."""
+
+from megatron_fsvideo.kernels.mixing import Mixer, MixResult, MixSettings, mixer_for
+
+__all__ = ["MixResult", "MixSettings", "Mixer", "mixer_for"]
