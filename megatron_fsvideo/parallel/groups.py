@@ -131,6 +131,7 @@ def initialize(parallel: ParallelConfig) -> ProcessGroups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         create_gloo_process_groups=True,
@@ -170,12 +171,6 @@ def broadcast_object(value: Any, group: ProcessGroup | None = None, source: int 
     box = [value]
     dist.broadcast_object_list(box, src=_global_rank(group, source), group=group)
     return box[0]
-
-
-def broadcast_tensor(tensor: Tensor, group: ProcessGroup, source: int = 0) -> Tensor:
-    """Overwrite `tensor` with the one of the group's rank `source`."""
-    dist.broadcast(tensor, src=_global_rank(group, source), group=group)
-    return tensor
 
 
 def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:

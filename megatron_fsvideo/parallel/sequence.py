@@ -36,6 +36,30 @@ def all_gather_slices(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
+def all_gather_each(tensors: list[Tensor], dims: list[int], group: ProcessGroup) -> list[Tensor]:
+    """`all_gather_slices` of many tensors of one type in one collective."""
+    sizes = [tensor.numel() for tensor in tensors]
+    ranks = [flat.split(sizes) for flat in _all_gather_flat(torch.cat([t.flatten() for t in tensors]), group)]
+    return [
+        torch.cat([parts[k].view(tensor.shape) for parts in ranks], dim=dim)
+        for k, (tensor, dim) in enumerate(zip(tensors, dims, strict=True))
+    ]
+
+
+def share_in_turn(made: list[Tensor], like: list[Tensor], group: ProcessGroup) -> list[Tensor]:
+    """All ranks' results, on every rank, in one collective: rank r has `made` those of like[r], like[r + size], ..."""
+    sizes = [[tensor.numel() for tensor in like[rank :: group.size()]] for rank in range(group.size())]
+    flat = like[0].new_zeros(max(sum(of_rank) for of_rank in sizes))
+    for target, tensor in zip(flat[: sum(sizes[group.rank()])].split(sizes[group.rank()]), made, strict=True):
+        target.copy_(tensor.flatten())
+    shared = list(like)
+    for rank, received in enumerate(_all_gather_flat(flat, group)):
+        parts = received[: sum(sizes[rank])].split(sizes[rank])
+        for k, part in zip(range(rank, len(like), group.size()), parts, strict=True):
+            shared[k] = part.view(like[k].shape)
+    return shared
+
+
 def enter_tensor_parallel(hidden_states: Tensor, sequence_parallel: bool, group: ProcessGroup) -> Tensor:
     """The input of column-parallel linears that are built without a reduction of their own.
 
@@ -123,3 +147,9 @@ def _exchange(tensor: Tensor, cut_dim: int, join_dim: int, group: ProcessGroup) 
     received = torch.empty_like(send)
     dist.all_to_all_single(received, send, group=group)
     return torch.cat(received.unbind(), dim=join_dim)
+
+
+def _all_gather_flat(flat: Tensor, group: ProcessGroup) -> list[Tensor]:
+    parts = [torch.empty_like(flat) for _ in range(group.size())]
+    dist.all_gather(parts, flat, group=group)
+    return parts

@@ -23,8 +23,8 @@ from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor, nn
 
-from megatron_fsvideo.parallel.groups import ProcessGroups, broadcast_tensor
-from megatron_fsvideo.parallel.sequence import all_gather_slices, local_slice
+from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.parallel.sequence import all_gather_each, local_slice, share_in_turn
 from megatron_fsvideo.training.muon import scaled_orthogonal
 
 ConfigOverrides = dict[ParamKey, ParamGroupOverride]
@@ -67,27 +67,21 @@ class TensorParallelMuon(torch.optim.Optimizer):
     def _directions(self, weights: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
         """The scaled orthogonal factor of each update; a slice of it where the update is a slice.
 
-        The tensor-parallel ranks share the work: each makes every tp_size-th matrix whole and sends it to the others.
+        The tensor-parallel ranks share the work: each makes every tp_size-th direction. Two collectives in all.
         """
         if self.pgs.tp_size == 1:
             return [scaled_orthogonal(update, self.dtype) for update in updates]
-        # All are gathered before any is orthogonalised: a rank at work would keep the others waiting.
-        wholes = [
-            update if (dim := _sliced_dim(weight)) is None else all_gather_slices(update, dim, self.pgs.tp)
-            for weight, update in zip(weights, updates, strict=True)
-        ]
-        directions = [
-            scaled_orthogonal(whole, self.dtype).contiguous()
-            if index % self.pgs.tp_size == self.pgs.tp_rank
-            else torch.empty_like(whole, memory_format=torch.contiguous_format)
-            for index, whole in enumerate(wholes)
-        ]
-        for index, direction in enumerate(directions):
-            broadcast_tensor(direction, self.pgs.tp, source=index % self.pgs.tp_size)
-        return [
-            direction if (dim := _sliced_dim(weight)) is None else local_slice(direction, dim, self.pgs.tp)
-            for weight, direction in zip(weights, directions, strict=True)
-        ]
+        group, dims = self.pgs.tp, [_sliced_dim(weight) for weight in weights]
+        sliced = [k for k, dim in enumerate(dims) if dim is not None]
+        wholes = list(updates)
+        gathered = all_gather_each([updates[k] for k in sliced], [dims[k] for k in sliced], group)
+        for k, whole in zip(sliced, gathered, strict=True):
+            wholes[k] = whole
+        made = [scaled_orthogonal(whole, self.dtype) for whole in wholes[self.pgs.tp_rank :: self.pgs.tp_size]]
+        directions = share_in_turn(made, wholes, group)
+        for k in sliced:
+            directions[k] = local_slice(directions[k], dims[k], group)
+        return directions
 
 
 def build_muon_chain(
