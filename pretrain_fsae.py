@@ -1,10 +1,11 @@
-"""Train the video autoencoder on video files, phase 1: L1 and perceptual loss (paper section 2.2.3).
+"""Train the video autoencoder on video files, in six phases (paper section 2.2).
 
     python pretrain_fsae.py --preset fsae_debug --video-dir videos --save runs/fsae --load runs/fsae
-    torchrun --nproc-per-node 8 pretrain_fsae.py --preset fsae_causal --video-dir videos --save runs/fsae ...
+    torchrun --nproc-per-node 8 pretrain_fsae.py --preset fsae_phase1 --video-dir videos --save runs/fsae_phase1 ...
+    torchrun --nproc-per-node 8 pretrain_fsae.py --preset fsae_phase2 --init-from runs/fsae_phase1 ...
 
-`runs/fsae` can be given to tools/preprocess_latents.py and tools/evaluate_fsae.py at once. Flags: --help; presets:
-megatron_fsvideo/config/presets.py; what the stage does: docs/fsae.md.
+The --save folder can be given to tools/preprocess_latents.py and tools/evaluate_fsae.py at once. Flags: --help; what
+the phases do: docs/fsae_training.md; presets: megatron_fsvideo/config/presets.py.
 """
 
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, ParallelConfig, parse_job, run_script

@@ -121,6 +121,8 @@ class FSAETrainingConfig:
     """Iterations on single frames only, before the temporal taps are remapped and video begins."""
     image_batch_size: int = 16
     """Samples of a single-frame batch."""
+    recompute_activations: bool = False
+    """Keep only the inputs of blocks, and compute the blocks again in the backward pass: less memory, more time."""
     latent_noise: float = 0.0
     """In training, latents get Gaussian noise of uniform(0, this) of their standard deviation before decoding."""
 

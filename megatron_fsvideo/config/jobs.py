@@ -54,6 +54,14 @@ class FSAEJob:
                 f"perceptual_weight is {self.losses.perceptual_weight}, but perceptual_trunk is none: name a trunk, or "
                 "set the weight to 0"
             )
+        decoder = {5: "standard", 6: "lite"}.get(self.losses.phase, "causal")
+        if self.model.decoder != decoder:
+            raise ValueError(
+                f"phase {self.losses.phase} trains a {decoder} decoder, but decoder is {self.model.decoder}: change "
+                "one of the two"
+            )
+        if self.losses.latent_noise > 0 and not self.losses.trains_encoder:
+            raise ValueError(f"latent_noise {self.losses.latent_noise} is for phases 1 to 4: set it to 0")
         if self.alignment.latent_regularizer != "none" and not self.losses.trains_encoder:
             raise ValueError(
                 f"latent_regularizer {self.alignment.latent_regularizer} shapes the latents, which phase "

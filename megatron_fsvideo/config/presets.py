@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from megatron_fsvideo.config.fsae_phases import phase_presets
+
 Preset = dict[str, Any]
 
 _QUICKSTART_DIT: Preset = {
@@ -160,3 +162,6 @@ FSAE_PRESETS: dict[str, Preset] = {
         "ema_decay": 0.0,
     },
 }
+
+# The six training phases at the paper's sizes: fsae_phase1 to fsae_phase6.
+FSAE_PRESETS |= phase_presets(*(FSAE_PRESETS[name] for name in ("fsae_causal", "fsae_standard", "fsae_lite")))

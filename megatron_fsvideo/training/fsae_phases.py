@@ -4,52 +4,67 @@
 |---|---|---|---|
 | 2, 3, 4 | the phase before | nothing | phase 2 starts it; 3 and 4 go on with it |
 | 5 Standard | phase 4 | the attention to the first frame | goes on |
-| 6 Lite | phase 5 | the two narrower stages at the pixel side and what touches them | goes on |
+| 6 Lite | phase 5 | the narrower stages at the pixel side and what touches them | goes on |
 """
 
-from pathlib import Path
-
 import torch
-from torch import Tensor
 
-from megatron_fsvideo.checkpoint.release import FSAE_FORMAT, check_weights, load_release, resolve_release
+from megatron_fsvideo.checkpoint.release import FSAE_FORMAT, load_release, resolve_release
+from megatron_fsvideo.config import FSAEConfig, from_dict
 from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.models.fsae.phases import inherit
 from megatron_fsvideo.training.fsae_adversary import Adversary
 
 TRAINING_FILE = "training.pt"
 
 
-def inherit_weights(source: str, fsae: FSAE, adversary: Adversary | None, device: torch.device) -> list[str]:
-    """Start an autoencoder, and its discriminator if there is one to go on with, from an earlier phase; in place.
+def inherit_autoencoder(source: str, fsae: FSAE) -> list[str]:
+    """Start an autoencoder from an earlier phase's, in place.
 
     Args:
-        source: a --save folder, whose newest checkpoint is taken, or a release folder (without a discriminator).
+        source: a --save folder, whose newest checkpoint is taken (its averaged weights), or a release folder.
 
     Returns:
-        lines that say what was inherited and what is fresh.
+        the names of the tensors that keep their initial values: the attention to the first frame after a causal
+        decoder, and what touches a stage of the decoder whose width changes.
 
     Raises:
         ValueError: not an autoencoder, or one that does not fit.
     """
     folder = resolve_release(source)
-    config, weights = load_release(folder, device)
-    if config.get("format") != FSAE_FORMAT:
-        raise ValueError(f"--init-from {folder} holds {config.get('format')!r}, not an autoencoder")
-    check_weights(str(folder), fsae, weights)
-    fsae.load_state_dict(weights)
-    lines = [f"autoencoder: {len(weights)} tensors from {folder}, none fresh"]
-    if adversary is not None:
-        saved = _saved_discriminator(folder)
-        if saved is not None:
-            adversary.load_weights(saved)
-        lines.append(f"discriminator: {'fresh' if saved is None else f'{len(saved)} tensors from {folder.parent}'}")
-    return lines
+    content, weights = load_release(folder)
+    if content.get("format") != FSAE_FORMAT:
+        raise ValueError(f"--init-from {folder} holds {content.get('format')!r}, not an autoencoder")
+    saved, own = from_dict(FSAEConfig, content["model"]), fsae.config
+    fresh = inherit(fsae, saved, weights)
+    unexpected = [name for name in fresh if not _may_be_fresh(name, saved, own)]
+    if unexpected:
+        raise ValueError(
+            f"--init-from {folder} does not fit in {len(unexpected)} weights of the decoder: "
+            f"{', '.join(unexpected[:3])}; give the same decoder_depths, and decoder_widths unless the decoder is lite"
+        )
+    if left := sorted(set(weights) - set(fsae.state_dict())):
+        raise ValueError(f"--init-from {folder} has {len(left)} weights that this model lacks: {', '.join(left[:3])}")
+    return fresh
 
 
-def _saved_discriminator(release: Path) -> dict[str, Tensor] | None:
-    """The discriminator beside a checkpoint's release folder, if there is one."""
-    path = release.parent / TRAINING_FILE
+def inherit_discriminator(source: str, adversary: Adversary) -> bool:
+    """Go on with an earlier phase's discriminator; False if there is none beside its weights (phase 1, a release).
+
+    Raises:
+        ValueError: one of another architecture.
+    """
+    path = resolve_release(source).parent / TRAINING_FILE
     if not path.is_file():
-        return None
+        return False
     content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return None if content.get("adversary") is None else content["adversary"]["weights"]
+    if content.get("adversary") is None:
+        return False
+    adversary.load_weights(content["adversary"]["weights"])
+    return True
+
+
+def _may_be_fresh(name: str, saved: FSAEConfig, own: FSAEConfig) -> bool:
+    if name.startswith("decoder.first_frame."):
+        return saved.decoder == "causal" and own.decoder != "causal"
+    return own.decoder == "lite" and saved.decoder_channels != own.decoder_channels

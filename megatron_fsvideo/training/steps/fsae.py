@@ -32,12 +32,12 @@ from megatron_fsvideo.evaluation.ssim import ssim
 from megatron_fsvideo.losses.latent_regularizers import LatentTransform, draw_transform
 from megatron_fsvideo.losses.video_vf import LatentProjection
 from megatron_fsvideo.models.fsae import FSAE, begin_video
-from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, barrier
+from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, barrier, gather_objects
 from megatron_fsvideo.parallel.seeds import derive_seed
 from megatron_fsvideo.training.ema import EMA
 from megatron_fsvideo.training.fsae_adversary import Adversary
 from megatron_fsvideo.training.fsae_optimizer import FSAEOptimizer
-from megatron_fsvideo.training.fsae_phases import TRAINING_FILE, inherit_weights
+from megatron_fsvideo.training.fsae_phases import TRAINING_FILE, inherit_autoencoder, inherit_discriminator
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.steps.fsae_batches import BatchPlan, FSAEBatches
 from megatron_fsvideo.training.steps.fsae_objective import FSAEObjective, draw_latent_noise
@@ -60,6 +60,7 @@ class FSAEStep:
 
         torch.manual_seed(derive_seed(job.training.seed, "fsae"))
         self.model = FSAE(job.model).to(pgs.device)
+        self.model.recompute(job.losses.recompute_activations)
         self.trainee = FSAETrainee(self.model, job.losses.trains_encoder, self._build_projection())
         self.wrapped: torch.nn.Module = self.trainee
         if pgs.dp_size > 1:
@@ -79,6 +80,7 @@ class FSAEStep:
         first = state.consumed_samples + self.pgs.dp_rank * per_rank
 
         sums: dict[str, float] = {}
+        broken: list[str] = []
         self.wrapped.train()
         for start in range(first, first + per_rank, plan.micro_batch_size):
             is_last = start + plan.micro_batch_size == first + per_rank
@@ -86,15 +88,14 @@ class FSAEStep:
                 parts = self._micro_batch(start, plan, state.iteration, transform, adversary)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * plan.micro_batch_size / per_rank
+            if not math.isfinite(parts["loss"]):
+                broken.append(f"{start}-{start + plan.micro_batch_size - 1}")
         averaged = self._mean_over_ranks(list(sums.values()))
-        metrics = dict(zip(sums, averaged, strict=True)) | self._update(state.iteration, adversary)
-        wrong = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-        if wrong:
-            raise ValueError(
-                f"iteration {state.iteration + 1}: {', '.join(f'{name} is {value}' for name, value in wrong.items())}; "
-                "continue from the last checkpoint with a lower lr"
-            )
-        return StepResult(metrics, plan.num_samples, 0)
+        metrics = dict(zip(sums, averaged, strict=True))
+        metrics |= self._update(state.iteration, adversary, all(map(math.isfinite, averaged)))
+        wrong = [f"{name} is {value}" for name, value in metrics.items() if not math.isfinite(value)]
+        skipped = f"{', '.join(wrong)}; {self._blame(broken, plan, state)}" if wrong else None
+        return StepResult(metrics, plan.num_samples, skipped=skipped)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -185,11 +186,14 @@ class FSAEStep:
             self.ema.load(content["ema"] or content["weights"])
 
     def _inherit(self, source: str) -> None:
-        lines = inherit_weights(source, self.model, self.adversary, self.pgs.device)
+        fresh = inherit_autoencoder(source, self.model)
+        has_discriminator = self.adversary is not None and inherit_discriminator(source, self.adversary)
         if self.ema is not None:
             self.ema.restart()
         if self.pgs.is_rank_zero:
-            print("\n".join(lines), flush=True)
+            print(f"autoencoder from {source}; fresh tensors: {', '.join(fresh) or 'none'}", flush=True)
+            if self.adversary is not None:
+                print(f"discriminator: {f'from {source}' if has_discriminator else 'fresh'}", flush=True)
 
     def _begin_video(self, iteration: int) -> None:
         warmup = self.job.losses.image_warmup_iters
@@ -218,7 +222,8 @@ class FSAEStep:
                 features = self.objective.features(video)
                 size = None if features is None else features.shape[3:]
                 noise = self._latent_noise(first, video)
-                output = (self.wrapped if learns else self.trainee)(video, noise, transform, size)
+                noise_seed = derive_seed(self.job.training.seed, first, "decoder_noise")
+                output = (self.wrapped if learns else self.trainee)(video, noise, transform, size, noise_seed)
             loss, parts = self.objective(
                 output, video, self.model, features=features, transform=transform, adversary=adversary
             )
@@ -228,16 +233,27 @@ class FSAEStep:
             parts |= adversary.backward(video, output.reconstruction, iteration, weight)
         return {"loss": loss.detach(), **parts}
 
-    def _update(self, iteration: int, adversary: Adversary | None) -> dict[str, float]:
-        """Step what has learnt; gradient norms and the learning rate."""
+    def _update(self, iteration: int, adversary: Adversary | None, is_finite: bool) -> dict[str, float]:
+        """Step what has learnt, unless a loss was not finite; gradient norms and the learning rate."""
         metrics = {"grad_norm": 0.0, "learning_rate": 0.0}
+        if not is_finite:
+            self.optimizer.discard()
+            if adversary is not None:
+                adversary.optimizer.discard()
+            return metrics
         if not self._autoencoder_rests(iteration):
             metrics["grad_norm"], metrics["learning_rate"] = self.optimizer.step(iteration)
-            if self.ema is not None:
+            if self.ema is not None and math.isfinite(metrics["grad_norm"]):
                 self.ema.update(iteration + 1)
         if adversary is not None:
             metrics["discriminator_grad_norm"] = adversary.step(iteration)
         return metrics
+
+    def _blame(self, broken: list[str], plan: BatchPlan, state: TrainState) -> str:
+        """Which clips of the run had a loss that is not finite, else all of the batch; every rank calls this."""
+        ranges = [name for names in gather_objects(broken) for name in names]
+        first = state.consumed_samples
+        return f"clips {' '.join(ranges) or f'{first}-{first + plan.num_samples - 1}'} of shape {plan.bucket}"
 
     def _autoencoder_rests(self, iteration: int) -> bool:
         return self.adversary is not None and self.adversary.learns_alone(iteration)

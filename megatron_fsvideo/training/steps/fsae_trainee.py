@@ -50,6 +50,7 @@ class FSAETrainee(nn.Module):
         latent_noise: Tensor | None = None,
         transform: LatentTransform | None = None,
         feature_size: tuple[int, int] | None = None,
+        noise_seed: int = 0,
     ) -> TraineeOutput:
         """Encode video [b, 3, f, h, w] and decode as the losses need it.
 
@@ -57,10 +58,11 @@ class FSAETrainee(nn.Module):
             latent_noise: as `FSAE.forward` takes it.
             transform: of the latents, with role added or replacing.
             feature_size: rows and columns of the vision features; None projects nothing.
+            noise_seed: of the noise inside a Standard or Lite decoder.
         """
         if not self.trains_encoder:
             latents, features = self._frozen_encoding(video)
-            return TraineeOutput(latents, self.fsae.decode(latents, features), None, None)
+            return TraineeOutput(latents, self.fsae.decode(latents, features, noise_seed), None, None)
         transformed = projected = None
         if transform is not None and transform.role == "replacing":
             reconstruction, latents = None, self.fsae.encode(video)

@@ -1,29 +1,30 @@
 #!/usr/bin/env bash
 # Train the video autoencoder on one machine, one process per GPU (or NUM_PROCESSES on a CPU).
+# Phase 3: mixed resolution and length, up to 121 frames of 1024 x 1024.
 #
-#   VIDEO_DIR=videos VGG16=vgg16_lpips.safetensors SAVE=runs/fsae examples/fsae/train_local.sh
+#   VIDEO_DIR=videos VGG16=vgg16_lpips.safetensors examples/fsae/phase3_local.sh
 #
 # Run it again after a stop: it continues from the newest checkpoint. VGG16 holds the perceptual loss's weights
 # (docs/fsae.md says which).
+#
+# PREVIOUS is phase 2's SAVE folder: its newest checkpoint is where this phase begins.
 set -euo pipefail
 
 VIDEO_DIR=${VIDEO_DIR:-videos}
 VGG16=${VGG16:-vgg16_lpips.safetensors}
-SAVE=${SAVE:-runs/fsae}
+PREVIOUS=${PREVIOUS:-runs/fsae_phase2}
+SAVE=${SAVE:-runs/fsae_phase3}
 NUM_PROCESSES=${NUM_PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 
 torchrun --nproc-per-node "$((NUM_PROCESSES > 0 ? NUM_PROCESSES : 1))" pretrain_fsae.py \
-  --preset fsae_causal \
+  --preset fsae_phase3 \
   --video-dir "$VIDEO_DIR" \
   --holdout-every 50 \
-  --num-frames 17 \
-  --resolution 256 \
-  --short-side 256 \
   --perceptual-trunk-path "$VGG16" \
+  --init-from "$PREVIOUS" \
   --micro-batch-size 1 \
-  --global-batch-size 16 \
-  --image-batch-size 32 \
-  --train-iters 200000 \
+  --global-batch-size 8 \
+  --image-batch-size 8 \
   --eval-interval 2000 \
   --eval-iters 1 \
   --save "$SAVE" \

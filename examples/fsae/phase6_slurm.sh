@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # Train the video autoencoder on a SLURM cluster, one process per GPU.
+# Phase 6: the Lite decoder (narrower, streams); the encoder is frozen.
 #
-#   sbatch --nodes 4 examples/fsae/train_slurm.sh
+#   sbatch --nodes 16 examples/fsae/phase6_slurm.sh
 #
 # Five minutes before its time is over the run saves, leaves and is queued again; so it does when it is preempted.
 # A requeued job continues from the newest checkpoint.
-#SBATCH --job-name=pretrain_fsae
-#SBATCH --nodes=4
+#
+# PREVIOUS is phase 5's SAVE folder: its newest checkpoint is where this phase begins.
+#SBATCH --job-name=fsae_phase6
+#SBATCH --nodes=16
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
@@ -17,7 +20,8 @@ set -euo pipefail
 
 export VIDEO_DIR=${VIDEO_DIR:-data/videos}
 export VGG16=${VGG16:-vgg16_lpips.safetensors}
-export SAVE=${SAVE:-runs/fsae}
+export PREVIOUS=${PREVIOUS:-runs/fsae_phase5}
+export SAVE=${SAVE:-runs/fsae_phase6}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 export MASTER_PORT=${MASTER_PORT:-29500}
@@ -34,17 +38,14 @@ trap save_and_requeue USR1
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec "$@"' pretrain \
   python pretrain_fsae.py \
-  --preset fsae_causal \
+  --preset fsae_phase6 \
   --video-dir "$VIDEO_DIR" \
   --holdout-every 50 \
-  --num-frames 17 \
-  --resolution 256 \
-  --short-side 256 \
   --perceptual-trunk-path "$VGG16" \
-  --micro-batch-size 2 \
-  --global-batch-size 64 \
+  --init-from "$PREVIOUS" \
+  --micro-batch-size 1 \
+  --global-batch-size 128 \
   --image-batch-size 128 \
-  --train-iters 200000 \
   --eval-interval 2000 \
   --eval-iters 1 \
   --save "$SAVE" \
