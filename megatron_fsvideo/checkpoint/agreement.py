@@ -4,6 +4,9 @@ from typing import Any
 
 from megatron_fsvideo.config import DiTJob, differences, from_dict
 
+# Fields that say how weights start: they have started.
+_INITIAL_VALUES = ("layer_memory_init:", "q_norm_init:")
+
 
 def check_agreement(
     record: dict[str, Any], job: DiTJob, description: dict[str, Any], where: str, finetune: bool
@@ -18,12 +21,15 @@ def check_agreement(
     Raises:
         ValueError: naming every field that differs.
     """
+    if record.get("weights_only", False) and not finetune:
+        raise ValueError(f"the checkpoint {where} holds weights alone and no optimizer's state: add --finetune")
     saved = from_dict(DiTJob, record["job"])
-    wrong = differences(saved.model, job.model)
+    wrong = [line for line in differences(saved.model, job.model) if not line.startswith(_INITIAL_VALUES)]
     wrong += _only(differences(saved.diffusion, job.diffusion), ("prediction_type",))
     if wrong:
         raise ValueError(f"the checkpoint {where} has another architecture: {'; '.join(wrong)}")
-    check_autoencoder(record["data"], description, where)
+    if record["data"] is not None:  # weights that were converted from another model belong to no latents yet
+        check_autoencoder(record["data"], description, where)
     if finetune:
         return
     kind = _only(differences(saved.optimizer, job.optimizer), ("optimizer",))

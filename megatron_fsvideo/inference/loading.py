@@ -7,9 +7,12 @@ from typing import Any
 import torch
 
 from megatron_fsvideo.checkpoint.distributed import latest_iteration, load_checkpoint, read_record
+from megatron_fsvideo.checkpoint.dit_release import DiTRecord, is_dit_release, open_dit_release
 from megatron_fsvideo.checkpoint.release import load_fsae
+from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder
 from megatron_fsvideo.config import DiTJob, ParallelConfig, from_dict
 from megatron_fsvideo.models.dit import DiTModel, build_dit
+from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
 from megatron_fsvideo.models.fsae import FSAE, fingerprint
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
@@ -30,25 +33,63 @@ class LoadedDiT:
 
 
 def load_dit(folder: str | Path, parallel: ParallelConfig, pgs: ProcessGroups, use_ema: bool = True) -> LoadedDiT:
-    """Load the newest checkpoint of a training run's --save folder into this layout.
+    """Load the newest checkpoint of a training run's --save folder, or a release, into this layout.
 
     Args:
         use_ema: take the moving average of the weights, where the run kept one.
 
     Raises:
-        ValueError: no checkpoint there, or a damaged one; pipeline parallelism, which generation does not use.
+        ValueError: nothing to load there, or it is damaged, or was never trained on latents; pipeline parallelism,
+            which generation does not use.
     """
     if parallel.pipeline_model_parallel_size > 1:
         raise ValueError("generation runs with tensor and context parallelism, not with pipeline stages")
+    record = read_dit_record(folder)
+    if record.data is None:
+        raise ValueError(
+            f"{folder} was converted from another model and knows no autoencoder: train it on latents first "
+            "(pretrain_dit.py --load ... --finetune)"
+        )
+    model = load_model(folder, record, parallel, pgs, use_ema)
+    return LoadedDiT(model.eval().requires_grad_(False), record.job, record.data, record.iteration)
+
+
+def read_dit_record(folder: str | Path) -> DiTRecord:
+    """What a release, or the newest checkpoint of a --save folder, says about its weights.
+
+    Raises:
+        ValueError: neither is there, or it is damaged.
+    """
+    if is_dit_release(Path(folder)):
+        return open_dit_release(Path(folder))[0]
     iteration = latest_iteration(Path(folder))
     if iteration is None:
-        raise ValueError(f"{folder} holds no checkpoint of pretrain_dit.py (no latest_checkpointed_iteration.txt)")
-    record = read_record(Path(folder), iteration)
-    job = from_dict(DiTJob, record["job"])
-    dtype = torch.bfloat16 if job.training.bf16 else torch.float32
-    model = build_dit(job.model, parallel, pgs, params_dtype=dtype)
-    _load_weights(model, Path(folder), iteration, use_ema and job.optimizer.ema_decay > 0)
-    return LoadedDiT(model.eval().requires_grad_(False), job, record["data"], iteration)
+        raise ValueError(
+            f"{folder} holds no checkpoint of pretrain_dit.py (no latest_checkpointed_iteration.txt) and is no release"
+        )
+    values = read_record(Path(folder), iteration)
+    return DiTRecord(from_dict(DiTJob, values["job"]), values["data"], iteration, values.get("origin", {}))
+
+
+def load_model(
+    folder: str | Path, record: DiTRecord, parallel: ParallelConfig, pgs: ProcessGroups, use_ema: bool
+) -> DiTModel:
+    """The model of a release or checkpoint folder in this layout.
+
+    Args:
+        record: the folder's, from `read_dit_record`.
+
+    Raises:
+        ValueError: the weights do not fit the record.
+    """
+    dtype = torch.bfloat16 if record.job.training.bf16 else torch.float32
+    model = build_dit(record.job.model, parallel, pgs, params_dtype=dtype)
+    if is_dit_release(Path(folder)):
+        _load_release(model, str(folder), open_dit_release(Path(folder))[1])
+    else:
+        averaged = use_ema and record.job.optimizer.ema_decay > 0
+        _load_weights(model, Path(folder), record.iteration, averaged)
+    return model
 
 
 def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.device, dtype: torch.dtype) -> FSAE:
@@ -73,6 +114,19 @@ def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.d
             "its latents mean something else to this autoencoder"
         )
     return fsae.to(dtype)
+
+
+@torch.no_grad()
+def _load_release(model: DiTModel, folder: str, stored: SafetensorsFolder) -> None:
+    """Copy this rank's slices out of the files, which are mapped: the rest is not read."""
+    parameters = dict(named_global_parameters(model))
+    if wrong := sorted(set(parameters) ^ set(stored.infos)):
+        raise ValueError(f"{folder} does not fit its config in {len(wrong)} weights, first {wrong[0]}")
+    for name, parameter in parameters.items():
+        part = slice_of_whole(stored.read(name), parameter, model.pgs.tp_rank, model.pgs.tp_size)
+        if part.shape != parameter.shape:
+            raise ValueError(f"{folder}: {name} is {list(stored.infos[name].shape)}, which does not fit the config")
+        parameter.copy_(part)
 
 
 def _load_weights(model: DiTModel, folder: Path, iteration: int, averaged: bool) -> None:

@@ -23,10 +23,12 @@ OWN_JOBS = {
     "tools/preprocess_latents.py": "PreprocessJob",
     "tools/generate.py": "GenerateJob",
     "tools/evaluate_fsae.py": "EvaluateJob",
+    "tools/convert_checkpoint.py": "ConvertJob",
     "examples/quickstart/run.py": "QuickstartJob",
     "examples/quickstart/report.py": "ReportJob",
     "examples/quickstart/make_pans.py": "PanJob",
     "examples/quickstart/fetch_clips.py": "FetchJob",
+    "examples/layer_memory/compare.py": "CompareJob",
 }
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from megatron_fsvideo.config import DiTConfig
 from megatron_fsvideo.models.dit.layer_memory import identity_leaning_bias
 from megatron_fsvideo.models.dit.model import DiTModel
 from megatron_fsvideo.parallel.seeds import weight_generator
@@ -37,13 +38,12 @@ def initialize_weights(model: DiTModel, seed: int) -> None:
     """Wan2.1's initial weights (dit_spec 1.1), and the router's identity-leaning start."""
     tp_rank, tp_size = model.pgs.tp_rank, model.pgs.tp_size
     for name, parameter in named_global_parameters(model):
-        whole = initial_value(name, _whole_shape(parameter, tp_size), model, seed)
+        whole = initial_value(name, _whole_shape(parameter, tp_size), model.model_config, seed)
         parameter.copy_(slice_of_whole(whole, parameter, tp_rank, tp_size))
 
 
-def initial_value(name: str, shape: tuple[int, ...], model: DiTModel, seed: int) -> Tensor:
-    """One rule per kind of weight, fp32."""
-    config = model.model_config
+def initial_value(name: str, shape: tuple[int, ...], config: DiTConfig, seed: int) -> Tensor:
+    """One rule per kind of weight, fp32. `name` and `shape` are those of the whole model's weight."""
     if name.endswith("layer_memory.router.bias"):
         value = torch.zeros(shape)
         value[-1] = identity_leaning_bias(shape[0], config.layer_memory_init)

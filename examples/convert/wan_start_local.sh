@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# A Wan2.1-I2V checkpoint becomes the start of FSVideo's base DiT: wan_start_local.sh WAN_FOLDER OUTPUT
+# One process and the memory of one tensor: a login node does. Then: examples/dit/train_slurm.sh with --load OUTPUT --finetune.
+set -euo pipefail
+
+WAN=${1:-Wan2.1-I2V-14B-720P}
+OUTPUT=${2:-checkpoints/wan_start}
+
+python tools/convert_checkpoint.py \
+    --input "$WAN" \
+    --to-preset dit_14b \
+    --layer-memory-init 0.99 \
+    --dtype bf16 \
+    --output "$OUTPUT" \
+    --output-format distributed

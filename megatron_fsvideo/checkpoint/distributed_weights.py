@@ -1,0 +1,163 @@
+"""The weights in a distributed checkpoint, read and written tensor by tensor by one process.
+
+`dist_checkpointing` gives each rank its slices of everything at once. A conversion wants whole tensors, one at a time:
+the files are torch's distributed checkpoints, whose index says where in which file each slice of a tensor is.
+"""
+
+import dataclasses
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorStorageMetadata
+
+from megatron_fsvideo.checkpoint.safe_pickle import (
+    COMMON_FILE,
+    METADATA_FILE,
+    UnsafeCheckpointError,
+    check_checkpoint,
+    read_metadata,
+)
+from megatron_fsvideo.checkpoint.safetensors_shards import TensorInfo
+
+
+class DistributedWeights:
+    """The tensors of one checkpoint folder (iter_0000100) whose keys start with `prefix`.
+
+    Attributes:
+        infos: key without the prefix -> what it is.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or holds something other than data.
+    """
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        check_checkpoint(folder)
+        metadata = read_metadata(folder / METADATA_FILE)
+        self.folder, self.prefix = folder, prefix
+        self.infos: dict[str, TensorInfo] = {}
+        for key, entry in metadata.state_dict_metadata.items():
+            if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
+                self.infos[key.removeprefix(prefix)] = TensorInfo(tuple(entry.size), entry.properties.dtype)
+        self._parts: dict[str, list[tuple[MetadataIndex, Any]]] = {}
+        for index, place in metadata.storage_data.items():
+            if Path(place.relative_path).name != place.relative_path or place.transform_descriptors:
+                raise ValueError(f"{folder / METADATA_FILE} is refused: {index.fqn} is in {place.relative_path!r}")
+            self._parts.setdefault(index.fqn, []).append((index, place))
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, put together from its slices.
+
+        Raises:
+            UnsafeCheckpointError: a slice holds something other than a tensor. ValueError: the slices do not fill it.
+        """
+        info, key = self.infos[name], self.prefix + name
+        parts = self._parts.get(key, [])
+        if len(parts) == 1:
+            whole = self._load(name, parts[0][1])
+            filled = whole.numel()
+        else:
+            whole, filled = torch.empty(info.shape, dtype=info.dtype), 0
+            for index, place in parts:
+                part = self._load(name, place)
+                slices = tuple(slice(start, start + size) for start, size in zip(index.offset, part.shape, strict=True))
+                whole[slices] = part
+                filled += part.numel()
+        if tuple(whole.shape) != info.shape or filled != whole.numel():
+            raise ValueError(f"{self.folder}: {filled} of the elements of {key} {list(info.shape)} are stored")
+        return whole
+
+    def _load(self, name: str, place: Any) -> Tensor:
+        path = self.folder / place.relative_path
+        with path.open("rb") as file:
+            try:
+                return torch.load(_FilePart(file, place.offset, place.length), map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+                reason = str(error).strip().split("\n")[0]
+                raise UnsafeCheckpointError(
+                    f"{name} in {path} is refused: not a plain tensor, or damaged ({reason})"
+                ) from None
+
+
+def write_distributed_weights(
+    folder: Path, infos: Mapping[str, TensorInfo], read: Callable[[str], Tensor], common: dict[str, Any]
+) -> None:
+    """Write whole tensors as a distributed checkpoint that `dist_checkpointing.load` reads at any layout.
+
+    Args:
+        infos: key -> what `read(key)` will return; it is read once and dropped.
+        common: plain data that every rank will get.
+    """
+    empty = {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in infos.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process.*")
+        torch_checkpoint.save(
+            empty,
+            storage_writer=_Writer(folder, single_file_per_rank=True, thread_count=1),
+            planner=_StreamingPlanner(read),
+            no_dist=True,
+        )
+    torch.save(common, folder / COMMON_FILE)
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+class _Writer(torch_checkpoint.FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        """Without the folder's path: it is nobody's business, and a class that `safe_pickle` refuses."""
+        return StorageMeta()
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Plans with tensors that hold nothing, and reads each when the writer comes to it."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.read = read
+
+    def create_global_plan(self, all_plans: list) -> tuple[list, Any]:
+        """As the default; planner_data as Megatron's planner leaves it."""
+        plans, metadata = super().create_global_plan(all_plans)
+        return plans, dataclasses.replace(metadata, planner_data={})
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        """The tensor's data."""
+        return self.read(index.fqn)
+
+
+class _FilePart(io.RawIOBase):
+    """Part of a file as a file: `torch.load` takes nothing less, and bytes would be a second copy."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        super().__init__()
+        self.file, self.offset, self.length, self.position = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.position
+
+    def seek(self, position: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.length}[whence]
+        self.position = max(0, start + position)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        wanted = min(len(view), max(0, self.length - self.position))
+        self.file.seek(self.offset + self.position)
+        count = self.file.readinto(view[:wanted])
+        self.position += count
+        return count

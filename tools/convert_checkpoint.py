@@ -1,0 +1,107 @@
+"""Convert a DiT's weights: diffusers, the original Wan2.1, release folders, distributed checkpoints, from any to any.
+
+    python tools/convert_checkpoint.py --input Wan2.1-I2V-14B-720P --to-preset dit_14b \
+        --output checkpoints/wan_start --output-format distributed
+
+    python tools/convert_checkpoint.py --input checkpoints/dit --output releases/dit --output-format release
+
+One process; needs the memory of about one tensor, whatever the size of the model. With --to-preset the preset's model
+starts from the weights: another patch embedding and head for its latents, routers that lean to the identity. Every
+weight that starts fresh is listed. docs/conversion.md has the details.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from megatron_fsvideo.checkpoint.conversion import Conversion, plan_conversion, write_target
+from megatron_fsvideo.checkpoint.conversion_source import open_source
+from megatron_fsvideo.checkpoint.safetensors_shards import parse_size
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, ParallelConfig, build_job, parse_job, run_script
+from megatron_fsvideo.parallel import groups
+
+DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """what to convert to what"""
+
+    input: str
+    """Folder to read: of diffusers' transformer (or its pipeline), of Wan2.1, a release, or a --save folder."""
+    output: str
+    """Folder to write; it must not exist."""
+    output_format: Literal["diffusers", "wan", "release", "distributed"]
+    """Format to write. A distributed checkpoint is what pretrain_dit.py --load --finetune reads at any layout."""
+    input_format: Literal["diffusers", "wan", "release", "distributed"] | None = None
+    """Format to read; none recognises it."""
+    dtype: Literal["keep", "bf16", "fp32"] = "keep"
+    """Number format of the weights; bf16 leaves in fp32 what the model has so (time, modulation, head, router)."""
+    max_shard_size: str = "4GB"
+    """Largest safetensors file, as 5GB or 500MB."""
+    use_ema: bool = True
+    """Of a distributed checkpoint, take the moving average of the weights where there is one."""
+    to_preset: str | None = None
+    """Start this preset's model from the weights: new routers and, for other latents, new patch embedding and head."""
+    layer_memory_init: float = 0.99
+    """With to_preset: new routers' softmax weight of the latest hidden state; 1.0 is the model without them."""
+    seed: int = 1234
+    """Seed of weights that start fresh."""
+
+
+@dataclass(frozen=True)
+class ConvertJob:
+    """Convert a DiT's weights between formats."""
+
+    convert: ConvertFlags
+
+
+def start_job(flags: ConvertFlags) -> DiTJob | None:
+    """The job whose model is to start from the weights.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
+    if flags.to_preset is None:
+        return None
+    if flags.to_preset not in DIT_PRESETS:
+        raise ValueError(f"--to-preset {flags.to_preset} is unknown: take one of {', '.join(sorted(DIT_PRESETS))}")
+    job = build_job(DiTJob, DIT_PRESETS[flags.to_preset])
+    return replace(job, model=replace(job.model, layer_memory_init=flags.layer_memory_init))
+
+
+def report(conversion: Conversion, flags: ConvertFlags) -> None:
+    """Print what was written, and every weight that is not the source's."""
+    source = conversion.source
+    print(
+        f"{source.where} ({source.kind}) -> {flags.output} ({flags.output_format}): {len(conversion.infos)} weights, "
+        f"{conversion.num_bytes / 1e9:.2f} GB, {len(conversion.infos) - len(conversion.fresh)} kept"
+    )
+    for name in conversion.fresh:
+        print(f"fresh: {name} {list(conversion.infos[name].shape)}")
+    for name in source.unused:
+        print(f"left out, as no forward uses it: {name}")
+
+
+def convert(flags: ConvertFlags) -> None:
+    """Check everything, write, report."""
+    start, max_shard_size = start_job(flags), parse_size(flags.max_shard_size)
+    source = open_source(Path(flags.input), flags.input_format, flags.use_ema)
+    pgs = groups.initialize(ParallelConfig())
+    conversion = plan_conversion(source, start, DTYPES[flags.dtype], pgs, flags.seed)
+    with tqdm(total=len(conversion.infos), desc="converting", unit="weight", disable=None) as bar:
+        write_target(conversion, flags.output_format, Path(flags.output), max_shard_size, bar.update)
+    groups.shutdown()
+    report(conversion, flags)
+
+
+def main() -> None:
+    """Parse the command line and convert."""
+    convert(parse_job(ConvertJob).convert)
+
+
+if __name__ == "__main__":
+    run_script(main)
