@@ -7,8 +7,9 @@ from torch import Tensor
 from megatron_fsvideo.config import FSAEConfig
 from megatron_fsvideo.models.fsae import FSAE, StreamCache, begin_video, fingerprint
 from megatron_fsvideo.models.fsae.attention import EViTBlock, LinearAttention
+from megatron_fsvideo.models.fsae.convolutions import CausalConv3d
+from megatron_fsvideo.models.fsae.inflation import fold_interpolation
 from megatron_fsvideo.models.fsae.layers import (
-    CausalConv3d,
     PixelNorm,
     channels_to_space,
     group_mean,
@@ -60,7 +61,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 @CONFIGS
 @pytest.mark.parametrize("k", range(5))
-def test_frames_and_sides(config: FSAEConfig, k: int) -> None:
+def test_property_01_frames_and_sides(config: FSAEConfig, k: int) -> None:
     fsae = build(config)
     latents = fsae.encode(random_video(4 * k + 1, batch=2))
     assert latents.shape == (2, config.latent_channels, k + 1, 2, 2)
@@ -68,7 +69,7 @@ def test_frames_and_sides(config: FSAEConfig, k: int) -> None:
 
 
 @CONFIGS
-def test_first_frame_does_not_depend_on_the_rest(config: FSAEConfig) -> None:
+def test_property_02_first_frame_does_not_depend_on_the_rest(config: FSAEConfig) -> None:
     fsae, video = build(config), random_video(13)
     latents = fsae.encode(video)
     assert difference(fsae.encode(video[:, :, :1]), latents[:, :, :1]) < 1e-12
@@ -82,7 +83,7 @@ def test_first_frame_does_not_depend_on_the_rest(config: FSAEConfig) -> None:
 
 @CONFIGS
 @pytest.mark.parametrize("frame", [0, 1, 4, 5, 8, 12])
-def test_encoder_is_causal(config: FSAEConfig, frame: int) -> None:
+def test_property_03_encoder_is_causal(config: FSAEConfig, frame: int) -> None:
     fsae, video = build(config), random_video(13)
     changed = video.clone()
     changed[:, :, frame] += 0.5
@@ -94,7 +95,7 @@ def test_encoder_is_causal(config: FSAEConfig, frame: int) -> None:
 
 @CONFIGS
 @pytest.mark.parametrize("latent", [0, 1, 3])
-def test_decoder_is_causal(config: FSAEConfig, latent: int) -> None:
+def test_property_03_decoder_is_causal(config: FSAEConfig, latent: int) -> None:
     fsae = build(config)
     latents = fsae.encode(random_video(13))
     changed = latents.clone()
@@ -107,7 +108,7 @@ def test_decoder_is_causal(config: FSAEConfig, latent: int) -> None:
 
 @CONFIGS
 @pytest.mark.parametrize("chunks", [(1, 4, 4, 4), (9, 4), (5, 8), (1, 12)])
-def test_streaming_encode_is_exact(config: FSAEConfig, chunks: tuple[int, ...]) -> None:
+def test_property_04_streaming_encode_is_exact(config: FSAEConfig, chunks: tuple[int, ...]) -> None:
     fsae, video = build(config), random_video(13)
     streamed = torch.cat(list(fsae.encode_chunks(video.split(chunks, dim=2))), dim=2)
     assert difference(streamed, fsae.encode(video)) < 1e-12
@@ -115,7 +116,7 @@ def test_streaming_encode_is_exact(config: FSAEConfig, chunks: tuple[int, ...]) 
 
 @CONFIGS
 @pytest.mark.parametrize("chunks", [(1, 1, 1, 1), (2, 2), (1, 3), (3, 1)])
-def test_streaming_decode_is_exact(config: FSAEConfig, chunks: tuple[int, ...]) -> None:
+def test_property_05_streaming_decode_is_exact(config: FSAEConfig, chunks: tuple[int, ...]) -> None:
     fsae = build(config)
     latents = fsae.encode(random_video(13))
     streamed = torch.cat(list(fsae.decode_chunks(latents.split(chunks, dim=2))), dim=2)
@@ -123,7 +124,7 @@ def test_streaming_decode_is_exact(config: FSAEConfig, chunks: tuple[int, ...]) 
 
 
 @CONFIGS
-def test_interleaved_streams_do_not_share_memory(config: FSAEConfig) -> None:
+def test_property_06_interleaved_streams_do_not_share_memory(config: FSAEConfig) -> None:
     fsae = build(config)
     videos = [random_video(9), random_video(9).flip(2) * 0.7]
     caches, latents = [StreamCache(), StreamCache()], [[], []]
@@ -150,21 +151,19 @@ def test_cache_does_not_keep_the_whole_chunk_alive() -> None:
 
 
 @pytest.mark.parametrize("in_channels, out_channels", [(8, 4), (4, 4), (4, 8)])
-def test_interpolating_up_is_a_folded_sub_pixel_up(in_channels: int, out_channels: int) -> None:
+def test_property_08_interpolating_up_is_a_folded_sub_pixel_up(in_channels: int, out_channels: int) -> None:
     torch.manual_seed(0)
     interpolating = InterpolateUp(in_channels, out_channels, 1.0).double()
     sub_pixel = SubPixelUp(in_channels, out_channels, (1, 2, 2), 1.0).double()
-    # Phase 0 of an axis sees (low -1: tap 0, low 0: taps 1 + 2), phase 1 (low 0: taps 0 + 1, low +1: tap 2).
-    fold = torch.tensor([[[1, 0, 0], [0, 1, 1], [0, 0, 0]], [[0, 0, 0], [1, 1, 0], [0, 0, 1]]]).double()
-    folded = torch.einsum("oityx,pay,qbx->opqitab", interpolating.conv.weight, fold, fold).flatten(0, 2)
     with torch.no_grad():
-        sub_pixel.conv.weight.copy_(folded)
+        taps = interpolating.conv.weight.unbind(dim=2)
+        sub_pixel.conv.weight.copy_(torch.stack([fold_interpolation(tap) for tap in taps], dim=2))
         sub_pixel.conv.bias.copy_(interpolating.conv.bias.repeat_interleave(4))
         x = torch.randn(2, in_channels, 3, 5, 4, dtype=torch.float64)
         assert difference(sub_pixel(x), interpolating(x)) < 1e-12
 
 
-def test_shuffles_are_inverse_and_their_order_keeps_images() -> None:
+def test_property_14_shuffles_are_inverse_and_their_order_keeps_images() -> None:
     video = torch.randn(2, 4, 4, 6, 8)
     for factor in ((2, 2, 2), (1, 2, 2)):
         channels = space_to_channels(video, factor)
@@ -177,13 +176,13 @@ def test_shuffles_are_inverse_and_their_order_keeps_images() -> None:
     assert not torch.allclose(group_mean(natural, 8), image, atol=1e-2)
 
 
-def test_shortcuts_keep_constants() -> None:
+def test_property_14_shortcuts_keep_constants() -> None:
     constant = torch.full((1, 8, 4, 4, 4), 0.7)
     assert torch.allclose(group_mean(space_to_channels(constant, (2, 2, 2)), 16), torch.tensor(0.7))
     assert torch.allclose(channels_to_space(repeat_channels(constant, 32), (2, 2, 2)), torch.tensor(0.7))
 
 
-def test_pixel_norm_sees_one_position() -> None:
+def test_property_13_pixel_norm_sees_one_position() -> None:
     torch.manual_seed(0)
     norm = PixelNorm(6).double().requires_grad_(False)
     torch.nn.init.normal_(norm.weight)
@@ -197,7 +196,7 @@ def test_pixel_norm_sees_one_position() -> None:
     assert difference(norm(x[..., order]), norm(x)[..., order]) < 1e-12
 
 
-def test_attention_is_per_frame() -> None:
+def test_property_15_attention_is_per_frame() -> None:
     torch.manual_seed(0)
     attention = LinearAttention(16, 8).double()
     frames = torch.randn(5, 16, 4, 6, dtype=torch.float64)
@@ -341,7 +340,7 @@ def test_fingerprint_follows_the_weights() -> None:
     assert fingerprint(fsae) != before
 
 
-def test_size_of_the_papers_autoencoder() -> None:
+def test_property_34_size_of_the_papers_autoencoder() -> None:
     with torch.device("meta"):
         fsae = FSAE(FSAEConfig())
     encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in (fsae.encoder, fsae.decoder))

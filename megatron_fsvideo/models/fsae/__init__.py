@@ -1,7 +1,8 @@
-"""The video autoencoder (paper section 2.2): causal encoder and decoder, streaming, first-frame independence."""
+"""The video autoencoder (paper section 2.2): encoder; causal, Standard, Lite decoders; streams, tiles, patches."""
 
 from megatron_fsvideo.models.fsae.inflation import begin_video
 from megatron_fsvideo.models.fsae.model import FSAE, fingerprint
+from megatron_fsvideo.models.fsae.phases import inherit
 from megatron_fsvideo.models.fsae.streaming import StreamCache
 
-__all__ = ["FSAE", "StreamCache", "begin_video", "fingerprint"]
+__all__ = ["FSAE", "StreamCache", "begin_video", "fingerprint", "inherit"]

@@ -1,0 +1,122 @@
+"""Make the start of an autoencoder's training phase: from DC-AE weights, or from the phase before.
+
+    # The paper's start: DC-AE's stages inflated to video, a fresh seventh stage
+    python tools/convert_fsae.py --preset fsae_causal --load dc-ae-f32c32-sana-1.0-diffusers --save start
+
+    # Phase 4 -> FSAE-Standard -> FSAE-Lite
+    python tools/convert_fsae.py --preset fsae_standard --load runs/phase4 --save standard
+    python tools/convert_fsae.py --preset fsae_lite --load standard --save lite
+
+Writes a release folder (for pretrain_fsae.py --init-from) and prints every tensor that starts fresh.
+`--match-dc-ae` makes the FSAE of a DC-AE's own sizes instead: its images, frame by frame.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from megatron_fsvideo.checkpoint.dcae_names import dcae_config, start_from_dcae, to_diffusers_names
+from megatron_fsvideo.checkpoint.release import (
+    CONFIG_FILE,
+    FSAE_FORMAT,
+    check_weights,
+    load_release,
+    resolve_release,
+    save_fsae,
+)
+from megatron_fsvideo.config import FSAE_PRESETS, FSAEConfig, from_dict, parse_job, run_script
+from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.models.fsae.phases import inherit
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    """what to convert"""
+
+    load: str
+    """Release folder or --save folder of an FSAE, or a DC-AE: a safetensors file, or a folder of them."""
+    save: str
+    """Release folder to write."""
+    match_dc_ae: bool = False
+    """Take the sizes of the DC-AE instead of the model flags."""
+    seed: int = 0
+    """Seed of the tensors that start fresh."""
+
+
+@dataclass(frozen=True)
+class ConvertJob:
+    """Make the start of an autoencoder's training phase."""
+
+    convert: ConvertFlags
+    model: FSAEConfig = field(default_factory=FSAEConfig)
+
+
+def main() -> None:
+    """Parse, convert, write, list."""
+    names = {f.name for f in dataclasses.fields(FSAEConfig)}
+    presets = {
+        preset: {name: value for name, value in values.items() if name in names}
+        for preset, values in FSAE_PRESETS.items()
+    }
+    job = parse_job(ConvertJob, presets)
+    fsae, fresh, unused = convert(job)
+    save_fsae(job.convert.save, fsae)
+    total = len(fsae.state_dict())
+    print(f"{job.convert.save}: {total - len(fresh)} of {total} tensors from {job.convert.load}, {len(fresh)} fresh")
+    print("\n".join([f"fresh: {name}" for name in fresh] + [f"not used: {name}" for name in unused]))
+
+
+def convert(job: ConvertJob) -> tuple[FSAE, list[str], list[str]]:
+    """(the autoencoder, its tensors that start fresh, source tensors without use).
+
+    Raises:
+        ValueError: nothing that can be read there, or an FSAE that cannot become the one asked for.
+    """
+    source = resolve_release(job.convert.load)
+    torch.manual_seed(job.convert.seed)
+    if _is_fsae(source):
+        config, weights = load_release(source)
+        before = from_dict(FSAEConfig, config["model"])
+        with torch.device("meta"):
+            check_weights(str(source), FSAE(before), weights)
+        fsae = FSAE(job.model)
+        fresh = inherit(fsae, before, weights)
+        return fsae, fresh, sorted(set(weights) - set(fsae.state_dict()))
+    state = to_diffusers_names(read_safetensors(source))
+    fsae = FSAE(dcae_config(state) if job.convert.match_dc_ae else job.model)
+    fresh, unused = start_from_dcae(fsae, state)
+    if len(fresh) == len(fsae.state_dict()):
+        raise ValueError(f"{source} has no tensor that fits: it is neither an FSAE release nor a DC-AE")
+    return fsae, fresh, unused
+
+
+def read_safetensors(source: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or of those in a folder.
+
+    Raises:
+        ValueError: none there, or a damaged one.
+    """
+    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    if not files or not files[0].is_file():
+        raise ValueError(f"{source} is neither a safetensors file nor a folder with some")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            tensors |= safetensors.torch.load_file(file)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    return tensors
+
+
+def _is_fsae(source: Path) -> bool:
+    config = source / CONFIG_FILE
+    return config.is_file() and json.loads(config.read_text()).get("format") == FSAE_FORMAT
+
+
+if __name__ == "__main__":
+    run_script(main)
