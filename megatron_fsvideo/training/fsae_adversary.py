@@ -94,7 +94,9 @@ class Adversary:
         self.model.load_state_dict(weights)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.pgs.device.type, torch.bfloat16, enabled=self.bf16)
+        # torch 2.13 on CPU: the bf16 weight gradient of a Conv3d with fewer frames than its kernel is not initialised.
+        device = self.pgs.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.bf16 and device != "cpu")
 
     def _average_gradients(self) -> None:
         gradients = [p.grad for p in self.model.parameters()]
