@@ -6,7 +6,7 @@ frames, and a seek is used only where the timestamps prove that it landed on the
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
@@ -244,18 +244,33 @@ def write_video(
     height, width = frames.shape[1:3]
     if (height % 2 or width % 2) and not full_color:
         raise ValueError(f"H.264 video needs even sides, got {height}x{width} (height x width) for {path}")
+    write_frames(path, iter(frames), (height, width), fps, quality, full_color, keyframe_interval)
+
+
+def write_frames(
+    path: str | Path,
+    frames: Iterable[torch.Tensor],
+    size: tuple[int, int],
+    fps: float,
+    quality: int = 18,
+    full_color: bool = False,
+    keyframe_interval: int | None = None,
+) -> None:
+    """As `write_video`, for frames uint8 `[h, w, 3]` of `size` (height, width) that come one by one."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with av.open(str(temporary), "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p" if full_color else "yuv420p"
+            stream.height, stream.width = size
+            stream.pix_fmt = "yuv444p" if full_color else "yuv420p"
             stream.options = {"crf": str(quality), "preset": "veryfast"}
             if keyframe_interval is not None:
                 stream.options |= {"g": str(keyframe_interval), "sc_threshold": "0"}
-            for array in frames.cpu().numpy():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")))
+            for frame in frames:
+                array = np.ascontiguousarray(frame.cpu().numpy())
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
             container.mux(stream.encode())
         temporary.replace(target)
     finally:

@@ -1,0 +1,143 @@
+"""Encode a video and decode it again: what an autoencoder keeps of it.
+
+    python tools/reconstruct.py IN.mp4 OUT.mp4 --load runs/fsae --side-by-side
+
+Videos of any length: a causal or Lite decoder needs the memory of one slice; a Standard decoder blends tiles and keeps
+the latents. Videos of any size: the last row and column are repeated up to the autoencoder's grid and cropped again.
+Prints the mean PSNR of the frames.
+"""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_fsvideo.checkpoint.release import load_fsae
+from megatron_fsvideo.config import parse_job, run_script
+from megatron_fsvideo.data.video import VideoInfo, from_unit, iterate_frames, probe, to_unit, write_frames
+from megatron_fsvideo.evaluation.psnr import psnr_per_frame
+from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, encode_frames, pad_to_grid
+
+USAGE = "usage: reconstruct.py IN.mp4 OUT.mp4 [--load RELEASE] [--side-by-side] ... (--help lists the flags)"
+
+
+@dataclass(frozen=True)
+class ReconstructFlags:
+    """with what, and how"""
+
+    load: str = "runs/fsae"
+    """Release folder, or --save folder of pretrain_fsae.py."""
+    side_by_side: bool = False
+    """Put the original to the left."""
+    first_frame: bool = True
+    """Give a Standard or Lite decoder the first frame's features, as image-to-video generation does."""
+    noise_seed: int = 0
+    """Which noise a Standard or Lite decoder adds."""
+    quality: int = 18
+    """x264's constant rate factor: 0 is lossless, 28 small."""
+    device: str = "cpu"
+    """Where to run, such as cpu or cuda."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of the computation."""
+
+
+@dataclass(frozen=True)
+class TilingFlags:
+    """memory: sizes in latents"""
+
+    slice_frames: int = 4
+    """Latent frames that go through at once; a Standard decoder blends tiles of them."""
+    overlap_frames: int = 1
+    """Latent frames that two tiles of a Standard decoder share."""
+    tile_rows: int | None = None
+    """Rows of a spatial tile; none takes whole frames (tiles are an approximation)."""
+    tile_columns: int | None = None
+    """Columns of a spatial tile."""
+    tile_overlap: int = 2
+    """Rows and columns that two spatial tiles share."""
+
+
+@dataclass(frozen=True)
+class ReconstructJob:
+    """Encode a video and decode it again."""
+
+    reconstruct: ReconstructFlags
+    tiling: TilingFlags = field(default_factory=TilingFlags)
+
+
+def main() -> None:
+    """Parse, reconstruct, write."""
+    arguments = sys.argv[1:]
+    paths = list(islice((a for a in arguments if not a.startswith("-")), 2))
+    if "--help" not in arguments and (len(paths) < 2 or arguments[:2] != paths):
+        raise ValueError(USAGE)
+    job = parse_job(ReconstructJob, argv=arguments[2:] if paths else arguments)
+    flags, tiling = job.reconstruct, job.tiling
+    tiles = Tiling(
+        tiling.slice_frames, tiling.overlap_frames, tiling.tile_rows, tiling.tile_columns, tiling.tile_overlap
+    )
+    dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
+    fsae = load_fsae(flags.load, flags.device, dtype)
+    psnr = reconstruct(fsae, paths[0], paths[1], flags, tiles)
+    print(f"{paths[1]}: PSNR {psnr:.2f} dB in the mean of its frames")
+
+
+@torch.no_grad()
+def reconstruct(fsae: FSAE, source: str, target: str, flags: ReconstructFlags, tiling: Tiling) -> float:
+    """Write the reconstruction of a file; returns the mean PSNR in dB.
+
+    Raises:
+        ValueError: a damaged file, or one of odd sides (H.264 stores colour at half resolution).
+    """
+    info = probe(source)
+    if info.height % 2 or info.width % 2:
+        raise ValueError(f"{source} is {info.height}x{info.width}: H.264 video needs even sides, crop it first")
+    psnrs: list[float] = []
+    size = (info.height, info.width * (2 if flags.side_by_side else 1))
+    frames = _reconstructed(fsae, source, info, flags, tiling, psnrs)
+    write_frames(target, frames, size, info.fps, flags.quality)
+    return float(np.mean(psnrs))
+
+
+def _reconstructed(
+    fsae: FSAE, source: str, info: VideoInfo, flags: ReconstructFlags, tiling: Tiling, psnrs: list[float]
+) -> Iterator[Tensor]:
+    """Frames uint8 [h, w, 3 or two of them] of the video to write; adds the PSNR of each to `psnrs`."""
+    features = None
+    if flags.first_frame:
+        features = fsae.first_frame_features(next(_chunks(fsae, source, 1)))
+    latents = encode_frames(fsae, _chunks(fsae, source, fsae.temporal_factor), tiling)
+    decoded = decode_frames(fsae, latents, features, flags.noise_seed, tiling)
+    originals = iterate_frames(source)
+    # The last latent's frames may be more than there are.
+    with tqdm(total=info.num_frames, unit="frame", disable=not sys.stderr.isatty()) as bar:
+        for chunk in decoded:
+            frames = from_unit(chunk[0, ..., : info.height, : info.width].clamp(-1, 1))
+            for frame in frames:
+                original = next(originals, None)
+                if original is None:
+                    return
+                expected = torch.from_numpy(original)
+                psnrs.append(float(psnr_per_frame(to_unit(frame[None])[None], to_unit(expected[None])[None])))
+                yield torch.cat([expected, frame.cpu()], dim=1) if flags.side_by_side else frame.cpu()
+                bar.update()
+
+
+def _chunks(fsae: FSAE, source: str, size: int) -> Iterator[Tensor]:
+    """The file's frames as [1, 3, size or fewer, h, w] in [-1, 1], sides on the autoencoder's grid."""
+    weight = next(fsae.parameters())
+    frames = iterate_frames(source)
+    while taken := list(islice(frames, size)):
+        video = to_unit(torch.from_numpy(np.stack(taken))).unsqueeze(0)
+        yield pad_to_grid(video, fsae.spatial_factor).to(weight.device, weight.dtype)
+
+
+if __name__ == "__main__":
+    run_script(main)
