@@ -98,6 +98,7 @@ def check_layout(model: DiTConfig, parallel: ParallelConfig) -> None:
             f"num_attention_heads {model.num_attention_heads}, which the Ulysses all-to-all needs"
         )
     _check_stages(model.num_layers, parallel)
+    _check_virtual_stages(model.num_layers, parallel)
 
 
 def check_token_count(num_tokens: int, source: str, parallel: ParallelConfig) -> None:
@@ -137,3 +138,21 @@ def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
         f"the first and last pipeline stage take {sum(ends)} of num_layers {num_layers}; the other {layers} cannot be "
         f"shared evenly by the other {stages} of {pp} stages"
     )
+
+
+def _check_virtual_stages(num_layers: int, parallel: ParallelConfig) -> None:
+    first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
+    ends = [number for number in (first, last) if number is not None]
+    others = parallel.pipeline_model_parallel_size - len(ends)
+    if parallel.num_chunks > 1 and others == 0:
+        raise ValueError(
+            "virtual stages on two uneven pipeline stages: give num_layers_in_first_pipeline_stage or "
+            "num_layers_in_last_pipeline_stage, not both"
+        )
+    sizes = [*ends, (num_layers - sum(ends)) // others] if others else ends
+    for size in sizes:
+        if size % parallel.num_chunks:
+            raise ValueError(
+                f"num_virtual_stages_per_pipeline_rank {parallel.num_chunks} does not divide the {size} layers of a "
+                "pipeline stage"
+            )

@@ -29,11 +29,11 @@ def mark_sliced(parameter: nn.Parameter, dim: int) -> None:
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
-def mark_on_every_stage(parameters: Iterable[nn.Parameter], pgs: ProcessGroups) -> None:
-    """Parameters of which every pipeline stage has a copy."""
+def mark_on_every_stage(parameters: Iterable[nn.Parameter], pgs: ProcessGroups, is_first_copy: bool) -> None:
+    """Parameters of which every pipeline stage has a copy, and every virtual stage; one of them counts as the first."""
     if pgs.pp_size == 1:
         return
     for parameter in parameters:
         parameter.pipeline_parallel = True
         parameter.shared_embedding = True
-        parameter.shared = not pgs.is_first_stage
+        parameter.shared = not is_first_copy

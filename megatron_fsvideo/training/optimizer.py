@@ -43,14 +43,29 @@ def wrap_ddp(model: DiTModel, parallel: ParallelConfig, pgs: ProcessGroups) -> D
     return wrapped
 
 
+def wrap_ddp_chunks(
+    chunks: list[DiTModel], parallel: ParallelConfig, pgs: ProcessGroups
+) -> list[DistributedDataParallel]:
+    """The same for the virtual stages of a rank, which share one configuration."""
+    wrapped = [wrap_ddp(chunk, parallel, pgs) for chunk in chunks]
+    if parallel.overlap_grad_reduce and len(wrapped) > 1:
+        chunks[0].config.no_sync_func = [chunk.no_sync for chunk in wrapped]
+    return wrapped
+
+
 def build_optimizer(
-    wrapped: DistributedDataParallel,
+    wrapped: DistributedDataParallel | list[DistributedDataParallel],
     optimizer: OptimizerConfig,
     parallel: ParallelConfig,
     training: TrainingConfig,
     pgs: ProcessGroups,
 ) -> MegatronOptimizer:
-    """AdamW on everything, or Muon on the layers' matrices and AdamW on the rest."""
+    """AdamW on everything, or Muon on the layers' matrices and AdamW on the rest.
+
+    Args:
+        wrapped: the model, or this rank's model chunks.
+    """
+    chunks = wrapped if isinstance(wrapped, list) else [wrapped]
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
@@ -68,9 +83,9 @@ def build_optimizer(
     with megatron_on_cpu():
         if optimizer.optimizer == "muon":
             dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[optimizer.muon_precision]
-            return build_muon_chain(config, [wrapped], overrides, pgs, muon_lr=optimizer.muon_lr, dtype=dtype)
+            return build_muon_chain(config, chunks, overrides, pgs, muon_lr=optimizer.muon_lr, dtype=dtype)
         return get_megatron_optimizer(
-            config, [wrapped], overrides, use_gloo_process_groups=False, pg_collection=pgs.collection
+            config, chunks, overrides, use_gloo_process_groups=False, pg_collection=pgs.collection
         )
 
 

@@ -1,25 +1,25 @@
 """Layouts do not change the result: loss, every gradient, the gradient norm and the weights after clipped steps.
 
 One process is the reference. All weights are random, also those that start at zero or at the identity, so that no
-gradient vanishes; the test asserts that none does. fp32 on gloo.
+gradient vanishes; the test asserts that none does. fp32 on gloo. Recomputation changes no bit at all.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_fsvideo.config import DiTConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_fsvideo.diffusion.losses import per_sample_loss, squared_errors
-from megatron_fsvideo.models.dit import build_dit, patchify
+from megatron_fsvideo.models.dit import build_dit_chunks, patchify
 from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+from megatron_fsvideo.parallel.pipeline import run_schedule
 from megatron_fsvideo.parallel.seeds import weight_generator
 from megatron_fsvideo.parallel.sequence import all_gather_slices, local_slice, sum_for_same_loss
-from megatron_fsvideo.training.optimizer import build_optimizer, wrap_ddp
+from megatron_fsvideo.training.optimizer import build_optimizer, wrap_ddp_chunks
 from tests.parallel.harness import run_workers
 
 NUM_MICROBATCHES = 4
@@ -46,14 +46,25 @@ class Layout:
     parallel: ParallelConfig
     model: DiTConfig = MODEL
     optimizer: str = "adam"
+    batches: str = "video"
+
+    @property
+    def reference(self) -> "Layout":
+        """The same in one process, with everything kept."""
+        return replace(self, name="one process", world_size=1, parallel=ParallelConfig())
 
 
 def layout(
-    name: str, world_size: int, model: DiTConfig = MODEL, optimizer: str = "adam", **parallel: int | bool | str
+    name: str,
+    world_size: int,
+    model: DiTConfig = MODEL,
+    optimizer: str = "adam",
+    batches: str = "video",
+    **parallel: int | bool | str | tuple[str, ...],
 ) -> Layout:
     names = {"tp": "tensor_model_parallel_size", "cp": "context_parallel_size", "pp": "pipeline_model_parallel_size"}
     settings = ParallelConfig(**{names.get(k, k): v for k, v in parallel.items()})
-    return Layout(name, world_size, settings, model, optimizer)
+    return Layout(name, world_size, settings, model, optimizer, batches)
 
 
 NORMALIZED = DiTConfig(**{**MODEL.__dict__, "layer_memory_norm": "normalized", "patch_size": (1, 2, 2)})
@@ -61,6 +72,10 @@ WITHOUT_MEMORY = DiTConfig(**{**MODEL.__dict__, "layer_memory": False})
 # The embedders, which every stage has, are larger than the layers: the shards of the distributed optimizer then cut
 # them at other places on each stage.
 LARGE_EMBEDDERS = DiTConfig(**{**MODEL.__dict__, "num_layers": 3, "freq_dim": 1536})
+SIX_LAYERS = replace(MODEL, num_layers=6)
+UNEVEN = {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 1}
+FULL = {"recompute_granularity": "full"}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")}
 
 LAYOUTS = [
     layout("tp2", 2, tp=2),
@@ -82,9 +97,48 @@ LAYOUTS = [
     layout("tp2_sp_cp2", 4, tp=2, cp=2, sequence_parallel=True),
     layout("tp2_sp_pp2", 4, tp=2, pp=2, sequence_parallel=True),
     layout("pp4", 4, pp=4),
-    layout("pp2_uneven", 2, pp=2, num_layers_in_first_pipeline_stage=3, num_layers_in_last_pipeline_stage=1),
-    layout("tp2_sp_recompute", 2, tp=2, sequence_parallel=True, recompute_granularity="full"),
-    layout("pp2_recompute", 2, pp=2, recompute_granularity="full"),
+    layout("pp2_uneven", 2, pp=2, **UNEVEN),
+    layout("tp2_sp_recompute", 2, tp=2, sequence_parallel=True, **FULL),
+    layout("tp2_recompute_block", 2, tp=2, recompute_method="block", recompute_num_layers=2, **FULL),
+    layout("pp2_recompute", 2, pp=2, **FULL),
+    layout("cp2_recompute_selective", 2, cp=2, **SELECTIVE),
+    layout("without_memory_pp2_recompute_two_layers", 2, WITHOUT_MEMORY, pp=2, recompute_num_layers=2, **FULL),
+    layout("pp2_virtual2", 2, pp=2, num_virtual_stages_per_pipeline_rank=2),
+    layout("pp2_virtual2_recompute", 2, pp=2, num_virtual_stages_per_pipeline_rank=2, **FULL),
+    layout(
+        "pp2_virtual2_uneven_mixed_batches",
+        2,
+        SIX_LAYERS,
+        batches="mixed",
+        pp=2,
+        num_virtual_stages_per_pipeline_rank=2,
+        num_layers_in_first_pipeline_stage=4,
+    ),
+    layout(
+        "pp2_virtual2_dp2_overlap_distributed_optimizer",
+        4,
+        pp=2,
+        num_virtual_stages_per_pipeline_rank=2,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+    ),
+    layout("pp2_images", 2, batches="image", pp=2),
+    layout("pp2_uneven_mixed_batches", 2, batches="mixed", pp=2, **UNEVEN),
+    layout("tp2_sp_mixed_batches", 2, batches="mixed", tp=2, sequence_parallel=True),
+    layout("tp4_sp", 4, tp=4, sequence_parallel=True),
+    layout("normalized_pp2", 2, NORMALIZED, pp=2),
+    pytest.param(
+        layout(
+            "pp2_tp2_sp_dp2_overlap_distributed_optimizer",
+            8,
+            pp=2,
+            tp=2,
+            sequence_parallel=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+        ),
+        marks=pytest.mark.slow,
+    ),
     layout("dp2_overlap_distributed_optimizer", 2, use_distributed_optimizer=True, overlap_grad_reduce=True),
     layout("normalized_patch2_tp2_sp", 2, NORMALIZED, tp=2, sequence_parallel=True),
     layout("without_memory_pp2", 2, WITHOUT_MEMORY, pp=2),
@@ -99,19 +153,24 @@ def random_weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return centre + 0.2 * torch.randn(shape, generator=weight_generator(7, name))
 
 
-def microbatches(num: int, first: int) -> list[dict[str, torch.Tensor]]:
-    """Micro-batches of two samples each, with errors that differ much between samples."""
+def batch_shape(kind: str, index: int) -> tuple[int, int]:
+    """(samples, frames) of a micro-batch; mixed ones differ from each other in both."""
+    return {"video": (2, 3), "image": (2, 1), "mixed": (1 + index % 2, (3, 1, 1, 2)[index % 4])}[kind]
+
+
+def microbatches(num: int, first: int, kind: str) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches with errors that differ much between samples."""
     batches = []
     for index in range(first, first + num):
         generator = torch.Generator().manual_seed(index)
-        shape = (2, MODEL.latent_channels, 3, 4, 4)
-        channels = MODEL.in_channels
+        samples, frames = batch_shape(kind, index)
+        shape = (samples, MODEL.latent_channels, frames, 4, 4)
         batches.append(
             {
-                "model_input": torch.randn(2, channels, 3, 4, 4, generator=generator),
-                "timesteps": 1000 * torch.rand(2, generator=generator),
-                "text": torch.randn(2, 5, MODEL.text_embed_dim, generator=generator),
-                "image": torch.randn(2, 3, MODEL.image_embed_dim, generator=generator),
+                "model_input": torch.randn(samples, MODEL.in_channels, frames, 4, 4, generator=generator),
+                "timesteps": 1000 * torch.rand(samples, generator=generator),
+                "text": torch.randn(samples, 5, MODEL.text_embed_dim, generator=generator),
+                "image": torch.randn(samples, 3, MODEL.image_embed_dim, generator=generator),
                 "target": (1 + index) * torch.randn(shape, generator=generator),
             }
         )
@@ -148,58 +207,60 @@ def gather_gradient_shards(wrapped, pgs) -> None:
             bucket.grad_data.copy_(all_gather_slices(shard, 0, pgs.dp_cp))
 
 
-def train(case: Layout) -> dict:
-    """Two clipped steps; what this rank's stage knows of losses, gradients, norms and weights."""
-    pgs = groups.initialize(case.parallel)
-    model = build_dit(case.model, case.parallel, pgs, params_dtype=torch.float32)
+def named_parameters(chunks):
+    """The parameters of all chunks under their names in the whole model; each chunk has its copy of the embedders."""
+    return [pair for chunk in chunks for pair in named_global_parameters(chunk)]
+
+
+def randomize(chunks, pgs) -> None:
     with torch.no_grad():
-        for name, parameter in named_global_parameters(model):
+        for name, parameter in named_parameters(chunks):
             shape = list(parameter.shape)
             if getattr(parameter, "tensor_model_parallel", False):
                 shape[parameter.partition_dim] *= pgs.tp_size
             parameter.copy_(slice_of_whole(random_weights(name, tuple(shape)), parameter, pgs.tp_rank, pgs.tp_size))
-    wrapped = wrap_ddp(model, case.parallel, pgs)
+
+
+def train(case: Layout) -> dict:
+    """Two clipped steps; what this rank's stage knows of losses, gradients, norms and weights."""
+    pgs = groups.initialize(case.parallel)
+    chunks = build_dit_chunks(case.model, case.parallel, pgs, params_dtype=torch.float32)
+    randomize(chunks, pgs)
+    wrapped = wrap_ddp_chunks(chunks, case.parallel, pgs)
     settings = OptimizerConfig(
         optimizer=case.optimizer, muon_precision="fp32", lr=1e-2, weight_decay=0.1, clip_grad=0.05, router_lr_mult=3.0
     )
     optimizer = build_optimizer(wrapped, settings, case.parallel, TrainingConfig(), pgs)
 
-    local_number = NUM_MICROBATCHES // pgs.dp_size
     result: dict = {"losses": [], "norms": [], "gradients": {}, "weights": {}}
     for step in range(NUM_STEPS):
-        first = step * NUM_MICROBATCHES
-        mine = microbatches(NUM_MICROBATCHES, first)[pgs.dp_rank :: pgs.dp_size]
-        wrapped.zero_grad_buffer()
+        batches = microbatches(NUM_MICROBATCHES, step * NUM_MICROBATCHES, case.batches)
+        for chunk in wrapped:
+            chunk.zero_grad_buffer()
         optimizer.zero_grad()
+        mine = batches[pgs.dp_rank :: pgs.dp_size]
+        losses = [entry["loss"] for entry in run_schedule(functools.partial(forward_step, pgs=pgs), wrapped, mine, pgs)]
+        if step == 0:
+            if case.parallel.use_distributed_optimizer:
+                for chunk in wrapped:
+                    gather_gradient_shards(chunk, pgs)
+            for name, parameter in named_parameters(chunks):
+                result["gradients"][name] = whole_tensor(parameter.main_grad, parameter, pgs)
         with megatron_on_cpu():
-            metrics = get_forward_backward_func()(
-                forward_step_func=functools.partial(forward_step, pgs=pgs),
-                data_iterator=iter(mine),
-                model=[wrapped],
-                num_microbatches=local_number,
-                seq_length=1,  # stages tell each other the shapes
-                micro_batch_size=2,
-                forward_only=False,
-            )
-            if step == 0:
-                if case.parallel.use_distributed_optimizer:
-                    gather_gradient_shards(wrapped, pgs)
-                for name, parameter in named_global_parameters(model):
-                    result["gradients"][name] = whole_tensor(parameter.main_grad, parameter, pgs)
             _, norm, _ = optimizer.step()
         if pgs.is_last_stage:
-            total = torch.stack([entry["loss"] for entry in metrics]).sum()
-            result["losses"].append((groups.all_reduce_sum(total, pgs.dp) / NUM_MICROBATCHES).item())
+            total = groups.all_reduce_sum(torch.stack(losses).sum(), pgs.dp)
+            result["losses"].append((total / NUM_MICROBATCHES).item())
         result["norms"].append(float(norm))
-    for name, parameter in named_global_parameters(model):
+    for name, parameter in named_parameters(chunks):
         result["weights"][name] = whole_tensor(parameter.detach(), parameter, pgs)
     groups.shutdown()
     return result
 
 
 @functools.cache
-def reference(model: DiTConfig, optimizer: str) -> dict:
-    return run_workers(train, 1, Layout("one process", 1, ParallelConfig(), model, optimizer))[0]
+def reference(case: Layout) -> dict:
+    return run_workers(train, 1, case)[0]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -208,7 +269,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=lambda case: case.name)
 def test_layout_equals_one_process(case):
-    expected = reference(case.model, case.optimizer)
+    expected = reference(case.reference)
     for name, gradient in expected["gradients"].items():
         assert gradient.abs().max() > 1e-7, f"the gradient of {name} vanishes: the test would prove nothing"
     assert max(expected["norms"]) > 0.1, "the steps are not clipped"
@@ -228,3 +289,18 @@ def test_layout_equals_one_process(case):
         for name, weight in rank["weights"].items():
             error = relative(weight, expected["weights"][name])
             assert error < 1e-4, f"{name} after {NUM_STEPS} steps: {error:.2e}"
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [FULL, FULL | {"recompute_method": "block", "recompute_num_layers": 3}, SELECTIVE],
+    ids=["full", "block", "selective"],
+)
+@pytest.mark.parametrize("model", [MODEL, NORMALIZED], ids=["raw", "normalized"])
+def test_recomputation_changes_no_bit(model, recompute):
+    kept = reference(Layout("one process", 1, ParallelConfig(), model))
+    found = run_workers(train, 1, Layout("recomputed", 1, ParallelConfig(**recompute), model))[0]
+    assert found["losses"] == kept["losses"] and found["norms"] == kept["norms"]
+    for what in ("gradients", "weights"):
+        for name, tensor in kept[what].items():
+            assert torch.equal(found[what][name], tensor), f"{what} of {name}"

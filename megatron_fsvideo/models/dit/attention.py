@@ -19,6 +19,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_fsvideo.models.dit.recompute import run_part
 from megatron_fsvideo.models.dit.rope import Rotary, apply_rotary
 from megatron_fsvideo.parallel.marks import mark_sliced
 from megatron_fsvideo.parallel.sequence import enter_tensor_parallel, sum_over_ranks
@@ -142,7 +143,7 @@ class SelfAttention(Attention):
         )
         query, key = normalize([self.norm_q, self.norm_k], [query, key])
         query, key = (apply_rotary(self._heads(tensor), rotary) for tensor in (query, key))
-        attended = self.core_attention(query, key, self._heads(value))
+        attended = run_part(self.config, "core_attn", self.core_attention, query, key, self._heads(value))
         return self.linear_proj(attended)[0]
 
     def _enter(self, query_source: Tensor, key_value_source: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,7 +189,7 @@ class CrossAttention(Attention):
         norms = [self.norm_q, *(part.norm_k for part, _ in parts)]
         query, *keys = map(self._heads, normalize(norms, [self.linear_q(entered)[0], *keys]))
         attended = [
-            self.core_attention(query, key, self._heads(part.linear_v(context)[0]))
+            run_part(self.config, "core_attn", self.core_attention, query, key, self._heads(part.linear_v(context)[0]))
             for key, (part, context) in zip(keys, parts, strict=True)
         ]
         return self.linear_proj(sum(attended[1:], attended[0]))[0]

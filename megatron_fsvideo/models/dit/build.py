@@ -33,24 +33,47 @@ def build_dit(
     Raises:
         ValueError: the layout does not fit the model, or a backend is missing.
     """
+    if parallel.num_chunks > 1:
+        raise ValueError(
+            f"num_virtual_stages_per_pipeline_rank {parallel.num_chunks}: this job runs one model chunk per rank; leave "
+            "the flag out"
+        )
+    (model,) = build_dit_chunks(model_config, parallel, pgs, params_dtype=params_dtype, seed=seed, device=device)
+    return model
+
+
+def build_dit_chunks(
+    model_config: DiTConfig,
+    parallel: ParallelConfig,
+    pgs: ProcessGroups,
+    *,
+    params_dtype: torch.dtype,
+    seed: int = 1234,
+    device: torch.device | None = None,
+) -> list[DiTModel]:
+    """The same with virtual pipeline stages, of which each rank holds several; the chunks share one configuration."""
     check_layout(model_config, parallel)
     device = device or pgs.device
     layer_spec = dit_layer_spec(model_config, backend_for(parallel.transformer_impl))
     config = transformer_config(model_config, parallel, params_dtype)
-    with torch.device(device):
-        model = DiTModel(
-            model_config,
-            config,
-            layer_spec,
-            pgs,
-            parallel.layer_memory_kernel,
-            pre_process=pgs.is_first_stage,
-            post_process=pgs.is_last_stage,
-        )
-    _mark_sliced_weights(model)
-    if device.type != "meta":
-        initialize_weights(model, seed)
-    return model
+    chunks = []
+    for vp_stage in range(parallel.num_chunks):
+        with torch.device(device):
+            chunk = DiTModel(
+                model_config,
+                config,
+                layer_spec,
+                pgs,
+                parallel.layer_memory_kernel,
+                pre_process=pgs.is_first_stage and vp_stage == 0,
+                post_process=pgs.is_last_stage and vp_stage == parallel.num_chunks - 1,
+                vp_stage=vp_stage if parallel.num_chunks > 1 else None,
+            )
+        _mark_sliced_weights(chunk)
+        if device.type != "meta":
+            initialize_weights(chunk, seed)
+        chunks.append(chunk)
+    return chunks
 
 
 def transformer_config(
@@ -83,9 +106,11 @@ def transformer_config(
         variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
         moe_token_dispatcher_type="alltoall",  # a check of variable_seq_lengths asks for it; there are no experts
         deallocate_pipeline_outputs=True,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
         recompute_granularity=parallel.recompute_granularity,
-        recompute_method="uniform" if parallel.recompute_granularity == "full" else None,
-        recompute_num_layers=1 if parallel.recompute_granularity == "full" else None,
+        recompute_method=parallel.recompute_method if parallel.recompute_granularity == "full" else None,
+        recompute_num_layers=parallel.recompute_num_layers if parallel.recompute_granularity == "full" else None,
+        recompute_modules=list(parallel.recompute_modules),
         # Weights are made on the surrounding torch.device and drawn by weights.py.
         use_cpu_initialization=True,
         perform_initialization=False,

@@ -18,6 +18,7 @@ from megatron_fsvideo.config import DiTConfig
 from megatron_fsvideo.models.dit.embeddings import NUM_MODULATIONS, Conditioning
 from megatron_fsvideo.models.dit.layer_memory import LayerMemory
 from megatron_fsvideo.models.dit.memory_bank import MemoryBank
+from megatron_fsvideo.models.dit.recompute import run_part
 from megatron_fsvideo.models.dit.rope import Rotary
 from megatron_fsvideo.parallel.marks import mark_sees_local_tokens
 
@@ -62,9 +63,8 @@ class DiTLayer(TransformerLayer):
         )
         hidden_states = hidden_states + attended
 
-        transformed, bias = self.mlp(
-            modulate(self.pre_mlp_layernorm(hidden_states), shift2, scale2).to(hidden_states.dtype)
-        )
+        mlp_input = modulate(self.pre_mlp_layernorm(hidden_states), shift2, scale2).to(hidden_states.dtype)
+        transformed, bias = run_part(self.config, "mlp", self.mlp, mlp_input)
         return gated_residual(hidden_states, transformed + bias, gate2)
 
 

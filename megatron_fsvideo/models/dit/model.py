@@ -60,9 +60,10 @@ class DiTModel(MegatronModule):
         layer_memory_kernel: str,
         pre_process: bool,
         post_process: bool,
-        vp_stage: int | None = None,
+        vp_stage: int | None,
     ) -> None:
         super().__init__(config)
+        self.vp_stage = vp_stage
         self.model_config = model_config
         self.pgs = pgs
         self.pre_process = pre_process
@@ -125,7 +126,8 @@ class DiTModel(MegatronModule):
         state = {key: tensor for key, tensor in state.items() if not key.endswith("_extra_state")}
         for key, tensor in state.items():
             if key.startswith(f"{prefix}condition_embedder."):
-                tensor.replica_id = (self.pgs.pp_rank, *tensor.replica_id[1:])
+                stage = self.pgs.pp_rank + self.pgs.pp_size * (self.vp_stage or 0)
+                tensor.replica_id = (stage, *tensor.replica_id[1:])
         return state
 
     def _embed_conditions(self, timesteps: Tensor, text: Tensor | None, image: Tensor | None) -> Conditioning:
@@ -157,4 +159,4 @@ class DiTModel(MegatronModule):
             if module is not None:
                 local += module.parameters()
         mark_sees_local_tokens(local, self.config.sequence_parallel)
-        mark_on_every_stage(embedder.parameters(), self.pgs)
+        mark_on_every_stage(embedder.parameters(), self.pgs, is_first_copy=self.pre_process)

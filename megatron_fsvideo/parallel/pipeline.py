@@ -1,0 +1,77 @@
+"""Megatron's pipeline schedules over the micro-batches of an iteration."""
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from torch import Tensor, nn
+
+from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+from megatron_fsvideo.parallel.groups import ProcessGroups
+
+
+def run_schedule(
+    forward_step: Callable, chunks: list[nn.Module], batches: list, pgs: ProcessGroups, *, forward_only: bool = False
+) -> list[dict[str, Any]]:
+    """Forward and, unless `forward_only`, backward of every micro-batch.
+
+    Args:
+        forward_step: Megatron's: (iterator over batches, chunk) -> (output, loss function).
+        chunks: this rank's model in Megatron's DDP; several with virtual pipeline stages.
+
+    Returns:
+        what the loss functions returned, on the last stage; elsewhere nothing.
+    """
+    communication = {}
+    if len(chunks) > 1:
+        communicator = TwoStageCommunicator if pgs.pp_size == 2 else P2PCommunicator
+        config = chunks[0].module.config
+        communication = {"p2p_communicator": communicator(pgs.pp, config), "pg_collection": pgs.collection}
+    with megatron_on_cpu():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in chunks],
+            model=chunks,
+            num_microbatches=len(batches),
+            seq_length=1,  # stages tell each other the shapes
+            micro_batch_size=1,
+            forward_only=forward_only,
+            **communication,
+        )
+
+
+class TwoStageCommunicator(P2PCommunicator):
+    """For virtual stages on two ranks, where the next stage is also the previous one.
+
+    Messages between two ranks match in the order of posting. Megatron posts those with the previous stage first; here
+    the second rank posts those with the next stage first, so that what it receives from there is what was sent to it.
+    """
+
+    def _communicate(
+        self,
+        *,
+        tensor_send_next: Tensor | None,
+        tensor_send_prev: Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+        tensor_shape: Any,
+        wait_on_reqs: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None, Any]:
+        settings = {"tensor_shape": tensor_shape, "wait_on_reqs": wait_on_reqs}
+        if self.pp_group.rank() == 0:
+            return super()._communicate(
+                tensor_send_next=tensor_send_next,
+                tensor_send_prev=tensor_send_prev,
+                recv_prev=recv_prev,
+                recv_next=recv_next,
+                **settings,
+            )
+        from_next, from_previous, requests = super()._communicate(
+            tensor_send_next=tensor_send_prev,
+            tensor_send_prev=tensor_send_next,
+            recv_prev=recv_next,
+            recv_next=recv_prev,
+            **settings,
+        )
+        return from_previous, from_next, requests
