@@ -1,64 +1,17 @@
-"""The kernels of layer memory against fp64, plain torch's here and Triton's in its interpreter."""
+"""The kernels of layer memory against fp64: plain torch's here, Triton's in its interpreter (`triton_interpreter`)."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_fsvideo.kernels import MixSettings, torch_mixing
-
-EPSILON = 1e-6
-
-
-def expected_mix(logits, states, shift, scale, norms_states):
-    """The same by stack and einsum, in fp64."""
-    stacked = torch.stack(states)
-    if norms_states:
-        stacked = torch.nn.functional.layer_norm(stacked, stacked.shape[-1:], eps=EPSILON)
-    mixed = torch.einsum("sbl,lsbh->sbh", logits.softmax(-1), stacked)
-    normed = mixed if norms_states else torch.nn.functional.layer_norm(mixed, mixed.shape[-1:], eps=EPSILON)
-    return normed * (1 + scale) + shift
-
-
-def make_case(num_states, shape=(7, 2, 24), dtype=torch.float32, seed=0):
-    """Logits, states, shift, scale and the output's gradient, of which the modulation and logits are fp32."""
-    tokens, batch, hidden = shape
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(tokens, batch, num_states, generator=generator)
-    states = [(torch.randn(shape, generator=generator) * (1 + k) + 0.3 * k).to(dtype) for k in range(num_states)]
-    shift, scale = (0.5 * torch.randn(batch, hidden, generator=generator) for _ in range(2))
-    gradient = torch.randn(shape, generator=generator).to(dtype)
-    return logits, states, shift, scale, gradient
-
-
-def reference(case, norms_states):
-    """Output and the gradients of logits, every state, shift and scale by autograd in fp64."""
-    logits, states, shift, scale, gradient = case
-    leaves = [tensor.double().requires_grad_() for tensor in (logits, *states, shift, scale)]
-    output = expected_mix(leaves[0], leaves[1:-2], leaves[-2], leaves[-1], norms_states)
-    return output.detach(), torch.autograd.grad(output, leaves, gradient.double())
-
-
-def by_mixer(mixer, case, norms_states):
-    """The same by a mixer: each state's gradient is pulled from this one read."""
-    logits, states, shift, scale, gradient = case
-    settings = MixSettings(norms_states, EPSILON)
-    result = mixer.mix(logits, states, shift, scale, settings)
-    mixed, d_logits, d_shift, d_scale = mixer.mix_backward(gradient, result, states, scale, settings)
-    reads = [(result.weights, mixed)]
-    pulled = [mixer.pull([], index, reads, state, settings) for index, state in enumerate(states)]
-    return result.output, [d_logits, *pulled, d_shift, d_scale]
-
-
-def relative(found, expected):
-    return ((found.double() - expected).norm() / expected.norm()).item()
-
-
-def check(mixer, case, norms_states, tolerance):
-    output, gradients = by_mixer(mixer, case, norms_states)
-    expected_output, expected_gradients = reference(case, norms_states)
-    assert output.dtype == case[1][0].dtype
-    assert relative(output, expected_output) < tolerance
-    for index, (found, expected) in enumerate(zip(gradients, expected_gradients, strict=True)):
-        assert relative(found, expected) < tolerance, index
+from tests.unit.mixing_cases import EPSILON, check, make_case, relative
+from tests.unit.triton_interpreter import CHECKS
 
 
 @pytest.mark.parametrize("norms_states", [False, True])
@@ -101,3 +54,19 @@ def test_the_mix_is_local_to_the_token():
     states[1][4, 1] += torch.linspace(-1, 1, 24)
     changed = (torch_mixing.mix(logits, states, shift, scale, settings).output != before).any(-1)
     assert changed.nonzero().tolist() == [[4, 1]]
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("norms_states", ["raw", "normalized"])
+@pytest.mark.parametrize("name", CHECKS)
+def test_triton_kernels(name, norms_states):
+    """In a process of its own: Triton reads the variable when it is imported, which Megatron may have done here."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.unit.triton_interpreter", name, norms_states],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
