@@ -2,7 +2,20 @@
 
 from megatron_fsvideo.models.fsae.inflation import begin_video
 from megatron_fsvideo.models.fsae.model import FSAE, fingerprint
+from megatron_fsvideo.models.fsae.patch import PatchBox, VideoRegion, decode_patch, draw_box
 from megatron_fsvideo.models.fsae.phases import inherit
+from megatron_fsvideo.models.fsae.sliced_encoder import encode_sliced
 from megatron_fsvideo.models.fsae.streaming import StreamCache
 
-__all__ = ["FSAE", "StreamCache", "begin_video", "fingerprint", "inherit"]
+__all__ = [
+    "FSAE",
+    "PatchBox",
+    "StreamCache",
+    "VideoRegion",
+    "begin_video",
+    "decode_patch",
+    "draw_box",
+    "encode_sliced",
+    "fingerprint",
+    "inherit",
+]

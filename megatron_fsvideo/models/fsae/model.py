@@ -60,9 +60,7 @@ class FSAE(nn.Module):
         Raises:
             ValueError: frames not 4k+1, or sides that are not multiples of the spatial factor.
         """
-        self._check_video(video)
-        if video.shape[2] % self.temporal_factor != 1:
-            raise ValueError(_frames_message(video.shape[2], self.temporal_factor))
+        self.check_whole_video(video)
         return self.encoder(video)
 
     def decode(
@@ -148,6 +146,12 @@ class FSAE(nn.Module):
         for module in self.modules():
             if isinstance(module, Stage):
                 module.recompute = enabled
+
+    def check_whole_video(self, video: Tensor) -> None:
+        """Refuse what `encode` refuses."""
+        self._check_video(video)
+        if video.shape[2] % self.temporal_factor != 1:
+            raise ValueError(_frames_message(video.shape[2], self.temporal_factor))
 
     def _check_video(self, video: Tensor) -> None:
         if video.ndim != 5 or video.shape[1] != 3:
