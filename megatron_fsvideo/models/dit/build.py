@@ -35,8 +35,8 @@ def build_dit(
     """
     if parallel.num_chunks > 1:
         raise ValueError(
-            f"num_virtual_stages_per_pipeline_rank {parallel.num_chunks}: this job runs one model chunk per rank; leave "
-            "the flag out"
+            f"num_virtual_stages_per_pipeline_rank {parallel.num_chunks}: this job runs one model chunk per rank; "
+            "leave the flag out"
         )
     (model,) = build_dit_chunks(model_config, parallel, pgs, params_dtype=params_dtype, seed=seed, device=device)
     return model
