@@ -2,27 +2,27 @@
 
     SAVE/latest_checkpointed_iteration.txt      the newest complete checkpoint; replaced last, by rename
     SAVE/iter_0000100/job.json                  the resolved job and what the data was
+    SAVE/iter_0000100/checksums.json            of all other files
     SAVE/iter_0000100/...                       megatron-core's dist_checkpointing, format torch_dist
 
 A run that is killed while it saves leaves a folder that the text file does not name; it is written over later.
+Writing is the business of writer.py and sharded_state.py.
 """
 
 import json
 import os
-import queue
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.torch import (
-    TorchDistSaveShardedStrategy,
-)
 
+from megatron_fsvideo.checkpoint.checksums import check_files
 from megatron_fsvideo.checkpoint.safe_pickle import check_checkpoint, weights_only_loads
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
-from megatron_fsvideo.parallel.groups import ProcessGroups, barrier
+from megatron_fsvideo.parallel.groups import ProcessGroups, broadcast_object, gather_objects
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 JOB_FILE = "job.json"
@@ -50,44 +50,52 @@ def latest_iteration(folder: Path) -> int | None:
     return int(text)
 
 
-def save_checkpoint(
-    folder: Path,
-    iteration: int,
-    state: dict[str, Any],
-    record: dict[str, Any],
-    pgs: ProcessGroups,
-    keep: int = 0,
-) -> None:
-    """Write one checkpoint; every rank calls this.
+def newest_good_iteration(folder: Path, pgs: ProcessGroups, check: Callable[[Path], None]) -> int | None:
+    """Iteration of the newest complete checkpoint whose files are as they were written, or None if there is none.
+
+    Older ones are tried, with a warning, when the newest is damaged. Every rank calls this and reads a share.
 
     Args:
-        state: nested dict of Megatron's ShardedTensors, and plain data that is equal on all ranks.
-        record: JSON-able; becomes job.json.
-        keep: newest checkpoints that are kept; 0 keeps all.
+        check: raises ValueError or OSError if the checkpoint in a folder cannot be loaded.
+
+    Raises:
+        ValueError: all of them are damaged; the message is about the newest.
     """
-    target = iteration_folder(folder, iteration)
-    if pgs.is_rank_zero:
-        shutil.rmtree(target, ignore_errors=True)  # what a killed run left half-written
-        target.mkdir(parents=True)
-    barrier()
-    # Megatron's queue would start a manager process that imports the whole program again; this save waits, so a plain
-    # queue does.
-    filesystem_async._results_queue = queue.Queue()
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-    with megatron_on_cpu():
-        dist_checkpointing.save(state, str(target), sharded_strategy=strategy)
-    if pgs.is_rank_zero:
-        write_text_atomically(target / JOB_FILE, json.dumps(record, indent=1) + "\n")
-        write_text_atomically(folder / LATEST_FILE, f"{iteration}\n")
-        remove_old_checkpoints(folder, iteration, keep)
-    barrier()
+    newest = latest_iteration(folder)
+    if newest is None:
+        return None
+    found = sorted(int(path.name.removeprefix("iter_")) for path in folder.glob("iter_*") if path.is_dir())
+    candidates = broadcast_object([iteration for iteration in reversed(found) if iteration <= newest])
+    damages: list[str] = []
+    for iteration in candidates:
+        damage = _agreed_damage(folder, iteration, pgs, check)
+        if damage is None:
+            if damages and pgs.is_rank_zero:
+                found = f"iteration {iteration}, the newest checkpoint that is whole"
+                print(f"warning: {damages[0]}. Continuing from {found}", file=sys.stderr, flush=True)
+            return iteration
+        damages.append(damage)
+    raise ValueError(damages[0])
+
+
+def _agreed_damage(folder: Path, iteration: int, pgs: ProcessGroups, check: Callable[[Path], None]) -> str | None:
+    """What any rank finds wrong with a checkpoint."""
+    damage = None
+    source = iteration_folder(folder, iteration)
+    try:
+        read_record(folder, iteration)
+        check(source)
+        check_files(source, pgs.rank, pgs.world_size)
+    except (ValueError, OSError) as error:
+        damage = str(error)
+    return next((damage for damage in gather_objects(damage) if damage), None)
 
 
 def load_checkpoint(folder: Path, iteration: int, state: dict[str, Any]) -> dict[str, Any]:
     """Read one checkpoint into the shape of `state`, whatever layout it was saved from; every rank calls this.
 
     Args:
-        state: what `save_checkpoint` got, of this layout; or parts of it.
+        state: what `plan_checkpoint` got, of this layout; or parts of it.
 
     Raises:
         ValueError: the checkpoint is damaged, lacks a tensor, or holds something other than data.
@@ -96,6 +104,11 @@ def load_checkpoint(folder: Path, iteration: int, state: dict[str, Any]) -> dict
     check_checkpoint(source)
     with megatron_on_cpu(), weights_only_loads():
         return dist_checkpointing.load(state, str(source))
+
+
+def name_latest(folder: Path, iteration: int) -> None:
+    """Make a checkpoint the one that a restarted run continues from."""
+    write_text_atomically(folder / LATEST_FILE, f"{iteration}\n")
 
 
 def read_record(folder: Path, iteration: int) -> dict[str, Any]:

@@ -14,9 +14,12 @@ from megatron_fsvideo.checkpoint.agreement import check_agreement
 from megatron_fsvideo.checkpoint.distributed import (
     latest_iteration,
     load_checkpoint,
+    newest_good_iteration,
     read_record,
-    save_checkpoint,
 )
+from megatron_fsvideo.checkpoint.safe_pickle import check_checkpoint
+from megatron_fsvideo.checkpoint.sharded_state import plan_checkpoint
+from megatron_fsvideo.checkpoint.writer import CheckpointWriter
 from megatron_fsvideo.config import DiTJob, to_dict
 from megatron_fsvideo.data.batch import Batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
@@ -78,6 +81,12 @@ class DiTStep:
         self.scheduler = LateDecayScheduler(self.optimizer, job.optimizer, job.training)
         self.ema = EMA(self.model, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
         self.null_text = pad_rows(self.dataset.null_text, self.dataset.text_length)
+        checkpoint = job.checkpoint
+        self.writer = (
+            CheckpointWriter(Path(checkpoint.save), pgs, checkpoint.keep_checkpoints, checkpoint.async_save)
+            if checkpoint.save
+            else None
+        )
         self._source: BatchSource | None = None
         self._errors: list[tuple[Tensor, Tensor]] = []  # sample ids and their velocity errors, of the last iteration
 
@@ -106,9 +115,8 @@ class DiTStep:
             "velocity_mse": mse,
             "bad_samples": float(len(self.dataset.bad_samples)),
         }
-        context = self.dataset.text_length if self.job.model.text_embed_dim else 0
-        context += batches[0].image.shape[1] if batches[0].image is not None else 0
-        flops = num_samples * dit_training_flops(self.job.model, tokens, context)
+        image_tokens = batches[0].image.shape[1] if batches[0].image is not None else 0
+        flops = num_samples * dit_training_flops(self.job.model, tokens, self.dataset.text_length, image_tokens)
         skipped = None if has_stepped else f"the loss is {loss}, the gradient norm {grad_norm}; {self._blame()}"
         return StepResult(metrics, num_samples, num_samples * tokens, flops, self._source.data_wait, skipped)
 
@@ -149,22 +157,25 @@ class DiTStep:
             "iteration": state.iteration,
             "consumed_samples": state.consumed_samples,
         }
-        checkpoint = self.job.checkpoint
-        save_checkpoint(
-            Path(checkpoint.save),
+        self.writer.save(
             state.iteration,
-            content,
-            record,
-            self.pgs,
-            checkpoint.keep_checkpoints,
+            lambda target: plan_checkpoint(
+                target,
+                content,
+                record,
+                is_rank_zero=self.pgs.is_rank_zero,
+                in_background=self.writer.in_background,
+            ),
         )
 
     def is_saving(self) -> bool:
         """Whether this rank still writes a checkpoint."""
-        return False
+        return self.writer is not None and self.writer.is_writing()
 
     def finish_save(self) -> None:
-        """Wait for the checkpoint that is being written, if any."""
+        """Wait for the checkpoint that is being written, if any, and make it the newest."""
+        if self.writer is not None:
+            self.writer.finish()
 
     def load(self) -> TrainState:
         """Continue from `--save` if this run has saved before, otherwise from `--load`, if there is a checkpoint in it.
@@ -176,10 +187,12 @@ class DiTStep:
         folder, finetune = self._checkpoint_source()
         if folder is None:
             return TrainState()
-        iteration = latest_iteration(folder)
+        iteration = newest_good_iteration(folder, self.pgs, check_checkpoint)
         assert iteration is not None, "the source has a checkpoint"
         record = read_record(folder, iteration)
         check_agreement(record, self.job, self.dataset.description(), str(folder), finetune)
+        if self.writer is not None and folder == self.writer.folder:
+            self.writer.resume_from(iteration)
         had_ema = record["job"]["optimizer"]["ema_decay"] > 0
         state = self._sharded_state(is_loading=True, with_ema=had_ema, with_optimizer=not finetune)
         content = load_checkpoint(folder, iteration, state)

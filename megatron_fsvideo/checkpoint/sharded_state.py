@@ -1,0 +1,116 @@
+"""What each rank writes of a state of Megatron's sharded tensors: planned by megatron-core, written by us.
+
+megatron-core's own writer forks processes, does not copy tensors that are on the CPU, and lets rank 0 fail alone.
+"""
+
+import io
+import json
+import queue
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, ChecksummedFile, checksums_of
+from megatron_fsvideo.checkpoint.distributed import JOB_FILE, write_text_atomically
+from megatron_fsvideo.checkpoint.safe_pickle import COMMON_FILE, METADATA_FILE
+from megatron_fsvideo.checkpoint.writer import Work
+from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+
+BACKEND, VERSION = "torch_dist", 1
+CONFIG_FILE = "metadata.json"  # megatron-core's name
+
+# One rank's files: name -> checksum; and where each tensor lies in them.
+Written = tuple[dict[str, int], list[WriteResult]]
+
+
+def plan_checkpoint(
+    target: Path, state: dict[str, Any], record: dict[str, Any], *, is_rank_zero: bool, in_background: bool
+) -> Work:
+    """Share the work out; every rank calls this.
+
+    Args:
+        target: an empty folder.
+        state: nested dict of Megatron's ShardedTensors, and plain data that is equal on all ranks.
+        record: JSON-able; becomes job.json.
+        in_background: copy everything now, because it will change while it is written.
+    """
+    planner = _Planner(BACKEND, VERSION, thread_count=1)
+    # Megatron's queue would start a manager process that imports the whole program again. This one stays empty.
+    filesystem_async._results_queue = queue.Queue()
+    with megatron_on_cpu():
+        tensors, common = save_preprocess(state)
+        planner.async_save(tensors, target)
+    files = [_File(name, items, in_background) for _, name, items in planner.writer.write_buckets]
+    plain = io.BytesIO()
+    if is_rank_zero:
+        torch.save(common, plain)
+
+    def write() -> Written:
+        checksums, places = {}, []
+        if is_rank_zero:
+            with ChecksummedFile(target / COMMON_FILE) as file:
+                file.write(plain.getvalue())
+                file.sync()
+            checksums[COMMON_FILE] = file.crc32
+        for part in files:
+            checksums[part.name] = part.write(target, places)
+        return checksums, places
+
+    def complete(results: list[Written]) -> None:
+        planner.writer.finish(planner.metadata, [places for _, places in results])
+        save_config(CheckpointingConfig(BACKEND, VERSION), str(target))
+        write_text_atomically(target / JOB_FILE, json.dumps(record, indent=1) + "\n")
+        checksums = checksums_of(target, (METADATA_FILE, CONFIG_FILE, JOB_FILE))
+        for written, _ in results:
+            checksums |= written
+        write_text_atomically(target / CHECKSUM_FILE, json.dumps(checksums, indent=1, sort_keys=True) + "\n")
+
+    return Work(sum(part.num_bytes for part in files) + len(plain.getvalue()), write, complete)
+
+
+class _Planner(TorchDistSaveShardedStrategy):
+    """Megatron's strategy up to where it would begin to write.
+
+    Attributes:
+        writer: knows this rank's tensors and the files they go to.
+        metadata: the index of all ranks' tensors; on rank 0.
+    """
+
+    def _get_save_and_finalize_callbacks(
+        self, writer: filesystem_async.FileSystemWriterAsync, planned: tuple[Any, Metadata | None, Any]
+    ) -> AsyncRequest:
+        self.writer, self.metadata = writer, planned[1]
+        return AsyncRequest(None, (), [])
+
+
+class _File:
+    """One file of one rank."""
+
+    def __init__(self, name: str, items: tuple[list, list[tuple[WriteItem, Tensor]]], copied: bool) -> None:
+        objects, tensors = items
+        assert not objects, "only tensors and plain data are saved: anything else would be a pickle"
+        self.name = name
+        self.tensors = [(item, tensor.to("cpu", copy=True) if copied else tensor) for item, tensor in tensors]
+        self.num_bytes = sum(tensor.numel() * tensor.itemsize for _, tensor in self.tensors)
+
+    def write(self, folder: Path, places: list[WriteResult]) -> int:
+        """Returns the checksum."""
+        with ChecksummedFile(folder / self.name) as file:
+            for item, tensor in self.tensors:
+                transforms = _StorageWriterTransforms()
+                places.append(
+                    _write_item(transforms, file, tensor.cpu(), item, self.name, SerializationFormat.TORCH_SAVE)
+                )
+            file.sync()
+        return file.crc32
