@@ -13,21 +13,24 @@ from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.training.logging import MetricsLogger
 from megatron_fsvideo.training.loop import train
 from megatron_fsvideo.training.steps.fsae import FSAEStep
+from megatron_fsvideo.training.watchdog import Watchdog
 
 
 def pretrain(job: FSAEJob) -> None:
     """Build everything, continue from a checkpoint if there is one, train."""
-    pgs = groups.initialize(ParallelConfig())
-    step = FSAEStep(job, pgs)
-    state = step.load()
-    logger = MetricsLogger(
-        job.logging,
-        job.training.train_iters,
-        state.iteration,
-        is_rank_zero=pgs.is_rank_zero,
-        world_size=pgs.world_size,
-    )
-    train(step, state, job.training, job.checkpoint, logger, pgs.any_rank)
+    parallel = ParallelConfig()
+    pgs = groups.initialize(parallel)
+    with Watchdog(pgs, 60 * parallel.distributed_timeout_minutes) as watchdog:
+        step = FSAEStep(job, pgs)
+        state = watchdog.state = step.load()
+        logger = MetricsLogger(
+            job.logging,
+            job.training.train_iters,
+            state.iteration,
+            is_rank_zero=pgs.is_rank_zero,
+            world_size=pgs.world_size,
+        )
+        train(step, state, job.training, job.checkpoint, logger, pgs.any_rank)
     groups.shutdown()
 
 

@@ -19,6 +19,9 @@ from torch.distributed import ProcessGroup
 from megatron_fsvideo.config import ParallelConfig
 from megatron_fsvideo.parallel import cpu_backend
 
+# The watchdog (training/watchdog.py) ends a hanging run after the same time and names the missing ranks: it goes first.
+_GRACE_MINUTES = 1
+
 
 @dataclass(frozen=True)
 class ProcessGroups:
@@ -127,13 +130,13 @@ def initialize(parallel: ParallelConfig) -> ProcessGroups:
         )
     device = _local_device()
     if not dist.is_initialized():
-        _join(device, world_size, parallel.distributed_timeout_minutes)
+        _join(device, world_size, parallel.distributed_timeout_minutes + _GRACE_MINUTES)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
         context_parallel_size=parallel.context_parallel_size,
-        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes + _GRACE_MINUTES,
         create_gloo_process_groups=True,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
@@ -195,7 +198,7 @@ def _local_device() -> torch.device:
     return device
 
 
-def _join(device: torch.device, world_size: int, timeout_minutes: int) -> None:
+def _join(device: torch.device, world_size: int, timeout_minutes: float) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
     timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:

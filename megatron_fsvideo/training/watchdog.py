@@ -1,0 +1,173 @@
+"""Ends a run in which a rank hangs, and says which one: the others would wait in a collective, and say nothing.
+
+A thread of each rank looks where the rank's program is. A rank that stays at one place for too long is stuck; most of
+them only wait for another. The thread publishes what it sees; of the stuck ranks the first prints the report.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.parallel.heartbeat import Heartbeats
+from megatron_fsvideo.training.state import TrainState
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong with the command; starting it again is sensible.
+EXIT_HUNG = 75
+# Where a program is that waits for other ranks.
+_COLLECTIVES = (f"torch{os.sep}distributed{os.sep}", "p2p_communication.py")
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What one rank's thread publishes.
+
+    Attributes:
+        beat: grows by one each time: a rank whose beat stands still does not answer.
+        stuck_for: seconds at the same place.
+        place: file, line and function of ours.
+        is_waiting: the program is inside a collective operation.
+        iteration: that are done.
+    """
+
+    beat: int
+    stuck_for: float
+    place: str
+    is_waiting: bool
+    iteration: int
+
+
+class Watchdog:
+    """Within this context, a rank that is at one place for `limit` seconds ends the run with `EXIT_HUNG`.
+
+    Nothing is watched in a job of one process: there is nobody to wait for.
+
+    Args:
+        limit: seconds; a little less than the process groups' own time-out, whose error names no rank.
+    """
+
+    def __init__(self, pgs: ProcessGroups, limit: float) -> None:
+        self.state = TrainState()
+        self._limit = limit
+        self._interval = min(5.0, limit / 10)
+        self._board = Heartbeats(pgs, patience=2 * self._interval) if pgs.world_size > 1 else None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._beat = 0
+
+    def __enter__(self) -> "Watchdog":
+        if self._board is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        if self._board is not None:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        known, since = None, time.monotonic()
+        while not self._stop.wait(self._interval):
+            frames = _main_frames()
+            signature = [(id(frame), frame.f_lasti) for frame in frames]
+            if signature != known:
+                known, since = signature, time.monotonic()
+            stuck_for = time.monotonic() - since
+            try:
+                self._publish(frames, stuck_for)
+                if stuck_for >= self._limit:
+                    self._end(self._report())
+            except RuntimeError:
+                if stuck_for >= self._limit:
+                    where = "rank 0, or the launcher that keeps the job's store, does not answer"
+                    self._end(
+                        f"{_headline(stuck_for, self.state.iteration)}: {where}; this rank is at {_place(frames)}"
+                    )
+
+    def _publish(self, frames: list[FrameType], stuck_for: float) -> None:
+        self._beat += 1
+        sight = Sight(self._beat, stuck_for, _place(frames), _is_waiting(frames), self.state.iteration)
+        self._board.publish(vars(sight))
+
+    def _report(self) -> str | None:
+        """What is wrong, if this rank is the one to say it; it keeps publishing while it looks twice."""
+        before = self._board.read_all()
+        for _ in range(3):
+            time.sleep(self._interval)
+            self._publish(_main_frames(), self._limit)
+        after = self._board.read_all()
+        sights = [
+            None if new is None or old is None or new["beat"] == old["beat"] else Sight(**new)
+            for old, new in zip(before, after, strict=True)
+        ]
+        stuck = [rank for rank, sight in enumerate(sights) if sight is not None and sight.stuck_for >= self._limit / 2]
+        return explain(sights, self._limit) if self._board.rank == min(stuck, default=self._board.rank) else None
+
+    def _end(self, report: str | None) -> None:
+        if report is None:
+            time.sleep(2 * self._interval)  # time for the rank that says it
+        else:
+            print(f"error: {report}", file=sys.stderr, flush=True)
+        os._exit(EXIT_HUNG)
+
+
+def explain(sights: list[Sight | None], limit: float) -> str:
+    """Which ranks are missing, and where the others are.
+
+    Args:
+        sights: of each rank; None for one that does not answer.
+    """
+    answering = {rank: sight for rank, sight in enumerate(sights) if sight is not None}
+    usual = Counter(sight.place for sight in answering.values() if sight.is_waiting).most_common(1)
+    silent = [rank for rank in range(len(sights)) if rank not in answering]
+    missing = [f"rank {rank} (does not answer: stopped, dead or cut off)" for rank in silent]
+    for rank, sight in answering.items():
+        if not sight.is_waiting and usual and sight.place != usual[0][0]:
+            missing.append(f"rank {rank} (at {sight.place})")
+    iteration = max((sight.iteration for sight in answering.values()), default=0)
+    blamed = f"missing: {', '.join(missing)}" if missing else "no rank is obviously missing"
+    places: dict[str, list[int]] = {}
+    for rank, sight in answering.items():
+        places.setdefault(sight.place + (" waiting" if sight.is_waiting else ""), []).append(rank)
+    seen = "; ".join(f"{_ranks(ranks)} at {place}" for place, ranks in places.items())
+    return f"{_headline(limit, iteration)}: {blamed}. Of those that answer: {seen}"
+
+
+def _headline(seconds: float, iteration: int) -> str:
+    return f"the run hangs: no progress for {seconds / 60:.2g} minutes after iteration {iteration}"
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = " ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+    return f"rank {shown}"
+
+
+def _main_frames() -> list[FrameType]:
+    """The main thread's stack, innermost first."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    frames = []
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _place(frames: list[FrameType]) -> str:
+    """The innermost line of ours."""
+    for frame in frames:
+        name = frame.f_code.co_filename
+        if name.startswith(_PACKAGE) and not name.startswith(f"{_PACKAGE}parallel"):
+            return f"{name.removeprefix(_PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
+    return f"{frames[0].f_code.co_filename}:{frames[0].f_lineno} {frames[0].f_code.co_name}" if frames else "nowhere"
+
+
+def _is_waiting(frames: list[FrameType]) -> bool:
+    return any(part in frame.f_code.co_filename for frame in frames for part in _COLLECTIVES)

@@ -1,0 +1,103 @@
+"""A rank that hangs ends the run, with its number in the report; a rank that works does not."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_fsvideo.config import ParallelConfig
+from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.training.state import TrainState
+from megatron_fsvideo.training.watchdog import EXIT_HUNG, Sight, Watchdog, explain
+
+LIMIT = 2.0
+
+
+def wait_for_the_others(how: str, rank: int) -> None:
+    if rank == 1 and how == "sleeps":
+        time.sleep(600)
+    if rank == 1 and how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if rank == 1 and how == "works":
+        until = time.monotonic() + 2.5 * LIMIT
+        while time.monotonic() < until:
+            torch.ones(10).sum()
+    groups.barrier()
+
+
+def work(rank: int, how: str, log: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    sys.stderr = log.open("a")
+    os.environ.update(RANK=str(rank), WORLD_SIZE="3", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    pgs = groups.initialize(ParallelConfig())
+    groups.barrier()
+    limit = 100 * LIMIT if how == "works" and rank != 1 else LIMIT
+    with Watchdog(pgs, limit) as watchdog:
+        watchdog.state = TrainState(iteration=7)
+        wait_for_the_others(how, rank)
+    os._exit(0)
+
+
+def run(how: str, log: Path) -> tuple[list[int | None], str]:
+    """Exit codes of three ranks and what they said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=work, args=(rank, how, log, port)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in (ranks[0], ranks[2], ranks[1]):
+        process.join(5 if how == "stopped" and process is ranks[1] else 100)
+    codes = [process.exitcode for process in ranks]
+    for process in ranks:
+        process.kill()
+        process.join()
+    return codes, log.read_text()
+
+
+def reports(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize("how", ["sleeps", "stopped"])
+def test_the_missing_rank_is_named(how, tmp_path):
+    codes, text = run(how, tmp_path / "log")
+    assert codes == [EXIT_HUNG, None if how == "stopped" else EXIT_HUNG, EXIT_HUNG], text
+    (report,) = reports(text)
+    assert "no progress" in report and "after iteration 7" in report
+    missing = report.split("missing: ")[1].split(". Of those")[0]
+    assert missing.startswith("rank 1 (") and "rank 0" not in missing and "rank 2" not in missing
+    assert ("does not answer" in missing) == (how == "stopped")
+
+
+def test_a_rank_that_works_for_long_is_left_alone(tmp_path):
+    codes, text = run("works", tmp_path / "log")
+    assert codes == [0, 0, 0] and not reports(text), text
+
+
+def test_one_process_needs_no_watching(tmp_path):
+    before = threading.active_count()
+
+    class Alone:
+        world_size = 1
+
+    with Watchdog(Alone(), LIMIT):
+        assert threading.active_count() == before
+
+
+def test_the_report_says_where_everybody_is():
+    waiting = Sight(9, 600.0, "training/loop.py:90 _should_leave", True, 41)
+    reading = Sight(9, 590.0, "data/batch.py:99 read_batch", False, 41)
+    text = explain([waiting, None, reading, waiting], 600.0)
+    assert "no progress for 10 minutes after iteration 41" in text
+    assert "rank 1 (does not answer" in text and "rank 2 (at data/batch.py:99 read_batch)" in text
+    assert "rank 0 3 at training/loop.py:90 _should_leave waiting" in text
+    assert "no rank is obviously missing" in explain([waiting, waiting], 600.0)
