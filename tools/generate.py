@@ -1,6 +1,6 @@
 """Generate video from an image and a prompt with a checkpoint of pretrain_dit.py.
 
-    python tools/generate.py --load checkpoints/dit --image photo.png --prompt "the camera pans to the left" \
+    python tools/generate.py --load checkpoints/dit --image photo.png --prompt "pan left" \
         --out out.mp4
 
     torchrun --nproc-per-node 2 tools/generate.py --load checkpoints/dit --tensor-model-parallel-size 2 ...

@@ -1,7 +1,7 @@
 """Encode videos to a latent dataset, once, for DiT training (docs/data_format.md).
 
     python tools/preprocess_latents.py --manifest clips.jsonl --fsae runs/fsae --text-encoder minilm \
-        --buckets 9x96x96 --output data/latents
+        --buckets 9x80x80 --output data/latents
 
     torchrun --nproc-per-node 8 tools/preprocess_latents.py --video-dir videos --fsae fsae_release \
         --text-encoder umt5:google/umt5-xxl --image-encoder clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K \

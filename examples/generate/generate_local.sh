@@ -4,7 +4,7 @@ set -euo pipefail
 
 LOAD=${1:-runs/quickstart/dit}
 IMAGE=${2:-runs/quickstart/first_frames/00_left.png}
-PROMPT=${3:-the camera pans to the left}
+PROMPT=${3:-pan left}
 OUT=${4:-runs/generated/out.mp4}
 
 python tools/generate.py \

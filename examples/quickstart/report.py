@@ -20,7 +20,7 @@ from megatron_fsvideo.evaluation.motion import pan_direction
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
 
-MAX_SHIFT = 40
+MAX_SHIFT = 34
 SAMPLE_SCALE = 2
 
 
