@@ -56,7 +56,7 @@ class Source:
         return self.stored.infos[self._stored_name(name)].dtype
 
     def read(self, name: str) -> Tensor:
-        """One of our weights, in our shape. It may alias the file."""
+        """One of our weights, in our shape."""
         value = self.stored.read(self._stored_name(name))
         return value if self.spelling is None else our_value(name, value, self.config.patch_volume)
 

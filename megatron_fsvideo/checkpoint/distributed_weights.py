@@ -8,16 +8,16 @@ import dataclasses
 import io
 import os
 import pickle
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StorageWriterTransforms, _write_item
 from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from megatron_fsvideo.checkpoint.safe_pickle import (
@@ -28,6 +28,8 @@ from megatron_fsvideo.checkpoint.safe_pickle import (
     read_metadata,
 )
 from megatron_fsvideo.checkpoint.safetensors_shards import TensorInfo
+
+_TENSOR_FILE = "__0_0.distcp"
 
 
 class DistributedWeights:
@@ -97,40 +99,32 @@ def write_distributed_weights(
         infos: key -> what `read(key)` will return; it is read once and dropped.
         common: plain data that every rank will get.
     """
+    # Planned by torch with tensors that hold nothing. Its writer would keep all it has written until the end.
     empty = {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in infos.items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to save in a single process.*")
-        torch_checkpoint.save(
-            empty,
-            storage_writer=_Writer(folder, single_file_per_rank=True, thread_count=1),
-            planner=_StreamingPlanner(read),
-            no_dist=True,
-        )
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    planner.set_up_planner(empty, is_coordinator=True)
+    (plan,), metadata = planner.create_global_plan([planner.create_local_plan()])
+    places = []
+    with (folder / _TENSOR_FILE).open("wb") as file:
+        for item in plan.items:
+            transforms, tensor = _StorageWriterTransforms(), read(item.index.fqn)
+            # A view would be saved with all that it is a view of.
+            tensor = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+            places.append(_write_item(transforms, file, tensor, item, _TENSOR_FILE, SerializationFormat.TORCH_SAVE))
+        file.flush()
+        os.fsync(file.fileno())
+    # planner_data as Megatron's planner leaves it.
+    _Writer(folder).finish(dataclasses.replace(metadata, planner_data={}), [places])
     torch.save(common, folder / COMMON_FILE)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
-class _Writer(torch_checkpoint.FileSystemWriter):
+class _Writer(FileSystemWriter):
+    """Writes the index."""
+
     def storage_meta(self) -> StorageMeta:
         """Without the folder's path: it is nobody's business, and a class that `safe_pickle` refuses."""
         return StorageMeta()
-
-
-class _StreamingPlanner(DefaultSavePlanner):
-    """Plans with tensors that hold nothing, and reads each when the writer comes to it."""
-
-    def __init__(self, read: Callable[[str], Tensor]) -> None:
-        super().__init__(flatten_state_dict=False)
-        self.read = read
-
-    def create_global_plan(self, all_plans: list) -> tuple[list, Any]:
-        """As the default; planner_data as Megatron's planner leaves it."""
-        plans, metadata = super().create_global_plan(all_plans)
-        return plans, dataclasses.replace(metadata, planner_data={})
-
-    def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The tensor's data."""
-        return self.read(index.fqn)
 
 
 class _FilePart(io.RawIOBase):

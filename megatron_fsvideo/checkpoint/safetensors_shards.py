@@ -3,8 +3,9 @@
     NAME.safetensors                                               one shard
     NAME-00001-of-00003.safetensors ... NAME.safetensors.index.json    several, and which tensor is in which
 
-The layout of diffusers and transformers. Reading maps files into memory: a tensor costs none until it is changed.
-Writing streams: the header follows from shapes and dtypes alone, so a shard is never in memory.
+The layout of diffusers and transformers. A tensor that is read is the only one in memory. (The library's reader maps
+whole files writably, which the kernel refuses for a file larger than the machine's memory.) Writing streams: the header
+follows from shapes and dtypes alone.
 """
 
 import json
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # safetensors' words for the number formats that weights come in.
@@ -52,32 +52,63 @@ class SafetensorsFolder:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._place: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
+        self._place: dict[str, tuple[Path, int]] = {}
         self.infos: dict[str, TensorInfo] = {}
         paths, index = _find_shards(folder)
         for path in paths:
             self._scan(path)
         if index is not None:
-            _check_index(folder, index, self._place)
+            _check_index(folder, index, {name: path for name, (path, _) in self._place.items()})
 
     def read(self, name: str) -> Tensor:
-        """A tensor that aliases the file: clone it before changing it in place."""
-        return self._open[self._place[name]].get_tensor(name)
+        """A tensor.
+
+        Raises:
+            ValueError: the file has become shorter.
+        """
+        info, (path, position) = self.infos[name], self._place[name]
+        content = torch.empty(info.num_bytes, dtype=torch.uint8)
+        with path.open("rb") as file:
+            file.seek(position)
+            if file.readinto(content.numpy().data) != info.num_bytes:
+                raise ValueError(f"{path} is damaged: it ends within {name}")
+        return content.view(info.dtype).reshape(info.shape)
 
     def _scan(self, path: Path) -> None:
-        try:
-            self._open[path] = file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged or missing: {error}") from error
-        for name in file.keys():  # noqa: SIM118  not a mapping
+        for name, (info, position) in read_header(path).items():
             if name in self._place:
-                raise ValueError(f"{name} is in {self._place[name]} and in {path}")
-            view = file.get_slice(name)
-            if view.get_dtype() not in DTYPES:
-                raise ValueError(f"{path}: {name} is {view.get_dtype()}; weights are read as {', '.join(DTYPES)}")
-            self._place[name] = path
-            self.infos[name] = TensorInfo(tuple(view.get_shape()), DTYPES[view.get_dtype()])
+                raise ValueError(f"{name} is in {self._place[name][0]} and in {path}")
+            self._place[name], self.infos[name] = (path, position), info
+
+
+def read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
+    """Tensor name -> what it is, and where in the file its data begins.
+
+    Raises:
+        ValueError: the file is missing or damaged, or has a tensor in another number format than weights come in.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries = {name: (v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for name, v in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or missing: {error!r}") from error
+    found, end = {}, 0
+    for name, (word, shape, start, stop) in sorted(entries.items(), key=lambda entry: entry[1][2:]):
+        if word not in DTYPES:
+            raise ValueError(f"{path}: {name} is {word}; weights are read as {', '.join(DTYPES)}")
+        info = TensorInfo(shape, DTYPES[word])
+        if start != end or stop - start != info.num_bytes or min(shape, default=0) < 0:
+            raise ValueError(f"{path} is damaged: {name} {list(shape)} is said to be in bytes {start} to {stop}")
+        found[name], end = (info, 8 + length + start), stop
+    if 8 + length + end != size:
+        raise ValueError(f"{path} is damaged or missing: it has {size} bytes, its tensors need {8 + length + end}")
+    return found
 
 
 def write_shards(

@@ -118,7 +118,7 @@ def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.d
 
 @torch.no_grad()
 def _load_release(model: DiTModel, folder: str, stored: SafetensorsFolder) -> None:
-    """Copy this rank's slices out of the files, which are mapped: the rest is not read."""
+    """Copy this rank's slices out of the files, one weight after the other."""
     parameters = dict(named_global_parameters(model))
     if wrong := sorted(set(parameters) ^ set(stored.infos)):
         raise ValueError(f"{folder} does not fit its config in {len(wrong)} weights, first {wrong[0]}")

@@ -124,6 +124,18 @@ def test_generation_on_two_ranks_equals_one(chain, layout):
     assert distance(chain, "one.mp4", "two.mp4") < 0.01
 
 
+def test_a_release_generates_as_the_checkpoint_that_it_was_made_from(chain):
+    release = chain.folder / "release"
+    flags = ["--input", chain.folder / "dit", "--output", release, "--output-format", "release"]
+    assert chain.run("tools/convert_checkpoint.py", *flags).code == 0
+    assert chain.generate("trained.mp4").code == 0
+    result = chain.generate("released.mp4", "--load", release)
+    assert result.code == 0, result.stderr[-3000:]
+    assert torch.equal(frames(chain, "trained.mp4"), frames(chain, "released.mp4"))
+    again = chain.run("tools/convert_checkpoint.py", *flags)
+    assert again.code == 1 and "exists already" in again.last_line
+
+
 def test_many_requests_do_not_depend_on_their_batch(chain):
     lines = [
         {

@@ -125,6 +125,31 @@ def test_damaged_safetensors_are_refused(tmp_path):
         SafetensorsFolder(whole)
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}', None),
+        ('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 8]}}', r"a \[2\] is said to be in bytes 4 to 8"),
+        ('{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}', r"a \[-2\] is said to be in bytes 0 to 8"),
+        ('{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}', "its tensors need"),
+        ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', "its tensors need"),
+        ('{"a": {"dtype": "F32", "shape": [2]}}', "damaged or missing: KeyError"),
+        ('{"a": 3}', "damaged or missing: TypeError"),
+        ("[1]", "damaged or missing"),
+        ("{", "damaged or missing: JSONDecodeError"),
+    ],
+)
+def test_headers_that_lie_are_refused(header, message, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + bytes(8))
+    if message is None:
+        assert SafetensorsFolder(tmp_path).read("a").tolist() == [0.0, 0.0]
+        path.write_bytes((1000).to_bytes(8, "little") + header.encode() + bytes(8))
+        message = "a header of 1000 bytes in a file of"
+    with pytest.raises(ValueError, match=message):
+        SafetensorsFolder(tmp_path)
+
+
 def test_formats_are_recognised_or_refused(tmp_path):
     cases = {"WanTransformer3DModel": "diffusers", "WanModel": "wan"}
     for name, kind in cases.items():
