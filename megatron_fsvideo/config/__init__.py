@@ -3,7 +3,15 @@
 from megatron_fsvideo.config.cli import run_script
 from megatron_fsvideo.config.data import DataConfig, VideoDataConfig
 from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
-from megatron_fsvideo.config.flags import build_job, differences, from_dict, make_parser, parse_job, to_dict
+from megatron_fsvideo.config.flags import (
+    build_job,
+    differences,
+    from_dict,
+    make_parser,
+    parse_job,
+    presets_for,
+    to_dict,
+)
 from megatron_fsvideo.config.fsae import FSAEConfig, FSAETrainingConfig
 from megatron_fsvideo.config.fsae_losses import AdversaryConfig, AlignmentConfig
 from megatron_fsvideo.config.jobs import DiTJob, FSAEJob, check_layout, check_token_count
@@ -37,6 +45,7 @@ __all__ = [
     "from_dict",
     "make_parser",
     "parse_job",
+    "presets_for",
     "require",
     "run_script",
     "to_dict",

@@ -62,6 +62,12 @@ def build_job(job_class: type[JobT], values: Mapping[str, Any]) -> JobT:
     return job_class(**{group: cls(**dealt[group]) for group, cls in groups.items()})
 
 
+def presets_for(job_class: type, presets: Presets) -> dict[str, dict[str, Any]]:
+    """Presets without the values for which this job has no field."""
+    owner = _owners(job_class)
+    return {name: {key: preset[key] for key in preset if key in owner} for name, preset in presets.items()}
+
+
 def make_parser(job_class: type, presets: Presets | None = None) -> argparse.ArgumentParser:
     """The argparse parser of a job: one argument group per dataclass. Flags that are not given are absent."""
     parser = _Parser(description=inspect.getdoc(job_class), allow_abbrev=False, argument_default=argparse.SUPPRESS)

@@ -109,3 +109,9 @@ class LoggingConfig:
     """Iterations between log lines."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard events and metrics.jsonl; none writes neither."""
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s, of which MFU is a share; none looks the device's name up (a CPU has no MFU)."""
+
+    def __post_init__(self) -> None:
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops must be positive, got {self.peak_tflops}")

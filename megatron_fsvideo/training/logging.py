@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from megatron_fsvideo.config import LoggingConfig, require
+from megatron_fsvideo.training.flops import peak_tflops
+from megatron_fsvideo.training.machine import device_name
 from megatron_fsvideo.training.state import StepResult, TrainState
 
 METRICS_FILE = "metrics.jsonl"
-
-# Dense bf16 peak of one device, in FLOP/s, by a part of its name (vendors' data sheets); `mfu` is null on others.
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 
 
 class MetricsLogger:
@@ -45,6 +44,7 @@ class MetricsLogger:
         self._train_iters = train_iters
         self._first = resume_iteration
         self._world_size = world_size
+        self._peak_tflops = logging.peak_tflops or peak_tflops(device_name())
         self._active = is_rank_zero
         self._window: list[tuple[float, StepResult]] = []
         self._file = self._tensorboard = self._bar = None
@@ -116,12 +116,11 @@ class MetricsLogger:
         seconds = sum(elapsed for elapsed, _ in self._window)
         flops = sum(result.flops for _, result in self._window)
         tflops = flops / seconds / self._world_size / 1e12
-        peak = device_peak_flops()
         return {
             "iteration_time": seconds / count,
             "tokens_per_second": sum(result.num_tokens for _, result in self._window) / seconds,
             "model_tflops": tflops,
-            "mfu": tflops * 1e12 / peak if peak else None,
+            "mfu": tflops / self._peak_tflops if self._peak_tflops else None,
             "data_wait": sum(result.data_wait for _, result in self._window) / count,
             "peak_memory_bytes": peak_memory_bytes(),
         }
@@ -141,10 +140,12 @@ class MetricsLogger:
         done = row["iteration"] - self._first
         seconds_left = (time.perf_counter() - self._started) / done * (self._train_iters - row["iteration"])
         shown = " | ".join(f"{k} {row[k]:.4g}" for k in ("loss", "grad_norm", "learning_rate") if k in row)
-        self._say(
-            f"iteration {row['iteration']}/{self._train_iters} | {shown} | {row['iteration_time']:.3f} s/it | "
-            f"{seconds_left:.0f} s left"
-        )
+        speed = f"{row['iteration_time']:.3f} s/it"
+        if row["tokens_per_second"]:
+            speed += f" | {row['tokens_per_second']:.0f} tokens/s"
+        if row["mfu"] is not None:
+            speed += f" | MFU {100 * row['mfu']:.1f} %"
+        self._say(f"iteration {row['iteration']}/{self._train_iters} | {shown} | {speed} | {seconds_left:.0f} s left")
 
     def _say(self, text: str) -> None:
         if self._bar is not None:
@@ -166,14 +167,6 @@ def truncate_metrics(path: Path, resume_iteration: int) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def device_peak_flops() -> float | None:
-    """bf16 peak of this machine's accelerator in FLOP/s, or None if unknown."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
 
 
 def peak_memory_bytes() -> int:

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from megatron_fsvideo.config import CheckpointConfig, LoggingConfig, TrainingConfig
 from megatron_fsvideo.training.logging import (
@@ -106,3 +107,17 @@ def test_other_ranks_write_nothing(tmp_path):
     logger.log_validation(TrainState(1, 1), {"loss": 1.0})
     logger.close()
     assert not (tmp_path / "none").exists()
+
+
+def test_mfu_is_a_share_of_the_stated_peak(tmp_path):
+    for folder, peak in (("with", 4.0), ("without", None)):
+        logger = MetricsLogger(LoggingConfig(1, str(tmp_path / folder), peak), 1, world_size=2)
+        logger.log_step(TrainState(1, 1), StepResult({"loss": 1.0}, 1, flops=6e12), 1.5)
+        logger.close()
+    rows = [read_metrics(tmp_path / folder / METRICS_FILE)[0] for folder in ("with", "without")]
+    assert [row["model_tflops"] for row in rows] == [2.0, 2.0]  # 6 TFLOP in 1.5 s on two devices
+    assert rows[0]["mfu"] == 0.5
+    if not torch.cuda.is_available():
+        assert rows[1]["mfu"] is None
+    with pytest.raises(ValueError, match="peak_tflops must be positive, got -1"):
+        LoggingConfig(peak_tflops=-1)
