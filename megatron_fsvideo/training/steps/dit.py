@@ -115,9 +115,8 @@ class DiTStep:
             "velocity_mse": mse,
             "bad_samples": float(len(self.dataset.bad_samples)),
         }
-        context = self.dataset.text_length if self.job.model.text_embed_dim else 0
-        context += batches[0].image.shape[1] if batches[0].image is not None else 0
-        flops = num_samples * dit_training_flops(self.job.model, tokens, context)
+        image_tokens = batches[0].image.shape[1] if batches[0].image is not None else 0
+        flops = num_samples * dit_training_flops(self.job.model, tokens, self.dataset.text_length, image_tokens)
         skipped = None if has_stepped else f"the loss is {loss}, the gradient norm {grad_norm}; {self._blame()}"
         return StepResult(metrics, num_samples, num_samples * tokens, flops, self._source.data_wait, skipped)
 
