@@ -30,6 +30,9 @@ from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
 BACKEND, VERSION = "torch_dist", 1
 CONFIG_FILE = "metadata.json"  # megatron-core's name
 
+# What torch.save adds to a tensor's bytes, measured.
+_WRAPPING = 1600
+
 # One rank's files: name -> checksum; and where each tensor lies in them.
 Written = tuple[dict[str, int], list[WriteResult]]
 
@@ -102,7 +105,7 @@ class _File:
         assert not objects, "only tensors and plain data are saved: anything else would be a pickle"
         self.name = name
         self.tensors = [(item, tensor.to("cpu", copy=True) if copied else tensor) for item, tensor in tensors]
-        self.num_bytes = sum(tensor.numel() * tensor.itemsize for _, tensor in self.tensors)
+        self.num_bytes = sum(tensor.numel() * tensor.itemsize + _WRAPPING for _, tensor in self.tensors)
 
     def write(self, folder: Path, places: list[WriteResult]) -> int:
         """Returns the checksum."""

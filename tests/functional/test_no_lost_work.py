@@ -1,12 +1,19 @@
 """Whatever happens to a run, it goes on from its last good state with the losses of a run that nothing happened to."""
 
 import os
+import random
+import re
+import resource
+import shutil
 import signal
+import subprocess
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from megatron_fsvideo.checkpoint.distributed import latest_iteration
+from megatron_fsvideo.checkpoint.distributed import iteration_folder, latest_iteration
 from megatron_fsvideo.data.latent_shards import hash_key
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from tests.functional.runs import Run, debug_arguments, run_to_end
@@ -78,4 +85,140 @@ def test_a_signal_to_any_rank_saves_and_leaves(data: Path, unbroken: list[dict],
     reached = latest_iteration(folder)
     assert reached is not None and reached == len(logged(folder)) < TRAIN_ITERS
     run_to_end(arguments(data, folder), tmp_path / "log", 2)
+    assert logged(folder) == unbroken
+
+
+@pytest.mark.parametrize("how", ["--async-save", "--no-async-save"])
+def test_killed_then_damaged_then_no_room(how: str, data: Path, unbroken: list[dict], tmp_path: Path) -> None:
+    """A kill within a save, a byte of the newest checkpoint that fell over, a disk that refuses to go on."""
+    folder = tmp_path / "run"
+    argv = arguments(data, folder, "--save-interval", "3", how)
+    kill_within_a_save(Run(argv, tmp_path / "killed", 2), folder, past=6)
+    reached = latest_iteration(folder)
+    assert reached is not None and reached < TRAIN_ITERS
+
+    damage(folder, reached, flip=True)
+    run = Run(argv, tmp_path / "damaged", 2)
+    wait_for_the_folder(run, iteration_folder(folder, reached))
+    refuse_to_write(run)
+    code, text = run.wait()
+    assert f"Continuing from iteration {reached - 3}, the newest" in text and "checksum" in text, text
+    last = text.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("error: the checkpoint of iteration"), text
+    assert "File too large (rank 0)" in last and "is kept" in last
+    kept = latest_iteration(folder)
+    assert f"the one of iteration {kept} is kept" in last
+    assert f"of iteration {kept + 3} could" in last and not iteration_folder(folder, kept + 3).exists()
+
+    run_to_end(argv, tmp_path / "last", 2)
+    assert logged(folder) == unbroken
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
+    data: Path, unbroken: list[dict], tmp_path: Path, small_disk: Path
+) -> None:
+    """7 MB, and 2.7 MB for each checkpoint: the third one has no room."""
+    folder = small_disk / "run"
+    argv = arguments(data, folder, "--save-interval", "4")
+    code, text = Run(argv, tmp_path / "log", 2).wait()
+    last = text.strip().splitlines()[-1]
+    assert code == 1 and "No space left on device" in last, text
+    assert (
+        re.search(r"it needs 2\.[4-9]\d MB, [01]\.", last)
+        and "MB are free" in last
+        and "the one of iteration 8 is kept" in last
+    )
+    assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000004", "iter_0000008"]
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    run_to_end(argv, tmp_path / "log", 2)
+    assert logged(folder) == unbroken
+
+
+def test_a_truncated_only_checkpoint_is_not_silently_a_fresh_start(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    argv = arguments(data, folder, "--exit-interval", "1")
+    run_to_end(argv, tmp_path / "log", 2)
+    damage(folder, 1)
+    code, text = Run(argv, tmp_path / "again", 2).wait()
+    assert code == 1 and "iter_0000001" in text.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 7 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=7m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def kill_within_a_save(run: Run, folder: Path, past: int) -> None:
+    """SIGKILL to all ranks while there is a folder that is not named the newest yet, after iteration `past`."""
+    while True:
+        named = latest_iteration(folder) or 0
+        if named >= past and [path for path in folder.glob("iter_*") if path > iteration_folder(folder, named)]:
+            break
+        assert run.alive, run.log.read_text()
+        time.sleep(0.001)
+    run.kill()
+
+
+def wait_for_the_folder(run: Run, target: Path) -> None:
+    """Until a checkpoint is written anew over the damaged one."""
+    damaged = target.stat().st_ino
+    while not target.exists() or target.stat().st_ino == damaged:
+        assert run.alive, run.log.read_text()
+        time.sleep(0.001)
+
+
+def refuse_to_write(run: Run) -> None:
+    """From now on a file cannot become larger than 100 kB: writes fail in the middle. (Rank 0 has all the files.)"""
+    resource.prlimit(run.ranks[0].pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def damage(folder: Path, iteration: int, flip: bool = False) -> None:
+    """Flip one bit in the middle of a shard, or cut it there."""
+    path = sorted(iteration_folder(folder, iteration).glob("*.distcp"))[0]
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle] ^= 16
+    path.write_bytes(content if flip else content[:middle])
+
+
+@pytest.mark.slow
+def test_thirty_kills_a_full_disk_and_two_damaged_checkpoints(data: Path, unbroken: list[dict], tmp_path: Path) -> None:
+    """After each, the losses are those of an unbroken run, and no more than one save interval was done twice."""
+    choice = random.Random(0)
+    interval = 2
+    events = ["kill"] * 15 + ["kill within a save"] * 15 + ["no room", "cut", "flip"]
+    choice.shuffle(events)
+    folder = tmp_path / "run"
+    for number, event in enumerate(events):
+        if (latest_iteration(folder) or 0) >= TRAIN_ITERS - 2 * interval:
+            run_to_end(arguments(data, folder, "--save-interval", str(interval)), tmp_path / "end", 2)
+            assert logged(folder) == unbroken
+            shutil.rmtree(folder)
+        in_background = choice.random() < 0.5
+        how = "--async-save" if in_background else "--no-async-save"
+        argv = arguments(data, folder, "--save-interval", str(interval), how)
+        reached = latest_iteration(folder) or 0
+        run = Run(argv, tmp_path / f"log{number}", 2)
+        if event in ("cut", "flip", "kill within a save"):
+            kill_within_a_save(run, folder, past=reached + (0 if event == "kill within a save" else interval))
+        else:
+            wait_for_first_line(run, folder / "logs" / METRICS_FILE)
+            time.sleep(choice.uniform(0, 1.0))
+            if event == "no room":
+                refuse_to_write(run)
+                assert run.wait()[0] == 1
+            run.kill()
+        done, newest = len(logged(folder)), latest_iteration(folder) or 0
+        assert done - newest <= interval * (2 if in_background else 1), (number, event)
+        assert logged(folder) == unbroken[:done], (number, event)
+        if event in ("cut", "flip"):
+            damage(folder, newest, flip=event == "flip")
+    run_to_end(argv, tmp_path / "end", 2)
     assert logged(folder) == unbroken
