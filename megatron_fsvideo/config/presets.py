@@ -24,7 +24,7 @@ _QUICKSTART_DIT: Preset = {
     "micro_batch_size": 8,
     "global_batch_size": 8,
     # About four minutes on two processes of one core each.
-    "train_iters": 400,
+    "train_iters": 320,
     "bf16": True,
     "optimizer": "muon",
     "muon_lr": 0.02,
@@ -140,10 +140,10 @@ FSAE_PRESETS: dict[str, Preset] = {
         "latent_noise": 0.1,
         "multiscale_weight": 1.0,
         "ssim_weight": 0.5,
-        "image_warmup_iters": 320,
+        "image_warmup_iters": 300,
         "micro_batch_size": 2,
         "global_batch_size": 2,
-        "train_iters": 720,
+        "train_iters": 660,
     },
     # Seconds on a CPU.
     "fsae_debug": {
