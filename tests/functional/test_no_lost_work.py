@@ -156,10 +156,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def kill_within_a_save(run: Run, folder: Path, past: int) -> None:
-    """SIGKILL to all ranks while there is a folder that is not named the newest yet, after iteration `past`."""
+    """SIGKILL to all ranks while they write a folder that is not named the newest yet, after iteration `past`."""
+    left_over = {path: path.stat().st_mtime_ns for path in folder.glob("iter_*")}
     while True:
         named = latest_iteration(folder) or 0
-        if named >= past and [path for path in folder.glob("iter_*") if path > iteration_folder(folder, named)]:
+        unnamed = [path for path in folder.glob("iter_*") if path > iteration_folder(folder, named)]
+        if named >= past and [path for path in unnamed if changed_since(path, left_over.get(path))]:
             break
         assert run.alive, run.log.read_text()
         time.sleep(0.001)
@@ -168,10 +170,17 @@ def kill_within_a_save(run: Run, folder: Path, past: int) -> None:
 
 def wait_for_the_folder(run: Run, target: Path) -> None:
     """Until a checkpoint is written anew over the damaged one."""
-    damaged = target.stat().st_ino
-    while not target.exists() or target.stat().st_ino == damaged:
+    damaged = target.stat().st_mtime_ns
+    while not changed_since(target, damaged):
         assert run.alive, run.log.read_text()
         time.sleep(0.001)
+
+
+def changed_since(path: Path, mtime: int | None) -> bool:
+    try:
+        return path.stat().st_mtime_ns != mtime
+    except FileNotFoundError:
+        return False  # between its removal and its return
 
 
 def refuse_to_write(run: Run) -> None:
@@ -206,8 +215,11 @@ def test_thirty_kills_a_full_disk_and_two_damaged_checkpoints(data: Path, unbrok
         argv = arguments(data, folder, "--save-interval", str(interval), how)
         reached = latest_iteration(folder) or 0
         run = Run(argv, tmp_path / f"log{number}", 2)
-        if event in ("cut", "flip", "kill within a save"):
-            kill_within_a_save(run, folder, past=reached + (0 if event == "kill within a save" else interval))
+        if event == "kill within a save":
+            kill_within_a_save(run, folder, past=reached)
+        elif event in ("cut", "flip"):
+            # With one before it to fall back on.
+            kill_within_a_save(run, folder, past=max(reached, interval) + interval)
         else:
             wait_for_first_line(run, folder / "logs" / METRICS_FILE)
             time.sleep(choice.uniform(0, 1.0))
