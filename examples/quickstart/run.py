@@ -122,7 +122,7 @@ def train_dit(phases: Phases, out: Path, long: bool) -> None:
     command += ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
     command += ["--data-path", out / "latents" / "train", "--valid-data-path", out / "latents" / "heldout"]
     command += ["--eval-iters", str(VALIDATION_BATCHES)]
-    command += ["--save", dit, "--load", dit, "--save-interval", "160", "--keep-checkpoints", "1"]
+    command += ["--save", dit, "--load", dit, "--save-interval", "180", "--keep-checkpoints", "1"]
     phases.run("train_dit", *command, "--tensorboard-dir", out / "dit-logs", *_longer("dit_quickstart", long))
 
 

@@ -24,7 +24,7 @@ _QUICKSTART_DIT: Preset = {
     "micro_batch_size": 8,
     "global_batch_size": 8,
     # About four minutes on two processes of one core each.
-    "train_iters": 320,
+    "train_iters": 360,
     "bf16": True,
     "optimizer": "muon",
     "muon_lr": 0.02,
