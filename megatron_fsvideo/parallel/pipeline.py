@@ -25,9 +25,9 @@ def run_schedule(
     """
     communication = {}
     if len(chunks) > 1:
-        communicator = TwoStageCommunicator if pgs.pp_size == 2 else P2PCommunicator
-        config = chunks[0].module.config
-        communication = {"p2p_communicator": communicator(pgs.pp, config), "pg_collection": pgs.collection}
+        communicator = VirtualStageCommunicator(pgs.pp, chunks[0].module.config)
+        communicator.has_one_group = len(batches) == pgs.pp_size
+        communication = {"p2p_communicator": communicator, "pg_collection": pgs.collection}
     with megatron_on_cpu():
         return get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -41,12 +41,38 @@ def run_schedule(
         )
 
 
-class TwoStageCommunicator(P2PCommunicator):
-    """For virtual stages on two ranks, where the next stage is also the previous one.
+class VirtualStageCommunicator(P2PCommunicator):
+    """Megatron's messages between virtual stages, in an order in which no two ranks wait for each other.
 
-    Messages between two ranks match in the order of posting. Megatron posts those with the previous stage first; here
-    the second rank posts those with the next stage first, so that what it receives from there is what was sent to it.
+    **Two ranks.** The next stage is also the previous one, and messages between two ranks match in the order of
+    posting. Megatron posts those with the previous stage first; here the second rank posts those with the next stage
+    first, so that what it receives from there is what was sent to it.
+
+    **As many micro-batches as ranks.** The first ranks then do all forward passes before any backward pass, and
+    exchange outputs alone where their neighbours exchange outputs and gradients in one go, of which the shapes come
+    first: the gradient's shape would wait for the neighbour's next exchange, and that for the output, which follows
+    the shapes. Here outputs are exchanged first and gradients second.
+
+    Attributes:
+        has_one_group: whether the iteration has as many micro-batches as the pipeline has ranks.
     """
+
+    has_one_group = False
+
+    def send_forward_backward_recv_forward_backward(
+        self,
+        output_tensor: Tensor | None,
+        input_tensor_grad: Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+        tensor_shape: Any,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not self.has_one_group:
+            return super().send_forward_backward_recv_forward_backward(
+                output_tensor, input_tensor_grad, recv_prev, recv_next, tensor_shape
+            )
+        received = self.send_forward_recv_forward(output_tensor, recv_prev, tensor_shape)
+        return received, self.send_backward_recv_backward(input_tensor_grad, recv_next, tensor_shape)
 
     def _communicate(
         self,
@@ -59,7 +85,7 @@ class TwoStageCommunicator(P2PCommunicator):
         wait_on_reqs: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, Any]:
         settings = {"tensor_shape": tensor_shape, "wait_on_reqs": wait_on_reqs}
-        if self.pp_group.rank() == 0:
+        if self.pp_group.size() > 2 or self.pp_group.rank() == 0:
             return super()._communicate(
                 tensor_send_next=tensor_send_next,
                 tensor_send_prev=tensor_send_prev,

@@ -73,6 +73,7 @@ WITHOUT_MEMORY = DiTConfig(**{**MODEL.__dict__, "layer_memory": False})
 # them at other places on each stage.
 LARGE_EMBEDDERS = DiTConfig(**{**MODEL.__dict__, "num_layers": 3, "freq_dim": 1536})
 SIX_LAYERS = replace(MODEL, num_layers=6)
+EIGHT_LAYERS = replace(MODEL, num_layers=8)
 UNEVEN = {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 1}
 FULL = {"recompute_granularity": "full"}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")}
@@ -121,6 +122,9 @@ LAYOUTS = [
         num_virtual_stages_per_pipeline_rank=2,
         use_distributed_optimizer=True,
         overlap_grad_reduce=True,
+    ),
+    pytest.param(
+        layout("pp4_virtual2", 4, EIGHT_LAYERS, pp=4, num_virtual_stages_per_pipeline_rank=2), marks=pytest.mark.slow
     ),
     layout("pp2_images", 2, batches="image", pp=2),
     layout("pp2_uneven_mixed_batches", 2, batches="mixed", pp=2, **UNEVEN),
