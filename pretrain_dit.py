@@ -10,6 +10,7 @@ from megatron_fsvideo.config import DIT_PRESETS, DiTJob, parse_job, run_script
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.training.logging import MetricsLogger
 from megatron_fsvideo.training.loop import train
+from megatron_fsvideo.training.profiling import IterationProfiler, profile_folder
 from megatron_fsvideo.training.steps.dit import DiTStep
 from megatron_fsvideo.training.watchdog import Watchdog
 
@@ -17,6 +18,7 @@ from megatron_fsvideo.training.watchdog import Watchdog
 def pretrain(job: DiTJob) -> None:
     """Build everything, continue from a checkpoint if there is one, train."""
     pgs = groups.initialize(job.parallel)
+    profiler = IterationProfiler(job.profiling, profile_folder(job.logging, job.checkpoint), pgs.rank)
     with Watchdog(pgs, 60 * job.parallel.distributed_timeout_minutes) as watchdog:
         step = DiTStep(job, pgs)
         state = watchdog.state = step.load()
@@ -27,7 +29,7 @@ def pretrain(job: DiTJob) -> None:
             is_rank_zero=pgs.is_rank_zero,
             world_size=pgs.world_size,
         )
-        train(step, state, job.training, job.checkpoint, logger, pgs.any_rank)
+        train(step, state, job.training, job.checkpoint, logger, pgs.any_rank, profiler)
     groups.shutdown()
 
 

@@ -12,14 +12,16 @@ from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, ParallelConfig, parse
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.training.logging import MetricsLogger
 from megatron_fsvideo.training.loop import train
+from megatron_fsvideo.training.profiling import IterationProfiler, profile_folder
 from megatron_fsvideo.training.steps.fsae import FSAEStep
 from megatron_fsvideo.training.watchdog import Watchdog
 
 
 def pretrain(job: FSAEJob) -> None:
     """Build everything, continue from a checkpoint if there is one, train."""
-    parallel = ParallelConfig()
+    parallel = ParallelConfig(context_parallel_size=job.losses.context_parallel_size)
     pgs = groups.initialize(parallel)
+    profiler = IterationProfiler(job.profiling, profile_folder(job.logging, job.checkpoint), pgs.rank)
     with Watchdog(pgs, 60 * parallel.distributed_timeout_minutes) as watchdog:
         step = FSAEStep(job, pgs)
         state = watchdog.state = step.load()
@@ -30,7 +32,7 @@ def pretrain(job: FSAEJob) -> None:
             is_rank_zero=pgs.is_rank_zero,
             world_size=pgs.world_size,
         )
-        train(step, state, job.training, job.checkpoint, logger, pgs.any_rank)
+        train(step, state, job.training, job.checkpoint, logger, pgs.any_rank, profiler)
     groups.shutdown()
 
 

@@ -18,7 +18,13 @@ from megatron_fsvideo.config.jobs import DiTJob, FSAEJob, check_layout, check_to
 from megatron_fsvideo.config.parallel import ParallelConfig
 from megatron_fsvideo.config.presets import DIT_PRESETS, FSAE_PRESETS
 from megatron_fsvideo.config.require import require
-from megatron_fsvideo.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
+from megatron_fsvideo.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ProfilingConfig,
+    TrainingConfig,
+)
 
 __all__ = [
     "DIT_PRESETS",
@@ -36,6 +42,7 @@ __all__ = [
     "LoggingConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ProfilingConfig",
     "TrainingConfig",
     "VideoDataConfig",
     "build_job",

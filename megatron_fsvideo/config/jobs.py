@@ -7,7 +7,13 @@ from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
 from megatron_fsvideo.config.fsae import FSAEConfig, FSAETrainingConfig
 from megatron_fsvideo.config.fsae_losses import AdversaryConfig, AlignmentConfig
 from megatron_fsvideo.config.parallel import ParallelConfig
-from megatron_fsvideo.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig, TrainingConfig
+from megatron_fsvideo.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ProfilingConfig,
+    TrainingConfig,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class DiTJob:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self) -> None:
         check_layout(self.model, self.parallel)
@@ -40,6 +47,7 @@ class FSAEJob:
     data: VideoDataConfig = field(default_factory=VideoDataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self) -> None:
         factor = self.model.spatial_factor

@@ -115,3 +115,26 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(f"peak_tflops must be positive, got {self.peak_tflops}")
+
+
+@dataclass(frozen=True)
+class ProfilingConfig:
+    """a look at where time and memory go, for a few iterations"""
+
+    profile: bool = False
+    """Record iterations profile_step_start + 1 to profile_step_end with torch's profiler (see docs/debugging.md)."""
+    profile_step_start: int = 10
+    """Iterations before the first recorded one; the first few of a process are slow."""
+    profile_step_end: int = 12
+    """Last recorded iteration."""
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that record."""
+    record_memory_history: bool = False
+    """Record the CUDA allocator in the same iterations, for pytorch.org/memory_viz."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.profile_step_start < self.profile_step_end:
+            raise ValueError(
+                f"profile_step_start {self.profile_step_start} must be less than profile_step_end "
+                f"{self.profile_step_end}, and not negative"
+            )

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from megatron_fsvideo.config import CheckpointConfig, TrainingConfig
 from megatron_fsvideo.training.logging import MetricsLogger
+from megatron_fsvideo.training.profiling import NO_PROFILE, IterationProfiler
 from megatron_fsvideo.training.signals import ExitRequest
 from megatron_fsvideo.training.state import StepResult, TrainState
 
@@ -43,6 +44,7 @@ def train(
     checkpoint: CheckpointConfig,
     logger: MetricsLogger,
     any_rank: AnyRank = list,
+    profiler: IterationProfiler = NO_PROFILE,
 ) -> None:
     """Run from `state` to `training.train_iters`, or until the run is asked to leave; then it saves and returns.
 
@@ -59,12 +61,14 @@ def train(
 
     saved = first if first > 0 else None
     skipped = 0
-    with ExitRequest(training.exit_signal_handler, training.exit_duration_in_mins) as request:
+    with ExitRequest(training.exit_signal_handler, training.exit_duration_in_mins) as request, profiler:
         while state.iteration < training.train_iters:
+            profiler.begin(state.iteration + 1)
             started = time.perf_counter()
             result = step.train_step(state)
             state.advance(result.num_samples)
             logger.log_step(state, result, time.perf_counter() - started)
+            profiler.end(state.iteration)
             skipped = skipped + 1 if result.skipped else 0
             if skipped == training.max_consecutive_skipped:
                 step.finish_save()
