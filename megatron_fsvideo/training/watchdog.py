@@ -116,6 +116,8 @@ class Watchdog:
             time.sleep(2 * self._interval)  # time for the rank that says it
         else:
             print(f"error: {report}", file=sys.stderr, flush=True)
+            # Rank 0 may keep the store, in which the others still look up whose turn it is to report.
+            time.sleep(6 * self._interval)
         os._exit(EXIT_HUNG)
 
 

@@ -71,7 +71,9 @@ def reports(text: str) -> list[str]:
 def test_the_missing_rank_is_named(how, tmp_path):
     codes, text = run(how, tmp_path / "log")
     assert codes == [EXIT_HUNG, None if how == "stopped" else EXIT_HUNG, EXIT_HUNG], text
-    (report,) = reports(text)
+    report, *later = reports(text)
+    # On a busy machine a rank may come to look when the one that keeps the store has reported and gone.
+    assert all("does not answer" in line for line in later), text
     assert "no progress" in report and "after iteration 7" in report
     missing = report.split("missing: ")[1].split(". Of those")[0]
     assert missing.startswith("rank 1 (") and "rank 0" not in missing and "rank 2" not in missing
