@@ -97,6 +97,8 @@ class BenchmarkJob:
             )
         if unknown := set(self.benchmark.contenders) - set(CONTENDERS):
             raise ValueError(f"contenders are {', '.join(CONTENDERS)}, got {', '.join(sorted(unknown))}")
+        if DIFFUSERS in self.benchmark.contenders and self.benchmark.text_length != 512:
+            raise ValueError(f"diffusers' Wan assumes text_length 512, got {self.benchmark.text_length}")
         if self.model.text_embed_dim == 0 or self.model.image_embed_dim == 0:
             raise ValueError(
                 "text_embed_dim and image_embed_dim must be positive: diffusers' image-to-video Wan has both"
@@ -310,6 +312,8 @@ class Contender:
 def measure(job: BenchmarkJob) -> dict[str, Any]:
     """Let the contenders take turns; the figures."""
     flags = job.benchmark
+    if flags.num_threads:
+        torch.set_num_threads(flags.num_threads)  # for the record; the contenders' processes set theirs
     resident = {name: Contender(name) for name in flags.contenders} if flags.resident else {}
     seconds: dict[str, list[list[float]]] = {name: [] for name in flags.contenders}
     known: dict[str, dict[str, int]] = {name: {} for name in flags.contenders}

@@ -92,7 +92,7 @@ def hardware_flops(model: DiTConfig, rows: Rows, parallel: ParallelConfig) -> Fl
     """The same with what recomputation repeats."""
     parts = training_flops(model, rows)
     for name, work in forward_flops(model, rows).items():
-        parts[name] += work * _recomputed_share(name, model, parallel)
+        parts[name] += work * recomputed_share(name, model, parallel)
     return parts
 
 
@@ -112,19 +112,8 @@ def peak_tflops(device_name: str, precision: str = "bf16") -> float | None:
     return rates.get(precision)
 
 
-def _embedder_linears(model: DiTConfig, rows: Rows) -> list[tuple[float, bool]]:
-    """(operations, whether its input needs no gradient) of each linear of the condition embedder."""
-    d, text, image = model.hidden_size, model.text_embed_dim, model.image_embed_dim
-    linears = [(model.freq_dim * d, 1, True), (d * d, 1, False), (d * 6 * d, 1, False)]
-    if text:
-        linears += [(text * d, rows.text, True), (d * d, rows.text, False)]
-    if image:  # a norm with weights comes first: all need their inputs' gradients
-        linears += [(image * image, rows.image, False), (image * d, rows.image, False)]
-    return [(2.0 * weights * number, is_first) for weights, number, is_first in linears]
-
-
-def _recomputed_share(part: str, model: DiTConfig, parallel: ParallelConfig) -> float:
-    """How much of a part's forward is done twice."""
+def recomputed_share(part: str, model: DiTConfig, parallel: ParallelConfig) -> float:
+    """How much of a part's forward is done twice; `part` is a key of what `forward_flops` returns."""
     if part not in LAYER_PARTS or parallel.recompute_granularity is None:
         return 0.0
     if parallel.recompute_granularity == "selective":
@@ -135,3 +124,14 @@ def _recomputed_share(part: str, model: DiTConfig, parallel: ParallelConfig) -> 
     # Each chunk's first layers; of layer memory, whose layers differ, this is the mean.
     chunks = parallel.pipeline_model_parallel_size * parallel.num_chunks
     return min(1.0, parallel.recompute_num_layers * chunks / model.num_layers)
+
+
+def _embedder_linears(model: DiTConfig, rows: Rows) -> list[tuple[float, bool]]:
+    """(operations, whether its input needs no gradient) of each linear of the condition embedder."""
+    d, text, image = model.hidden_size, model.text_embed_dim, model.image_embed_dim
+    linears = [(model.freq_dim * d, 1, True), (d * d, 1, False), (d * 6 * d, 1, False)]
+    if text:
+        linears += [(text * d, rows.text, True), (d * d, rows.text, False)]
+    if image:  # a norm with weights comes first: all need their inputs' gradients
+        linears += [(image * image, rows.image, False), (image * d, rows.image, False)]
+    return [(2.0 * weights * number, is_first) for weights, number, is_first in linears]

@@ -23,6 +23,7 @@ RANK = {
     "losses": 5,
     "training": 6,
     "inference": 6,
+    "planning": 7,
 }
 # torch.distributed modules that are no communication.
 HARMLESS = ("torch.distributed.checkpoint",)

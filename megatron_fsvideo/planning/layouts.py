@@ -1,0 +1,273 @@
+"""All layouts of a job on a number of GPUs: refused with a reason, too large, or ranked by estimated speed."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from megatron_fsvideo.config import DiTConfig, ParallelConfig, check_layout, check_token_count
+from megatron_fsvideo.planning.case import Case
+from megatron_fsvideo.planning.memory import MemoryByPart, peak_memory
+from megatron_fsvideo.planning.rates import RateConfig
+from megatron_fsvideo.planning.timing import speed
+from megatron_fsvideo.training.flops import Rows
+
+FP8_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """what is planned, and what is given; what is left out is searched"""
+
+    num_gpus: int = 64
+    """GPUs of the job."""
+    gpu_memory_gb: float = 80.0
+    """Memory of one GPU, in GB of 1e9 bytes."""
+    reserved_memory_gb: float = 6.0
+    """Of it, what the CUDA context, NCCL and fragmentation take."""
+    frames: int = 121
+    """Frames of a clip: 1 + a multiple of temporal_factor; 1 is an image."""
+    height: int = 512
+    """Pixel rows, a multiple of spatial_factor."""
+    width: int = 512
+    """Pixel columns, a multiple of spatial_factor."""
+    spatial_factor: int = 64
+    """Pixels per latent row and column."""
+    temporal_factor: int = 4
+    """Frames per latent frame, after the first."""
+    text_length: int = 512
+    """Text tokens."""
+    image_length: int = 257
+    """Image tokens."""
+    micro_batch_size: int | None = None
+    """Samples of a rank in one forward pass; none searches 1, 2, 4 and 8."""
+    global_batch_size: int | None = None
+    """Samples of an optimizer step; none takes two a GPU."""
+    tensor_model_parallel_size: int | None = None
+    """Ranks that share each layer's weights."""
+    sequence_parallel: bool | None = None
+    """Share tokens over them too; none does whenever they are several: else each mixes layer memory for all tokens."""
+    context_parallel_size: int | None = None
+    """Ranks that share each sample's tokens."""
+    pipeline_model_parallel_size: int | None = None
+    """Pipeline stages."""
+    num_virtual_stages_per_pipeline_rank: int | None = None
+    """Model chunks per pipeline rank; none is one."""
+    num_layers_in_first_pipeline_stage: int | None = None
+    """Layers of the first stage."""
+    num_layers_in_last_pipeline_stage: int | None = None
+    """Layers of the last stage."""
+    recompute_granularity: Literal["search", "none", "selective", "full"] = "search"
+    """Recomputation; selective is of core_attn and mlp."""
+    use_distributed_optimizer: bool = True
+    """Share the optimizer's state over data- and context-parallel ranks."""
+    overlap_grad_reduce: bool = True
+    """Reduce gradients while the backward pass runs."""
+    bf16: bool = True
+    """Train in bfloat16 with fp32 master weights."""
+    fp8: bool = False
+    """Check what FP8 products need; state their rate with gemm_tflops. Memory is planned as in bf16."""
+    ema_decay: float = 0.9999
+    """Decay of the moving average of the weights; 0 keeps none."""
+    top: int = 5
+    """Layouts to show."""
+    json: bool = False
+    """Print JSON instead of tables."""
+
+    def __post_init__(self) -> None:
+        if self.num_gpus < 1 or self.frames < 1:
+            raise ValueError(f"num_gpus {self.num_gpus} and frames {self.frames} must be at least 1")
+        if (self.frames - 1) % self.temporal_factor:
+            raise ValueError(f"frames {self.frames} is not 1 + a multiple of temporal_factor {self.temporal_factor}")
+        for name, side in (("height", self.height), ("width", self.width)):
+            if side % self.spatial_factor or side < 1:
+                below = side // self.spatial_factor * self.spatial_factor
+                raise ValueError(
+                    f"{name} {side} is not a multiple of spatial_factor {self.spatial_factor}; the nearest are "
+                    f"{below} and {below + self.spatial_factor}"
+                )
+
+    @property
+    def batch(self) -> int:
+        """Samples of an optimizer step."""
+        return self.global_batch_size or 2 * self.num_gpus
+
+    def rows(self, model: DiTConfig) -> Rows:
+        """Rows of one sample.
+
+        Raises:
+            ValueError: the patch does not divide the latents.
+        """
+        sides = (
+            1 + (self.frames - 1) // self.temporal_factor,
+            self.height // self.spatial_factor,
+            self.width // self.spatial_factor,
+        )
+        tokens = 1
+        for side, patch in zip(sides, model.patch_size, strict=True):
+            if side % patch:
+                raise ValueError(f"a latent of {sides} is not a multiple of patch_size {model.patch_size}")
+            tokens *= side // patch
+        return Rows(tokens, self.text_length, self.image_length)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One legal layout and what it costs.
+
+    Attributes:
+        stage: the pipeline stage that needs most memory.
+        memory: that stage's bytes by part.
+    """
+
+    case: Case
+    stage: int
+    memory: MemoryByPart
+    step_seconds: float
+    tokens_per_second: float
+    mfu: float
+
+    @property
+    def memory_bytes(self) -> float:
+        """Peak of a rank of that stage."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Search:
+    """What became of all layouts.
+
+    Attributes:
+        fitting: fastest first.
+        too_large: smallest first.
+        refused: reason -> how many layouts it ruled out.
+    """
+
+    fitting: list[Plan]
+    too_large: list[Plan]
+    refused: dict[str, int]
+
+
+def search(model: DiTConfig, plan: PlanConfig, rates: RateConfig) -> Search:
+    """Try every layout that the given values leave open."""
+    rows = plan.rows(model)
+    limit = (plan.gpu_memory_gb - plan.reserved_memory_gb) * 1e9
+    plans: list[Plan] = []
+    refused: dict[str, int] = {}
+    for tp, cp, pp in _sizes(plan):
+        reason = refuse_sizes(model, plan, rates, tp, cp, pp)
+        if reason is not None:
+            refused[reason] = refused.get(reason, 0) + 1
+            continue
+        for parallel, micro in product(_parallels(model, plan, tp, cp, pp), _micro_batches(plan)):
+            case, reason = make_case(model, plan, parallel, rows, micro)
+            if case is None:
+                refused[reason] = refused.get(reason, 0) + 1
+                continue
+            stage, memory = peak_memory(case)
+            plans.append(Plan(case, stage, memory, **speed(case, rates)))
+    fitting = sorted((p for p in plans if p.memory_bytes <= limit), key=lambda p: -p.tokens_per_second)
+    too_large = sorted((p for p in plans if p.memory_bytes > limit), key=lambda p: p.memory_bytes)
+    return Search(fitting, too_large, refused)
+
+
+def refuse_sizes(model: DiTConfig, plan: PlanConfig, rates: RateConfig, tp: int, cp: int, pp: int) -> str | None:
+    """Why these sizes are no layout whatever else is chosen (dit_spec 1.7), or None."""
+    if plan.num_gpus % (tp * cp * pp):
+        return f"TP {tp} x CP {cp} x PP {pp} = {tp * cp * pp} does not divide num_gpus {plan.num_gpus}"
+    if tp > rates.gpus_per_node:
+        return f"TP {tp} would gather every layer's tokens between nodes of {rates.gpus_per_node} GPUs"
+    if pp > model.num_layers:
+        return f"PP {pp} has more stages than num_layers {model.num_layers}"
+    try:
+        parallel = _parallel(model, plan, tp, cp, pp, "none")
+        check_layout(model, parallel)
+        check_token_count(plan.rows(model).tokens, f"clips of {plan.frames}x{plan.height}x{plan.width}", parallel)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def make_case(
+    model: DiTConfig, plan: PlanConfig, parallel: ParallelConfig, rows: Rows, micro: int
+) -> tuple[Case | None, str]:
+    """The case of a layout and a micro-batch size, or why there is none."""
+    dp = plan.num_gpus // parallel.model_parallel_size
+    if plan.batch % (micro * dp):
+        return None, f"global_batch_size {plan.batch} is not a multiple of micro_batch_size {micro} x DP {dp}"
+    microbatches = plan.batch // (micro * dp)
+    chunks, pp = parallel.num_chunks, parallel.pipeline_model_parallel_size
+    if chunks > 1 and microbatches % pp:
+        return None, f"{microbatches} micro-batches are not a multiple of PP {pp}, which virtual stages need"
+    case = Case(model, parallel, rows, micro, microbatches, dp, plan.bf16, plan.ema_decay > 0)
+    if plan.fp8 and (reason := refuse_fp8(case)) is not None:
+        return None, reason
+    return case, ""
+
+
+def refuse_fp8(case: Case) -> str | None:
+    """Why FP8 products do not fit: rows and widths are multiples of 16."""
+    tp = case.tp
+    sides = {
+        f"tokens {case.rows.tokens} x micro_batch_size {case.micro_batch_size} / CP {case.cp}": case.inner_rows,
+        f"hidden_size {case.model.hidden_size} / TP {tp}": case.model.hidden_size / tp,
+        f"ffn_hidden_size {case.model.ffn_hidden_size} / TP {tp}": case.model.ffn_hidden_size / tp,
+    }
+    for name, side in sides.items():
+        if side % FP8_MULTIPLE:
+            return (
+                f"FP8: {name} = {side:g} is not a multiple of {FP8_MULTIPLE}: pad the tokens or use another batch size"
+            )
+    return None
+
+
+def _sizes(plan: PlanConfig) -> Iterator[tuple[int, int, int]]:
+    """(TP, CP, PP): those given, and of the others all divisors of the number of GPUs that fit together."""
+    divisors = [number for number in range(1, plan.num_gpus + 1) if plan.num_gpus % number == 0]
+    given = (plan.tensor_model_parallel_size, plan.context_parallel_size, plan.pipeline_model_parallel_size)
+    for sizes in product(*([size] if size is not None else divisors for size in given)):
+        tp, cp, pp = sizes
+        if tp * cp * pp <= plan.num_gpus or all(size is not None for size in given):
+            yield tp, cp, pp
+
+
+def _micro_batches(plan: PlanConfig) -> list[int]:
+    return [plan.micro_batch_size] if plan.micro_batch_size is not None else [1, 2, 4, 8]
+
+
+def _sequence_parallel(plan: PlanConfig, tp: int) -> bool:
+    return tp > 1 if plan.sequence_parallel is None else plan.sequence_parallel
+
+
+def _parallels(model: DiTConfig, plan: PlanConfig, tp: int, cp: int, pp: int) -> list[ParallelConfig]:
+    wanted = plan.recompute_granularity
+    kinds = ["none", "selective", "full"] if wanted == "search" else [wanted]
+    return [_parallel(model, plan, tp, cp, pp, kind) for kind in kinds]
+
+
+def _parallel(model: DiTConfig, plan: PlanConfig, tp: int, cp: int, pp: int, recompute: str) -> ParallelConfig:
+    first, last = plan.num_layers_in_first_pipeline_stage, plan.num_layers_in_last_pipeline_stage
+    if first is None and last is None and pp > 1 and model.num_layers % pp:
+        first, last = _uneven_ends(model.num_layers, pp)
+    return ParallelConfig(
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=_sequence_parallel(plan, tp),
+        num_virtual_stages_per_pipeline_rank=plan.num_virtual_stages_per_pipeline_rank if pp > 1 else None,
+        num_layers_in_first_pipeline_stage=first,
+        num_layers_in_last_pipeline_stage=last,
+        recompute_granularity=None if recompute == "none" else recompute,
+        recompute_modules=("core_attn", "mlp"),
+        use_distributed_optimizer=plan.use_distributed_optimizer,
+        overlap_grad_reduce=plan.overlap_grad_reduce,
+    )
+
+
+def _uneven_ends(num_layers: int, pp: int) -> tuple[int | None, int | None]:
+    """Layers of the first and the last stage when all others have as many as a whole number of them allows."""
+    if pp == 2:
+        return num_layers // 2, num_layers - num_layers // 2
+    middle = -(-num_layers // pp)
+    ends = num_layers - middle * (pp - 2)
+    return (ends // 2, ends - ends // 2) if ends >= 2 else (None, None)
