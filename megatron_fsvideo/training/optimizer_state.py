@@ -18,6 +18,7 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
 
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+from megatron_fsvideo.parallel.sequence import all_gather_slices
 
 # Any layout, and the distributed optimizer at any data-parallel size, reads what another wrote.
 CHECKPOINT_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -40,15 +41,18 @@ def sharded_optimizer_state(
     for link in optimizer.chained_optimizers:
         _make_empty_state(link.optimizer)
     if _is_distributed(optimizer):
+        for link in optimizer.chained_optimizers:
+            _replace_gathering(link)
         with megatron_on_cpu():
             return optimizer.sharded_state_dict(weights, is_loading, metadata=CHECKPOINT_METADATA)
-    by_parameter = {id(tensor.data): tensor for tensor in weights.values()}
+    # Not by key: virtual stages of a rank have copies of the embedders, which share it.
+    by_parameter = {id(tensor.data): (name, tensor) for name, tensor in weights.items()}
     content: OptimizerState = {"tensors": {}, STEP: None}
     for link in optimizer.chained_optimizers:
         for parameter, master in _masters(link):
-            weight = by_parameter[id(parameter)]
+            name_of_weight, weight = by_parameter[id(parameter)]
             tensors = _state_tensors(link.optimizer, parameter, master)
-            content["tensors"][weight.key] = {
+            content["tensors"][name_of_weight] = {
                 name: make_sharded_optimizer_tensor(weight, tensor, f"optimizer.{name}")
                 for name, tensor in tensors.items()
             }
@@ -70,17 +74,53 @@ def load_optimizer_state(
                 if isinstance(link.optimizer, torch.optim.AdamW):
                     state[STEP] = state[STEP].clone()
         return
-    keys = {id(tensor.data): tensor.key for tensor in weights.values()}
+    names = {id(tensor.data): name for name, tensor in weights.items()}
     with torch.no_grad():
         for link in optimizer.chained_optimizers:
             for parameter, master in _masters(link):
                 for name, tensor in _state_tensors(link.optimizer, parameter, master).items():
-                    tensor.copy_(content["tensors"][keys[id(parameter)]][name])
+                    tensor.copy_(content["tensors"][names[id(parameter)]][name])
             _set_steps(link.optimizer, content[STEP])
 
 
 def _is_distributed(optimizer: ChainedOptimizer) -> bool:
     return any(isinstance(link, DistributedOptimizer) for link in optimizer.chained_optimizers)
+
+
+def _replace_gathering(link: DistributedOptimizer) -> None:
+    """Megatron lays the gathered states out without the padding between buckets, but reads them as if with it.
+
+    Weights and moments in all buckets but the first would be saved shifted. There are several buckets with pipeline
+    stages (the embedders' copies) and with overlap_grad_reduce.
+    """
+
+    def gather(use_gloo_comm: bool, empty_data: bool, return_on_all_ranks: bool) -> dict[int, dict]:
+        return {
+            index: {dtype: _whole_buffer(link, index, buckets, empty_data) for dtype, buckets in ranges.items()}
+            for index, ranges in enumerate(link.gbuf_ranges)
+        }
+
+    link.get_parameter_state_dp_zero = gather
+
+
+def _whole_buffer(
+    link: DistributedOptimizer, index: int, buckets: list[dict[str, Any]], is_empty: bool
+) -> dict[str, Tensor]:
+    """Weights and moments of all data-parallel ranks, fp32, in the layout of the gradient buffer."""
+    buffer = link.buffers[index]
+    whole = {name: torch.zeros(buffer.numel) for name in ("param", "exp_avg", "exp_avg_sq")}
+    if is_empty:
+        return whole
+    for bucket, ranges in zip(buffer.buckets, buckets, strict=True):
+        length = bucket.grad_data.numel()
+        for name, target in whole.items():
+            shard = torch.zeros(length // link.data_parallel_group.size(), device=bucket.grad_data.device)
+            for parameter, places in ranges["param_map"].items():
+                place = places["gbuf_local"]
+                shard[place.start : place.end] = link._get_main_param_and_optimizer_states(parameter)[name]
+            gathered = all_gather_slices(shard, 0, link.data_parallel_group)
+            target[bucket.offset : bucket.offset + length] = gathered.cpu()
+    return whole
 
 
 def _masters(link: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:

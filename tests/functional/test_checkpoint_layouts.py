@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from megatron_fsvideo.checkpoint.distributed import LATEST_FILE
-from tests.functional.runs import debug_arguments, losses, run_to_end
+from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
+from tests.functional.runs import Run, debug_arguments, losses, run_to_end
 from tests.latent_fixtures import write_latent_dataset
 
 SAVED, END = 3, 6
@@ -63,6 +64,13 @@ def test_distributed_optimizer_saved_at_dp2(extra, world_size, data, tmp_path):
     assert got == pytest.approx(expected, rel=1e-6)
 
 
+def test_distributed_optimizer_with_several_buckets(data, tmp_path):
+    """With stages each embedder has a bucket of its own."""
+    flags = [*DISTRIBUTED, *PP2, "--bf16"]
+    expected = save_at(data, tmp_path / "saved", flags, 2)
+    assert continue_in(data, tmp_path / "saved", tmp_path / "continued", flags, 2) == expected
+
+
 @pytest.mark.parametrize(("kind", "bf16"), [("muon", "--no-bf16"), ("muon", "--bf16"), ("adam", "--bf16")])
 def test_saved_at_tp2_continues_in_one_process_and_exactly_at_tp2(kind, bf16, data, tmp_path):
     flags = ["--optimizer", kind, bf16]
@@ -91,3 +99,32 @@ def test_finetune_takes_the_weights_then_continues_itself(data, saved_at_dp2, tm
     assert list(first) == [1, 2] and first[1] < expected[1]
     run_to_end(argv, tmp_path / "log")
     assert list(losses(target / "logs")) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("optimizer", [[], DISTRIBUTED], ids=["adam", "distributed_optimizer"])
+def test_virtual_stages_train_save_resume_and_load_in_one_process(optimizer, data, tmp_path):
+    """With validation and the averaged weights, which all chunks of a rank take part in."""
+    common = [*COMMON, *optimizer, "--num-layers", "4", "--valid-data-path", str(data), "--eval-iters", "1"]
+    virtual = [*PP2, "--num-virtual-stages-per-pipeline-rank", "2"]
+    run_to_end(debug_arguments(data, tmp_path / "alone", *common), tmp_path / "log")
+    expected = metrics(tmp_path / "alone")
+    found = save_at(data, tmp_path / "virtual", [*common, *virtual], 2)
+    assert metrics(tmp_path / "virtual") == pytest.approx(expected, rel=1e-5)
+    again = continue_in(data, tmp_path / "virtual", tmp_path / "again", [*common, *virtual], 2)
+    assert again == found
+    continue_in(data, tmp_path / "virtual", tmp_path / "one_process", common, 1)
+    assert metrics(tmp_path / "one_process") == pytest.approx(expected, rel=1e-5)
+
+
+def test_virtual_stages_need_whole_groups_of_micro_batches(data, tmp_path):
+    flags = [*COMMON, "--num-layers", "4", *PP2, "--num-virtual-stages-per-pipeline-rank", "2"]
+    run = Run(debug_arguments(data, tmp_path / "run", *flags, "--global-batch-size", "3"), tmp_path / "log", 2)
+    code, text = run.wait()
+    assert code != 0 and "micro_batch_size 1 x data-parallel size 1 x pipeline size 2 (virtual stages) = 2" in text
+
+
+def metrics(folder):
+    """Losses, gradient norms and validation errors of a run."""
+    rows = read_metrics(folder / "logs" / METRICS_FILE)
+    names = ("loss", "grad_norm", "validation_velocity_mse")
+    return {f"{row['iteration']} {name}": row[name] for row in rows for name in names if name in row}

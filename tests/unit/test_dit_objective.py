@@ -93,13 +93,12 @@ def test_a_perfect_prediction_has_no_error(prediction_type):
     diffusion = DiffusionConfig(prediction_type=prediction_type)
     noise, _, dropped = training_draws(batch, diffusion, seed=1)
     noisy = make_noisy(batch, (noise, torch.tensor([0.3, 0.9]), dropped), batch.text[0], MODEL, diffusion)
-    model = SimpleNamespace(model_config=MODEL)
     right = noisy.target if prediction_type == "velocity" else batch.latents
     prediction = patchify(right, MODEL.patch_size)
-    assert velocity_mse(prediction, noisy, model, diffusion, ALONE).max() < 1e-10
+    assert velocity_mse(prediction, noisy, MODEL, diffusion, ALONE).max() < 1e-10
     # An error in one sample is that sample's alone, and a mean over all its elements.
     wrong = prediction.clone()
     wrong[0] += 0.1
-    errors = velocity_mse(wrong, noisy, model, diffusion, ALONE)
+    errors = velocity_mse(wrong, noisy, MODEL, diffusion, ALONE)
     expected = 0.01 if prediction_type == "velocity" else 0.01 / 0.3**2
     assert errors[0].item() == pytest.approx(expected, rel=1e-3) and errors[1] < 1e-10

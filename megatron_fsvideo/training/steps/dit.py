@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_fsvideo.checkpoint.agreement import check_agreement
 from megatron_fsvideo.checkpoint.distributed import (
@@ -25,16 +23,16 @@ from megatron_fsvideo.data.batch import Batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
 from megatron_fsvideo.diffusion.losses import per_sample_loss
-from megatron_fsvideo.models.dit import build_dit
-from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+from megatron_fsvideo.models.dit import build_dit_chunks
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
+from megatron_fsvideo.parallel.pipeline import run_schedule
 from megatron_fsvideo.training.ema import EMA
 from megatron_fsvideo.training.flops import dit_training_flops
 from megatron_fsvideo.training.optimizer import (
     LateDecayScheduler,
     build_optimizer,
     step_if_finite,
-    wrap_ddp,
+    wrap_ddp_chunks,
 )
 from megatron_fsvideo.training.optimizer_state import (
     CHECKPOINT_METADATA,
@@ -75,11 +73,12 @@ class DiTStep:
         check_data_fits_model(self.dataset, job.model, job.parallel)
         self.valid_dataset = self._open_validation()
         dtype = torch.bfloat16 if job.training.bf16 else torch.float32
-        self.model = build_dit(job.model, job.parallel, pgs, params_dtype=dtype, seed=job.training.seed)
-        self.wrapped: DistributedDataParallel = wrap_ddp(self.model, job.parallel, pgs)
+        chunks = build_dit_chunks(job.model, job.parallel, pgs, params_dtype=dtype, seed=job.training.seed)
+        self.chunks = nn.ModuleList(chunks)  # one, or with virtual pipeline stages this rank's several
+        self.wrapped = wrap_ddp_chunks(chunks, job.parallel, pgs)
         self.optimizer = build_optimizer(self.wrapped, job.optimizer, job.parallel, job.training, pgs)
         self.scheduler = LateDecayScheduler(self.optimizer, job.optimizer, job.training)
-        self.ema = EMA(self.model, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
+        self.ema = EMA(self.chunks, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
         self.null_text = pad_rows(self.dataset.null_text, self.dataset.text_length)
         checkpoint = job.checkpoint
         self.writer = (
@@ -98,7 +97,8 @@ class DiTStep:
         learning_rate = self.scheduler.get_lr({"max_lr": self.job.optimizer.lr, "min_lr": self.job.optimizer.min_lr})
 
         self._errors.clear()
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self._run(batches, self._training_step, forward_only=False)
         loss, mse = self._mean_over_batch(collected, len(batches))
@@ -125,13 +125,13 @@ class DiTStep:
         assert self.valid_dataset is not None, "checked when the job was made"
         source = self._batches(self.valid_dataset, 0, shuffle=False)
         sums = torch.zeros(3, NUM_SIGMA_BINS, dtype=torch.float64, device=self.pgs.device)
-        self.wrapped.eval()
+        self._set_training(False)
         if self.ema is not None:
             with self.ema.applied():
                 self._validate_batches(source, sums)
         else:
             self._validate_batches(source, sums)
-        self.wrapped.train()
+        self._set_training(True)
         errors, bounds, counts = self._sum_over_ranks(sums)
         metrics = {
             "velocity_mse": (errors.sum() / counts.sum()).item(),
@@ -196,7 +196,7 @@ class DiTStep:
         had_ema = record["job"]["optimizer"]["ema_decay"] > 0
         state = self._sharded_state(is_loading=True, with_ema=had_ema, with_optimizer=not finetune)
         content = load_checkpoint(folder, iteration, state)
-        missing, _ = self.model.load_state_dict(content["model"], strict=False)
+        missing, _ = self.chunks.load_state_dict(content["model"], strict=False)
         assert all(name.endswith("_extra_state") for name in missing), missing
         if self.ema is not None:
             if had_ema:
@@ -237,7 +237,7 @@ class DiTStep:
         noisy = self._noisy(batch, training_draws(batch, diffusion, self.job.training.seed))
 
         def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            mse = velocity_mse(prediction, noisy, self.model, diffusion, self.pgs)
+            mse = velocity_mse(prediction, noisy, self.job.model, diffusion, self.pgs)
             # `mse` is per element already: one element is what it is the error of.
             loss = per_sample_loss(mse, 1, diffusion.loss_type, diffusion.huber_c).mean()
             self._errors.append((batch.sample_ids, mse.detach()))
@@ -251,7 +251,7 @@ class DiTStep:
         noisy = self._noisy(batch, validation_draws(batch, self.job.diffusion, self.job.training.seed))
 
         def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            mse = velocity_mse(prediction, noisy, self.model, self.job.diffusion, self.pgs)
+            mse = velocity_mse(prediction, noisy, self.job.model, self.job.diffusion, self.pgs)
             values = torch.stack([mse, white_latents_bound(noisy.sigmas), torch.ones_like(mse)]).double()  # (3, b)
             bins = (noisy.sigmas * NUM_SIGMA_BINS).long().clamp(max=NUM_SIGMA_BINS - 1)
             sums = values.new_zeros(3, NUM_SIGMA_BINS).index_add_(1, bins, values)
@@ -273,17 +273,12 @@ class DiTStep:
 
     def _run(self, batches: list[Batch], forward_step: Callable, forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over the micro-batches; what the loss functions returned, on the last stage."""
-        with megatron_on_cpu():
-            collected = get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(batches),
-                model=[self.wrapped],
-                num_microbatches=len(batches),
-                seq_length=1,  # stages tell each other the shapes
-                micro_batch_size=self.job.training.micro_batch_size,
-                forward_only=forward_only,
-            )
+        collected = run_schedule(forward_step, self.wrapped, batches, self.pgs, forward_only=forward_only)
         return [entry["sums"] for entry in collected]
+
+    def _set_training(self, is_training: bool) -> None:
+        for chunk in self.wrapped:
+            chunk.train(is_training)
 
     @torch.no_grad()
     def _validate_batches(self, source: BatchSource, sums: Tensor) -> None:
@@ -311,6 +306,8 @@ class DiTStep:
             self.pgs,
             consumed_samples=consumed_samples,
             shuffle=shuffle,
+            # With virtual stages, Megatron's schedule takes micro-batches in groups of the pipeline's size.
+            microbatch_multiple=self.pgs.pp_size if len(self.chunks) > 1 else 1,
         )
 
     def _open_validation(self) -> LatentDataset | None:
@@ -338,6 +335,10 @@ class DiTStep:
         return content
 
     def _sharded_weights(self) -> dict[str, ShardedTensor]:
-        """The model's weights. Megatron's `_extra_state` objects are left out: pickles that hold nothing here."""
-        state = self.model.sharded_state_dict(metadata=CHECKPOINT_METADATA)
-        return {name: tensor for name, tensor in state.items() if isinstance(tensor, ShardedTensor)}
+        """This rank's weights by their names in `chunks`; without `_extra_state`, pickles that hold nothing."""
+        return {
+            f"{index}.{name}": tensor
+            for index, chunk in enumerate(self.chunks)
+            for name, tensor in chunk.sharded_state_dict(metadata=CHECKPOINT_METADATA).items()
+            if isinstance(tensor, ShardedTensor)
+        }

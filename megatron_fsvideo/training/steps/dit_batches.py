@@ -19,6 +19,7 @@ class BatchSource:
 
     Args:
         shuffle: False for validation: stored order.
+        microbatch_multiple: a rank's micro-batches of one step are a multiple of it.
     """
 
     def __init__(
@@ -31,17 +32,19 @@ class BatchSource:
         *,
         consumed_samples: int = 0,
         shuffle: bool = True,
+        microbatch_multiple: int = 1,
     ) -> None:
         self.data_wait = 0.0
         self._pgs = pgs
         self._dataset = dataset
         self._plan: GlobalBatch | None = None
         self._tokens = dataset.bucket_tokens(model.patch_size)
-        multiple = training.micro_batch_size * pgs.dp_size
+        multiple = training.micro_batch_size * pgs.dp_size * microbatch_multiple
         if training.global_batch_size % multiple:
+            stages = f" x pipeline size {microbatch_multiple} (virtual stages)" if microbatch_multiple > 1 else ""
             raise ValueError(
                 f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
-                f"{training.micro_batch_size} x data-parallel size {pgs.dp_size} = {multiple}"
+                f"{training.micro_batch_size} x data-parallel size {pgs.dp_size}{stages} = {multiple}"
             )
         sizes = bucket_batch_sizes(self._tokens, training.global_batch_size, multiple)
         sampler = BucketSampler(dataset.streams, sizes, training.seed, shuffle)
@@ -57,7 +60,9 @@ class BatchSource:
                 consumed_samples=consumed_samples,
                 num_workers=data.num_workers,
             )
-        self._num_microbatches = {bucket: size // multiple for bucket, size in sizes.items()}
+        self._num_microbatches = {
+            bucket: size // (training.micro_batch_size * pgs.dp_size) for bucket, size in sizes.items()
+        }
 
     def next(self) -> tuple[list[Batch], int, int]:
         """This rank's micro-batches, the global batch's number of samples, and the tokens of one sample."""

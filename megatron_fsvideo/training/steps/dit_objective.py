@@ -22,7 +22,7 @@ from megatron_fsvideo.diffusion.flow_matching import (
     velocity_target,
 )
 from megatron_fsvideo.diffusion.losses import squared_errors
-from megatron_fsvideo.models.dit import DiTModel, patchify
+from megatron_fsvideo.models.dit import patchify
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.parallel.seeds import sample_generator
 from megatron_fsvideo.parallel.sequence import local_slice, sum_for_same_loss
@@ -106,7 +106,7 @@ def predict(model: torch.nn.Module, noisy: NoisyBatch) -> Tensor:
 def velocity_mse(
     prediction: Tensor,
     noisy: NoisyBatch,
-    model: DiTModel,
+    model: DiTConfig,
     diffusion: DiffusionConfig,
     pgs: ProcessGroups,
 ) -> Tensor:
@@ -118,8 +118,7 @@ def velocity_mse(
     Args:
         prediction: this context-parallel rank's tokens [b, n, c * patch volume].
     """
-    patch_size = model.model_config.patch_size
-    mine = [local_slice(patchify(x, patch_size), 1, pgs.cp) for x in (noisy.noisy_latents, noisy.target)]
+    mine = [local_slice(patchify(x, model.patch_size), 1, pgs.cp) for x in (noisy.noisy_latents, noisy.target)]
     velocity = to_velocity(prediction, mine[0], noisy.sigmas, diffusion.prediction_type)
     total = sum_for_same_loss(squared_errors(velocity, mine[1]), pgs.cp)
     return total / noisy.target[0].numel()
