@@ -1,0 +1,47 @@
+"""Mean routing weights against a loop over tokens, and the figure of them."""
+
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, build_job
+from megatron_fsvideo.evaluation.router_weights import RouterWeights, router_pixels
+from megatron_fsvideo.models.dit.layer_memory import LayerMemory
+
+MODEL = build_job(DiTJob, DIT_PRESETS["dit_debug"] | {"num_layers": 3}).model
+ONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+ALONE = SimpleNamespace(cp=ONE, tp=ONE, device=torch.device("cpu"))
+
+
+class Layers(nn.Module):
+    """Two routers that see the same tokens and mix nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.memories = nn.ModuleList(LayerMemory(number, 8, 0.9) for number in (2, 3))
+        for memory in self.memories:
+            memory.forward = lambda source: source
+
+    def forward(self, source):
+        for memory in self.memories:
+            memory(source)
+
+
+def test_means_of_first_and_other_frames(monkeypatch):
+    monkeypatch.setattr("megatron_fsvideo.evaluation.router_weights.all_reduce_sum", lambda tensor: tensor)
+    torch.manual_seed(0)
+    layers, router = Layers(), RouterWeights(MODEL, ALONE, False)
+    batches = [torch.randn(12, 2, 8), torch.randn(12, 1, 8)]  # 3 frames of 2 x 2 tokens
+    for batch in batches:
+        with router.recording(layers, (3, 2, 2)):
+            layers(batch)
+    layers(batches[0])  # not recorded
+    means = router.mean()
+    assert means.shape == (2, 2, 3) and means[:, 0, 2].isnan().all()
+    for row, memory in enumerate(layers.memories):
+        for kind, tokens in enumerate((slice(0, 4), slice(4, 12))):
+            seen = torch.cat([memory.weights(batch[tokens]).flatten(0, 1) for batch in batches])
+            torch.testing.assert_close(means[kind, row, : row + 2], seen.mean(0))
+    pixels = router_pixels(means)
+    assert pixels.dtype == torch.uint8 and pixels.shape[-1] == 3 and pixels.float().std() > 10

@@ -1,0 +1,138 @@
+"""Plot where layer memory looks: the mean routing weight per layer and source state (paper Figure 6).
+
+    python tools/plot_router.py --load runs/dit --data-path runs/latents --out runs/router.png
+
+    torchrun --nproc-per-node 2 tools/plot_router.py --tensor-model-parallel-size 2 ...
+
+Two heat maps, for the tokens of the first frame and for the others. Beside router.png it writes router.json with the
+numbers. Samples are taken in stored order, at noise levels as in training.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_fsvideo.config import ParallelConfig, parse_job, run_script
+from megatron_fsvideo.data.batch import read_batch
+from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.data.sampler import SampleRef
+from megatron_fsvideo.evaluation.router_weights import KINDS, RouterWeights, write_router_figure
+from megatron_fsvideo.inference.loading import LoadedDiT, load_dit
+from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.training.steps.dit_batches import check_data_fits_model
+from megatron_fsvideo.training.steps.dit_objective import make_noisy, pad_rows, predict, validation_draws
+
+
+@dataclass(frozen=True)
+class PlotFlags:
+    """which model, which data"""
+
+    load: str
+    """The --save folder of pretrain_dit.py."""
+    data_path: tuple[str, ...]
+    """Latent dataset folders."""
+    out: str = "router.png"
+    """The PNG to write; the numbers go beside it as JSON."""
+    num_samples: int = 16
+    """Samples of each bucket and folder that are looked at, or as many as there are."""
+    micro_batch_size: int = 4
+    """Samples in one forward pass."""
+    seed: int = 1234
+    """Seed of noise and noise levels."""
+    use_ema: bool = True
+    """Take the moving average of the weights."""
+
+    def __post_init__(self) -> None:
+        if min(self.num_samples, self.micro_batch_size) < 1:
+            raise ValueError(
+                f"num_samples {self.num_samples} and micro_batch_size {self.micro_batch_size} must be positive"
+            )
+
+
+@dataclass(frozen=True)
+class PlotJob:
+    """Plot where layer memory looks."""
+
+    plot: PlotFlags
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+def main() -> None:
+    """Load, look, write."""
+    job = parse_job(PlotJob)
+    pgs = groups.initialize(job.parallel)
+    dit = load_dit(job.plot.load, job.parallel, pgs, job.plot.use_ema)
+    dataset = open_dataset(job, dit)
+    weights, num_samples = collect(job, dit, dataset, pgs)
+    if pgs.is_rank_zero:
+        write(job.plot, dit, weights, num_samples)
+    groups.shutdown()
+
+
+def open_dataset(job: PlotJob, dit: LoadedDiT) -> LatentDataset:
+    """The dataset, normalised as the model was trained.
+
+    Raises:
+        ValueError: another autoencoder's latents, or other sizes.
+    """
+    normalization = dit.data["latent_mean"], dit.data["latent_std"]
+    dataset = LatentDataset(job.plot.data_path, normalization=normalization)
+    check_data_fits_model(dataset, dit.job.model, job.parallel)
+    found = dataset.description()["autoencoder"]["fingerprint"]
+    expected = dit.data["autoencoder"]["fingerprint"]
+    if found != expected:
+        raise ValueError(
+            f"the model was trained on latents of the autoencoder {expected[:12]}, {dataset.folders[0]} has those of "
+            f"{found[:12]}"
+        )
+    return dataset
+
+
+@torch.no_grad()
+def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGroups) -> tuple[Tensor, int]:
+    """Mean weights as `RouterWeights.mean` returns them, and the number of samples seen."""
+    flags, model, diffusion = job.plot, dit.job.model, dit.job.diffusion
+    router = RouterWeights(model, pgs, job.parallel.sequence_parallel)
+    null_text = pad_rows(dataset.null_text, dataset.text_length)
+    total = 0
+    for index, stream in enumerate(dataset.streams):
+        number = min(flags.num_samples, stream.num_samples)
+        refs = [SampleRef(index, position, 0) for position in range(number)]
+        # Every data-parallel rank looks at all samples, which changes no mean.
+        for first in range(0, number, flags.micro_batch_size):
+            batch = read_batch(dataset, refs[first : first + flags.micro_batch_size]).to(pgs.device)
+            draws = validation_draws(batch, diffusion, flags.seed)
+            with router.recording(dit.model, tuple(batch.latents.shape[2:])):
+                predict(dit.model, make_noisy(batch, draws, null_text, model, diffusion))
+        total += number
+    return router.mean(), total
+
+
+def write(flags: PlotFlags, dit: LoadedDiT, weights: Tensor, num_samples: int) -> None:
+    """The PNG and the JSON."""
+    out = Path(flags.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_router_figure(out, weights, f"{flags.load}, iteration {dit.iteration}")
+    values: dict[str, Any] = {
+        "load": flags.load,
+        "iteration": dit.iteration,
+        "data_path": list(flags.data_path),
+        "num_samples": num_samples,
+        "seed": flags.seed,
+        "layers": list(range(2, weights.shape[-1] + 1)),
+        "states": list(range(weights.shape[-1])),
+    }
+    for name, part in zip(KINDS, weights.tolist(), strict=True):
+        # JSON has no NaN: a null says that a layer does not read a state.
+        values[name.replace(" ", "_")] = [[None if weight != weight else weight for weight in row] for row in part]
+    out.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    print(f"{out} and {out.with_suffix('.json')}: {num_samples} samples")
+
+
+if __name__ == "__main__":
+    run_script(main)
