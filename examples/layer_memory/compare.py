@@ -1,0 +1,105 @@
+"""Train the same small DiT with and without layer memory and plot both losses: the paper's Figure 7, in small.
+
+    python examples/layer_memory/compare.py --latents runs/quickstart/latents/train \
+        --valid-latents runs/quickstart/latents/heldout --output-dir runs/layer_memory
+
+Each seed is a pair of runs that see the same clips, noise and sigmas in the same order; only the routers differ.
+Finished runs are kept when you run this again. Leaves losses.png, comparison.json and the runs themselves.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_fsvideo.config import parse_job, require, run_script
+
+# Deep rather than wide: with more layers there is more to remember. Muon off: the paper trains with AdamW.
+MODEL = "--preset dit_quickstart --num-layers 12 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512"
+TRAINING = "--optimizer adam --lr 1e-3 --log-interval 1"
+SWITCHES = {"with layer memory": "--layer-memory", "without": "--no-layer-memory"}
+
+
+@dataclass(frozen=True)
+class CompareFlags:
+    """what to compare on"""
+
+    latents: str
+    """Latent dataset to train on."""
+    valid_latents: str
+    """Latent dataset to validate on."""
+    output_dir: str = "runs/layer_memory"
+    """Everything goes here."""
+    num_seeds: int = 3
+    """Pairs of runs."""
+    train_iters: int = 400
+    """Iterations of each run."""
+    smoothing: int = 25
+    """Iterations that one point of a plotted curve averages."""
+
+
+@dataclass(frozen=True)
+class CompareJob:
+    """Pairs of training runs, with and without layer memory."""
+
+    compare: CompareFlags
+
+
+def train(flags: CompareFlags, seed: int, switch: str) -> Path:
+    """One run; returns its metrics file."""
+    folder = Path(flags.output_dir) / f"seed{seed}{switch}"
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and "validation_velocity_mse" in metrics.read_text().splitlines()[-1]:
+        return metrics
+    command = [sys.executable, "pretrain_dit.py", *MODEL.split(), *TRAINING.split(), switch, "--seed", str(seed)]
+    command += ["--data-path", flags.latents, "--valid-data-path", flags.valid_latents, "--eval-iters", "8"]
+    command += ["--train-iters", str(flags.train_iters), "--tensorboard-dir", str(folder)]
+    subprocess.run(command, check=True)
+    return metrics
+
+
+def read_curve(metrics: Path) -> tuple[list[float], float]:
+    """(loss of each iteration, validation error at the end) of one run."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return losses, [row for row in rows if "validation_velocity_mse" in row][-1]["validation_velocity_mse"]
+
+
+def smoothed(losses: list[float], window: int) -> list[float]:
+    """Means over the last `window` iterations."""
+    return [sum(losses[k - window : k]) / window for k in range(window, len(losses) + 1)]
+
+
+def compare(flags: CompareFlags) -> None:
+    """Train every pair, then plot and tabulate."""
+    pyplot = require("matplotlib.pyplot", "eval")
+    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    table = []
+    for seed in range(flags.num_seeds):
+        row: dict[str, float] = {"seed": seed}
+        for (name, switch), color in zip(SWITCHES.items(), ("tab:red", "tab:blue"), strict=True):
+            losses, validation = read_curve(train(flags, seed, switch))
+            curve = smoothed(losses, flags.smoothing)
+            label = name if seed == 0 else None
+            axis.plot(range(flags.smoothing, len(losses) + 1), curve, color=color, alpha=0.7, label=label)
+            row |= {f"loss, {name}": round(curve[-1], 5), f"validation, {name}": round(validation, 5)}
+        for kind in ("loss", "validation"):
+            on, off = (row[f"{kind}, {name}"] for name in SWITCHES)
+            row[f"{kind}, change by layer memory"] = round(on / off - 1, 4)
+        table.append(row)
+    axis.set(xlabel="iteration", ylabel=f"training loss, mean of {flags.smoothing} iterations", yscale="log")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(Path(flags.output_dir) / "losses.png", dpi=150)
+    (Path(flags.output_dir) / "comparison.json").write_text(json.dumps(table, indent=1) + "\n")
+    print(json.dumps(table, indent=1))
+
+
+def main() -> None:
+    """Parse the command line and compare."""
+    compare(parse_job(CompareJob).compare)
+
+
+if __name__ == "__main__":
+    run_script(main)
