@@ -24,7 +24,7 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    "test": ["pytest", "ruff", "diffusers"],
+    "test": ["pytest", "ruff", "diffusers", "matplotlib"],
     # Already among the requirements; named for the messages of `require`.
     "train": ["tensorboard", "tqdm"],
     "encoders": ["transformers", "sentencepiece"],
