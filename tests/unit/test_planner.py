@@ -63,9 +63,7 @@ TOGETHER = {
     "dp_distributed_optimizer": case(dp=2, use_distributed_optimizer=True),
 }
 
-
-# `tp_sp` peaks up to 11 % above the plan on some runs (10.9 % seen once; why is not known).
-SLOW = ("tp", "tp_sp", "pp_full")
+SLOW = ("tp", "pp_full")
 TWO_PROCESSES = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TOGETHER]
 
 
