@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, checksums_of
 from megatron_fsvideo.checkpoint.conversion_source import Source
 from megatron_fsvideo.checkpoint.distributed import JOB_FILE, LATEST_FILE, iteration_folder
 from megatron_fsvideo.checkpoint.distributed_weights import write_distributed_weights
@@ -222,6 +223,7 @@ def _write_distributed(folder: Path, conversion: Conversion, read: Callable[[str
         "origin": record.origin,
     }
     _write_json(target / JOB_FILE, values)
+    _write_json(target / CHECKSUM_FILE, checksums_of(target, sorted(path.name for path in target.iterdir())))
     (folder / LATEST_FILE).write_text("0\n")
 
 

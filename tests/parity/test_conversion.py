@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from diffusers import WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
 import tools.convert_checkpoint as tool
+from megatron_fsvideo.checkpoint.checksums import check_files
 from megatron_fsvideo.checkpoint.distributed import iteration_folder, read_record
 from megatron_fsvideo.checkpoint.dit_release import open_dit_release
 from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, ParallelConfig, build_job
@@ -136,6 +138,16 @@ def test_diffusers_through_every_format_and_back_is_bit_exact(diffusers_chain):
     assert {key: again.config[key] for key in expected if not key.startswith("_")} == {
         key: value for key, value in expected.items() if not key.startswith("_")
     }
+
+
+def test_a_converted_checkpoint_is_checked_like_any_other(diffusers_chain, tmp_path):
+    shutil.copytree(diffusers_chain[0] / "distributed" / "iter_0000000", tmp_path / "damaged")
+    check_files(tmp_path / "damaged")
+    tensors = bytearray((tmp_path / "damaged/__0_0.distcp").read_bytes())
+    tensors[len(tensors) // 2] ^= 1
+    (tmp_path / "damaged/__0_0.distcp").write_bytes(tensors)
+    with pytest.raises(ValueError, match=r"__0_0.distcp is damaged: its checksum is"):
+        check_files(tmp_path / "damaged")
 
 
 def test_the_wan_names_are_those_that_diffusers_knows(diffusers_chain):
