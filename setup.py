@@ -32,6 +32,8 @@ EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "flash-attn"],
     "eval": ["matplotlib"],
     "ui": ["gradio"],
+    # Our Gride is tested against it. It holds numpy below 2 and brings jax: an environment of its own is better.
+    "intrinsic-dimension": ["dadapy"],
 }
 
 setup(
