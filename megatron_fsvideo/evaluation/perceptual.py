@@ -12,13 +12,11 @@ weighted per channel, averaged over positions, summed over layers. Trunks:
 `PerceptualLoss.label` says which of these it is.
 """
 
-from pathlib import Path
-
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import FSAETrainingConfig, require
+from megatron_fsvideo.evaluation.weight_files import read_weight_file
 
 VGG_LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 VGG_TAPS = (3, 8, 15, 22, 29)
@@ -148,7 +146,7 @@ class EfficientNetTrunk(nn.Module):
 def _load_vgg(path: str | None, linear_path: str | None) -> PerceptualLoss:
     if path is None:
         raise ValueError("perceptual_trunk vgg16 needs --perceptual-trunk-path: a file with VGG16's weights")
-    weights = _read_weights("perceptual_trunk_path", path)
+    weights = read_weight_file("perceptual_trunk_path", path)
     trunk = VGG16Trunk()
     expected = trunk.state_dict()
     found = {name: tensor for name, tensor in weights.items() if name in expected}
@@ -156,7 +154,7 @@ def _load_vgg(path: str | None, linear_path: str | None) -> PerceptualLoss:
         raise ValueError(f"{path} lacks {len(missing)} weights of VGG16, the first is {missing[0]}")
     trunk.load_state_dict(found)
     names = [f"lin{layer}.model.1.weight" for layer in range(len(VGG_WIDTHS))]
-    linear = weights if linear_path is None else _read_weights("perceptual_linear_path", linear_path)
+    linear = weights if linear_path is None else read_weight_file("perceptual_linear_path", linear_path)
     if missing := [name for name in names if name not in linear]:
         if linear_path is not None:
             raise ValueError(f"{linear_path} lacks {len(missing)} of LPIPS's weights, the first is {missing[0]}")
@@ -172,14 +170,6 @@ def _channel_weights(linear: dict[str, Tensor], name: str) -> Tensor:
             "and none below 0"
         )
     return weights
-
-
-def _read_weights(flag: str, path: str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise ValueError(f"{flag} {path} does not exist")
-    if path.endswith(".safetensors"):
-        return safetensors.torch.load_file(path)
-    return torch.load(path, weights_only=True, map_location="cpu")
 
 
 def _unit(features: Tensor) -> Tensor:
