@@ -1,14 +1,21 @@
-"""Judge an autoencoder by its reconstructions of held-out shots.
+"""Judge autoencoders by their reconstructions, as Table 2 of the paper does (docs/evaluation.md).
 
     python tools/evaluate_fsae.py --load runs/fsae --video-dir videos --out runs/fsae-evaluation/evaluation.json
 
-Writes the JSON (PSNR, SSIM, PSNR of the first and last frame, in the mean and of each clip) and beside it a PNG of
-originals and reconstructions. For videos that were not trained on, `--holdout-every 0` judges every shot.
+    torchrun --nproc-per-node 8 tools/evaluate_fsae.py --load runs/fsae_phase5 --video-dir inter4k --sampling videos \
+        --num-clips 1000 --lpips-path vgg16_lpips.safetensors --i3d-path i3d.safetensors \
+        --compare wan:wan2.1/vae ltx:ltx/vae hunyuan:hunyuan/vae --out table2.json
+
+Prints a table; writes it as JSON with the measures of each clip, beside it the latents' mean and standard deviation per
+channel, and a PNG of originals and reconstructions. Shots that training held out are judged where there are any; for
+videos that were not trained on, `--holdout-every 0` judges every shot. Any number of processes, one result.
 """
 
 import json
-from dataclasses import dataclass, replace
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,14 +23,31 @@ from torch import Tensor
 from megatron_fsvideo.checkpoint.distributed import JOB_FILE
 from megatron_fsvideo.checkpoint.release import load_fsae, resolve_release
 from megatron_fsvideo.config import FSAEJob, VideoDataConfig, from_dict, parse_job, run_script
-from megatron_fsvideo.data.clip_dataset import ClipDataset, open_clips
-from megatron_fsvideo.data.video import from_unit
-from megatron_fsvideo.evaluation.psnr import psnr_per_frame
-from megatron_fsvideo.evaluation.ssim import ssim
+from megatron_fsvideo.data.shots import Shot
+from megatron_fsvideo.evaluation.autoencoders import (
+    Autoencoder,
+    ForeignAutoencoder,
+    OurAutoencoder,
+    check_names,
+    parse_comparison,
+)
+from megatron_fsvideo.evaluation.clips import ClipList, list_clips
+from megatron_fsvideo.evaluation.i3d import MIN_FRAMES, load_i3d
+from megatron_fsvideo.evaluation.perceptual import load_perceptual_loss
+from megatron_fsvideo.evaluation.reconstruction import (
+    ORIGINAL,
+    Judges,
+    Reconstructed,
+    latent_statistics,
+    reconstruct_clips,
+    summarize,
+)
+from megatron_fsvideo.evaluation.report import Row, format_table, notes
 from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
-from megatron_fsvideo.models.fsae import FSAE, fingerprint
+from megatron_fsvideo.models.fsae import fingerprint
+from megatron_fsvideo.parallel.team import join_team, leave_team
 
-METRICS = ("psnr", "ssim", "first_frame_psnr", "last_frame_psnr")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -36,6 +60,9 @@ class EvaluateFlags:
     """Folder of video files."""
     out: str
     """JSON file to write; a PNG of the same name shows originals and reconstructions."""
+    compare: tuple[str, ...] = ()
+    """Other autoencoders on the same clips: wan:FOLDER, ltx:FOLDER and hunyuan:FOLDER are diffusers' VAEs in local
+    folders, fsae:FOLDER is one of ours."""
     num_frames: int | None = None
     """Frames per clip; none takes the training's."""
     resolution: int | None = None
@@ -44,45 +71,82 @@ class EvaluateFlags:
     """Videos are resized to this short side; none takes the training's."""
     holdout_every: int | None = None
     """Every n-th shot of each video is judged, 0 takes all; none takes the training's, so that these are unseen."""
+    sampling: Literal["shots", "videos"] = "shots"
+    """Clips lie inside shots; or each video is taken whole, from its beginning, and nothing is held out (Table 2)."""
     num_clips: int = 8
-    """Clips, spread evenly over the shots (rounded up to as many for each)."""
+    """Clips, spread evenly over the shots or videos; of fewer than that, equally many from each, rounded up."""
     num_shown: int = 3
     """Clips in the PNG."""
-    device: str = "cpu"
-    """Where to run, such as cpu or cuda."""
+
+
+@dataclass(frozen=True)
+class MeasureFlags:
+    """how to decode and to measure"""
+
+    noise: Literal["both", "on", "off"] = "both"
+    """Judge Standard and Lite decoders with their noise, without, or both ways."""
+    first_frame: bool = True
+    """Give a Standard or Lite decoder the first frame's features, as image-to-video generation does."""
+    noise_seed: int = 0
+    """Which noise."""
+    lpips_path: str | None = None
+    """File with VGG16's weights and LPIPS's lin weights; none leaves LPIPS out."""
+    lpips_linear_path: str | None = None
+    """File with LPIPS's lin weights, where lpips_path has VGG16's only."""
+    i3d_path: str | None = None
+    """File with I3D's Kinetics-400 weights; none leaves FVD out."""
+    device: str | None = None
+    """cpu, cuda, ...; none takes this process's GPU if there is one."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the autoencoders; measures are fp32."""
 
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """Judge an autoencoder by its reconstructions."""
+    """Judge autoencoders by their reconstructions."""
 
     evaluate: EvaluateFlags
+    measure: MeasureFlags = field(default_factory=MeasureFlags)
 
 
 def main() -> None:
     """Parse, reconstruct, write."""
-    flags = parse_job(EvaluateJob).evaluate
-    fsae = load_fsae(flags.load, flags.device)
+    job = parse_job(EvaluateJob)
+    flags, team = job.evaluate, join_team()
+    device = team.device(job.measure.device)
+    # Everything that can be refused is refused before the videos are looked at.
     data = clip_choice(flags)
-    videos = judged_clips(data).fixed_clips(flags.num_clips, data.num_frames, data.resolution)
-    reconstructions = reconstruct(fsae, videos, torch.device(flags.device))
-    report = {
-        "autoencoder": str(resolve_release(flags.load)),
-        "fingerprint": fingerprint(fsae),
-        "clips": {
-            "num_frames": data.num_frames,
-            "resolution": data.resolution,
-            "short_side": data.short_side,
-            "holdout_every": data.holdout_every,
-            "count": len(videos),
-        },
-        **measure(videos, reconstructions),
-    }
-    out = Path(flags.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n")
-    write_contact_sheet(out.with_suffix(".png"), sheet_rows(videos, reconstructions, flags.num_shown))
-    print(" | ".join(f"{name} {report[name]:.3f}" for name in METRICS))
+    judges = load_judges(job.measure, data, device)
+    autoencoders = load_autoencoders(flags, job.measure, device)
+    names = check_names(autoencoders)
+    for autoencoder in autoencoders:
+        autoencoder.facts.check_clip(data.num_frames, data.resolution)
+    listed = list_clips(data, flags.sampling, flags.num_clips, team)
+    shown = spread(len(listed.clips), flags.num_shown)
+    place = (device, DTYPES[job.measure.dtype])
+    found = [reconstruct_clips(a, listed.clips, data, judges, team, place, shown) for a in autoencoders]
+    if team.leads:
+        clips, skipped = readable_clips(listed, found)
+        results = [[part[k] for k in clips] for part in found]
+        rows = table_rows(names, autoencoders, results)
+        report = {
+            "autoencoder": autoencoders[0].facts.source,
+            "fingerprint": autoencoders[0].facts.fingerprint,
+            **rounded(rows[0].values),
+            "clips": about_clips(flags, data, [listed.clips[k] for k in clips], skipped),
+            "measured_with": asdict(job.measure),
+            "table": [asdict(row) | {"values": rounded(row.values)} for row in rows],
+            "notes": notes(judges, len(clips), len(skipped)),
+        }
+        out = Path(flags.out)
+        write_json(out, report)
+        write_json(
+            out.with_suffix(".latents.json"),
+            [statistics_entry(a, part) for a, part in zip(autoencoders, results, strict=True)],
+        )
+        write_contact_sheet(out.with_suffix(".png"), sheet_rows(autoencoders, results))
+        print(format_table(rows), *report["notes"], sep="\n")
+    leave_team(team)
 
 
 def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
@@ -97,44 +161,132 @@ def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
         if getattr(flags, name) is not None
     }
     resolution = flags.resolution or trained.valid_side
-    return replace(trained, video_dir=flags.video_dir, resolution=resolution, valid_resolution=None, **given)
+    chosen = replace(trained, video_dir=flags.video_dir, resolution=resolution, valid_resolution=None, **given)
+    if flags.sampling == "videos":
+        if flags.holdout_every:
+            raise ValueError(f"--sampling videos holds out nothing: leave out --holdout-every {flags.holdout_every}")
+        chosen = replace(chosen, holdout_every=0)
+    return chosen
 
 
-def judged_clips(data: VideoDataConfig) -> ClipDataset:
-    """The held-out shots, or all shots with `holdout_every` 0."""
-    clips, held_out = open_clips(data, seed=0)
-    return held_out if held_out is not None else clips
+def load_judges(flags: MeasureFlags, data: VideoDataConfig, device: torch.device) -> Judges:
+    """The networks that the flags name."""
+    perceptual = None
+    if flags.lpips_path is not None:
+        perceptual = load_perceptual_loss("vgg16", flags.lpips_path, device, flags.lpips_linear_path)
+    if flags.i3d_path is None:
+        return Judges(perceptual)
+    if data.num_frames < MIN_FRAMES:
+        raise ValueError(f"FVD needs clips of at least {MIN_FRAMES} frames, not {data.num_frames}")
+    return Judges(perceptual, load_i3d(flags.i3d_path, device))
 
 
-def sheet_rows(videos: Tensor, reconstructions: Tensor, num_shown: int) -> list[tuple[str, Tensor]]:
-    """Original and reconstruction of up to `num_shown` clips, spread over all."""
-    chosen = torch.linspace(0, len(videos) - 1, max(1, min(num_shown, len(videos)))).round().int().tolist()
-    named = (("original", videos), ("reconstruction", reconstructions))
-    return [(f"{name}, clip {k}", from_unit(clips[k])) for k in chosen for name, clips in named]
+def load_autoencoders(flags: EvaluateFlags, measure: MeasureFlags, device: torch.device) -> list[Autoencoder]:
+    """The one of --load, then those of --compare."""
+    dtype = DTYPES[measure.dtype]
+    loaded: list[Autoencoder] = []
+    for kind, folder in [("fsae", flags.load), *map(parse_comparison, flags.compare)]:
+        if kind == "fsae":
+            fsae = load_fsae(folder)
+            # The fingerprint is that of the stored weights, whatever they are then rounded to.
+            origin = str(resolve_release(folder)), fingerprint(fsae)
+            decode = measure.noise, measure.first_frame, measure.noise_seed
+            loaded.append(OurAutoencoder(fsae.to(device, dtype), *origin, *decode))
+        else:
+            loaded.append(ForeignAutoencoder(kind, folder, device, dtype))
+    return loaded
 
 
-@torch.no_grad()
-def reconstruct(fsae: FSAE, videos: Tensor, device: torch.device) -> Tensor:
-    """Each of [n, 3, f, h, w] encoded and decoded by itself, clamped to [-1, 1]."""
-    clips = [fsae.decode(fsae.encode(video.unsqueeze(0).to(device))).clamp(-1, 1).cpu() for video in videos]
-    return torch.cat(clips)
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of the indices below `count`, evenly spread."""
+    return torch.linspace(0, count - 1, max(1, min(wanted, count))).round().int().tolist()
 
 
-def measure(videos: Tensor, reconstructions: Tensor) -> dict[str, object]:
-    """Metrics of each clip and their means; PSNR in dB."""
-    frames = psnr_per_frame(reconstructions, videos)
-    per_clip = {
-        "psnr": frames.mean(dim=1),
-        "ssim": torch.cat([ssim(a[None], b[None]) for a, b in zip(reconstructions, videos, strict=True)]),
-        "first_frame_psnr": frames[:, 0],
-        "last_frame_psnr": frames[:, -1],
-    }
+def readable_clips(listed: ClipList, found: list[dict[int, Reconstructed | str]]) -> tuple[list[int], dict[str, str]]:
+    """Indices of the clips that were read, and name -> reason of all files and clips that were not.
+
+    Raises:
+        ValueError: none was read.
+    """
+    failed = {k: reason for part in found for k, reason in part.items() if isinstance(reason, str)}
+    skipped = listed.skipped | {listed.clips[k].name: reason for k, reason in failed.items()}
+    for name, reason in skipped.items():
+        print(f"skipped {name}: {reason}", file=sys.stderr, flush=True)
+    readable = [k for k in range(len(listed.clips)) if k not in failed]
+    if not readable:
+        raise ValueError(
+            f"none of the {len(listed.clips)} clips could be read; the first: {next(iter(failed.values()))}"
+        )
+    return readable, skipped
+
+
+def table_rows(names: list[str], autoencoders: list[Autoencoder], results: list[list[Reconstructed]]) -> list[Row]:
+    """One line for each way to decode."""
+    ways = [(a.facts, part, row) for a, part in zip(autoencoders, results, strict=True) for row in a.rows]
+    return [
+        Row(
+            name,
+            facts.downsample,
+            facts.compression,
+            summarize(part, row),
+            [rounded(result.metrics[row]) for result in part],
+        )
+        for name, (facts, part, row) in zip(names, ways, strict=True)
+    ]
+
+
+def about_clips(
+    flags: EvaluateFlags, data: VideoDataConfig, clips: list[Shot], skipped: dict[str, str]
+) -> dict[str, Any]:
+    """What was judged."""
     return {
-        **{name: round(float(values.mean()), 4) for name, values in per_clip.items()},
-        "per_clip": [
-            {name: round(float(values[k]), 4) for name, values in per_clip.items()} for k in range(len(videos))
-        ],
+        "num_frames": data.num_frames,
+        "resolution": data.resolution,
+        "short_side": data.short_side,
+        "holdout_every": data.holdout_every,
+        "sampling": flags.sampling,
+        "count": len(clips),
+        "names": [clip.name for clip in clips],
+        "skipped": skipped,
     }
+
+
+def statistics_entry(autoencoder: Autoencoder, results: list[Reconstructed]) -> dict[str, Any]:
+    """Mean and standard deviation per channel, named as in a latent dataset's dataset.json."""
+    facts, sums = autoencoder.facts, latent_statistics(results)
+    mean, std = sums.mean_std()
+    return {
+        "autoencoder": facts.source,
+        "fingerprint": facts.fingerprint,
+        "positions": sums.count,
+        "latent_mean": mean,
+        "latent_std": std,
+    }
+
+
+def sheet_rows(autoencoders: list[Autoencoder], results: list[list[Reconstructed]]) -> list[tuple[str, Tensor]]:
+    """The shown clips: the original, then every reconstruction of it."""
+    sheet = []
+    for k, first in enumerate(results[0]):
+        if first.frames:
+            sheet.append((f"original, clip {k}", first.frames[ORIGINAL]))
+            sheet += [
+                (f"{row}, clip {k}", part[k].frames[row])
+                for a, part in zip(autoencoders, results, strict=True)
+                for row in a.rows
+            ]
+    return sheet
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write, and make the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def rounded(values: dict[str, float]) -> dict[str, float]:
+    """To four decimals."""
+    return {name: round(value, 4) for name, value in values.items()}
 
 
 if __name__ == "__main__":
