@@ -137,7 +137,7 @@ class ForeignAutoencoder:
     """
 
     def __init__(self, kind: str, folder: str, device: torch.device, dtype: torch.dtype) -> None:
-        self._vae = _load_foreign(kind, _vae_folder(kind, folder)).to(device, dtype).eval().requires_grad_(False)
+        self._vae = _load_foreign(kind, _vae_folder(kind, folder), dtype).to(device).eval().requires_grad_(False)
         temporal = 2 ** sum(self._vae.config.temperal_downsample) if kind == "wan" else None
         if kind == "wan":
             channels = self._vae.config.z_dim
@@ -213,6 +213,7 @@ def _vae_folder(kind: str, folder: str) -> Path:
     return root
 
 
-def _load_foreign(kind: str, folder: Path) -> Any:
+def _load_foreign(kind: str, folder: Path, dtype: torch.dtype) -> Any:
     model_class = getattr(require("diffusers", "eval"), FOREIGN_CLASSES[kind])
-    return model_class.from_pretrained(str(folder), use_safetensors=True, local_files_only=True)
+    options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
+    return model_class.from_pretrained(str(folder), torch_dtype=dtype, **options)
