@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_fsvideo.evaluation.frechet import frechet_distance
 from megatron_fsvideo.evaluation.i3d import I3D, MIXED, load_i3d, max_pool_same, pad_same, resize_frames
+from tests.unit.judge_fixtures import random_i3d
 
 
 def samples(count: int, dimension: int, seed: int) -> Tensor:
@@ -79,14 +80,7 @@ def test_frechet_refuses_what_has_no_covariance():
 
 @pytest.fixture(scope="module")
 def i3d() -> I3D:
-    torch.manual_seed(0)
-    model = I3D().eval().requires_grad_(False)
-    for name, tensor in model.state_dict().items():
-        if name.endswith(("bn.weight", "running_var")):
-            tensor.uniform_(0.5, 1.5)
-        elif name.endswith(("bn.bias", "running_mean")):
-            tensor.normal_(std=0.1)
-    return model
+    return random_i3d()
 
 
 def test_i3d_has_the_published_names(i3d):
@@ -120,8 +114,8 @@ def test_i3d_runs_on_clips_of_the_protocol(i3d):
     video = torch.rand(2, 3, 9, 64, 96, generator=generator) * 2 - 1
     logits = i3d(video)
     assert logits.shape == (2, 400) and torch.isfinite(logits).all()
-    assert torch.allclose(i3d(video[1:]), logits[1:], atol=1e-4)
-    assert not torch.allclose(logits[0], logits[1])
+    assert torch.allclose(i3d(video[1:]), logits[1:], rtol=1e-3, atol=1e-3)
+    assert logits.std() > 0.5 and (logits[0] - logits[1]).abs().max() > 0.1
     with pytest.raises(ValueError, match="at least 9 frames"):
         i3d(video[:, :, :8])
 
