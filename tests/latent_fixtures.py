@@ -6,6 +6,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_shards import (
     DATASET_FILE,
     NULL_TEXT_FILE,
@@ -17,13 +18,21 @@ from megatron_fsvideo.data.latent_shards import (
 
 CHANNELS, TEXT_WIDTH, TEXT_LENGTH, IMAGE_WIDTH = 4, 12, 6, 10
 BUCKET = "5x32x32"
+SPATIAL_FACTOR = 8
 
 
 def write_latent_dataset(
-    folder: Path, num_samples: int = 24, fingerprint: str = "a" * 64, seed: int = 0, nan_sample: int = -1
+    folder: Path,
+    num_samples: int = 24,
+    fingerprint: str = "a" * 64,
+    seed: int = 0,
+    nan_sample: int = -1,
+    buckets: tuple[str, ...] = (BUCKET,),
+    latent_std: float = 1.0,
 ) -> Path:
-    """Latents [4, 2, 4, 4] that the debug preset's model fits, one shard; those of `nan_sample` hold a NaN."""
+    """Latents that the debug preset's model fits, one shard, of the buckets in turn; `nan_sample`'s hold a NaN."""
     generator = torch.Generator().manual_seed(seed)
+    shapes = [Bucket.parse(bucket).latent_shape(SPATIAL_FACTOR) for bucket in buckets]
 
     def sample(index: int) -> LatentSample:
         key = hash_key("sample", seed, index)
@@ -32,13 +41,13 @@ def write_latent_dataset(
             "latent_key": key,
             "text_key": key,
             "image_key": key,
-            "bucket": BUCKET,
+            "bucket": buckets[index % len(buckets)],
             "fps": 8.0,
             "caption": f"sample {index}",
         }
-        latents = torch.randn(CHANNELS, 2, 4, 4, generator=generator).bfloat16()
+        latents = torch.randn(CHANNELS, *shapes[index % len(buckets)], generator=generator).bfloat16()
         if index == nan_sample:
-            latents[0, 1, 2, 3] = float("nan")
+            latents[0, -1, 2, 3] = float("nan")
         return LatentSample(
             latents=latents,
             text=torch.randn(1 + index % TEXT_LENGTH, TEXT_WIDTH, generator=generator).bfloat16(),
@@ -53,17 +62,17 @@ def write_latent_dataset(
         "autoencoder": {
             "path": "autoencoder",
             "fingerprint": fingerprint,
-            "spatial_factor": 8,
+            "spatial_factor": SPATIAL_FACTOR,
             "temporal_factor": 4,
             "latent_channels": CHANNELS,
         },
         "text_encoder": {"name": "random", "embed_dim": TEXT_WIDTH, "max_length": TEXT_LENGTH},
         "image_encoder": {"name": "random", "embed_dim": IMAGE_WIDTH, "num_tokens": 3},
         "latent_mean": [0.0] * CHANNELS,
-        "latent_std": [1.0] * CHANNELS,
+        "latent_std": [latent_std] * CHANNELS,
         "statistics": {"count": 1, "total": [0.0] * CHANNELS, "total_square": [1.0] * CHANNELS},
         "fps": 8.0,
-        "buckets": {BUCKET: num_samples},
+        "buckets": {bucket: len(range(k, num_samples, len(buckets))) for k, bucket in enumerate(buckets)},
         "shards": [manifest.shard],
     }
     (folder / DATASET_FILE).write_text(json.dumps(description))

@@ -9,7 +9,13 @@ _INITIAL_VALUES = ("layer_memory_init:", "q_norm_init:")
 
 
 def check_agreement(
-    record: dict[str, Any], job: DiTJob, description: dict[str, Any], where: str, finetune: bool
+    record: dict[str, Any],
+    job: DiTJob,
+    description: dict[str, Any],
+    where: str,
+    *,
+    finetune: bool,
+    new_stage: bool = False,
 ) -> None:
     """Compare a checkpoint's job.json with this run.
 
@@ -17,6 +23,7 @@ def check_agreement(
         description: of this run's dataset, from `LatentDataset.description`.
         where: the checkpoint's folder, for the message.
         finetune: only the weights are wanted.
+        new_stage: everything but the position in the data is wanted.
 
     Raises:
         ValueError: naming every field that differs.
@@ -38,6 +45,39 @@ def check_agreement(
         raise ValueError(
             f"the optimizer state in {where} does not fit: {'; '.join(kind)}; finetune loads the weights alone"
         )
+    _check_encoders(record["data"], description, where)
+    if new_stage:
+        if record["iteration"] >= job.training.train_iters:
+            raise ValueError(
+                f"train_iters {job.training.train_iters} leaves the new stage no iteration: {where} has done "
+                f"{record['iteration']}, which train_iters counts too"
+            )
+        return
+    _check_streams(record["data"], description, where)
+
+
+def _check_encoders(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    for kind in ("text_encoder", "image_encoder"):
+        if saved[kind] != current[kind]:
+            raise ValueError(
+                f"the checkpoint {where} was trained with {kind} {saved[kind]}, the dataset was made with "
+                f"{current[kind]}: encode it with the same, or load the weights alone with --finetune"
+            )
+
+
+def _check_streams(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
+    """A position in the data means nothing in other data. (Older checkpoints do not say what theirs was.)"""
+    ours, theirs = current["streams"], saved.get("streams", current["streams"])
+    if ours != theirs:
+        raise ValueError(
+            f"the checkpoint {where} was trained on {_spell(theirs)}, this run's data is {_spell(ours)}: a position in "
+            "the one is none in the other; to go on with other data, load it with --new-stage (keeps the optimizer's "
+            "state) or --finetune (weights alone) and save into another folder"
+        )
+
+
+def _spell(streams: list[list[Any]]) -> str:
+    return " + ".join(f"{number} samples of {bucket} (weight {share})" for bucket, number, share in streams)
 
 
 def check_autoencoder(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:

@@ -11,10 +11,29 @@ class DataConfig:
     """Latent dataset folders; several blend by weight: 0.7 videos/ 0.3 images/."""
     valid_data_path: tuple[str, ...] = ()
     """Latent dataset folders for validation, spelled like data_path."""
+    bucket_frames: tuple[int, ...] = ()
+    """Take only samples of these numbers of frames (1 for images), in validation too; none takes all."""
+    bucket_resolution: int | None = None
+    """Take only samples whose area is within a quarter of this side's square: 256 takes 256x256 and 192x320."""
+    sample_list: str | None = None
+    """File of the samples to train on, one a line, its first word the key (tools/list_samples.py prints them)."""
+    tokens_per_batch: int = 0
+    """Tokens of an optimizer step over all ranks, from which each bucket's batch size follows; 0 takes those of
+    global_batch_size samples of the largest bucket."""
+    tokens_per_micro_batch: int = 0
+    """Tokens of a micro-batch, from which each bucket's micro-batch size follows (as many samples as fit, at least
+    one); 0 takes micro_batch_size for all buckets."""
     num_workers: int = 0
     """Threads that read ahead; 0 reads when a batch is asked for."""
     max_bad_fraction: float = 0.01
     """A larger share of unreadable samples stops the run; below it they are skipped and named."""
+
+    def __post_init__(self) -> None:
+        if min(self.tokens_per_batch, self.tokens_per_micro_batch) < 0:
+            raise ValueError(
+                f"tokens_per_batch {self.tokens_per_batch} and tokens_per_micro_batch {self.tokens_per_micro_batch} "
+                "cannot be negative"
+            )
 
 
 @dataclass(frozen=True)

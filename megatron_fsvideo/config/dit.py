@@ -89,17 +89,22 @@ class DiffusionConfig:
     """Timestep shift a: sigma' = a sigma / (1 + (a - 1) sigma); sampling uses the same shift."""
     prediction_type: Literal["velocity", "sample"] = "velocity"
     """What the model puts out: the velocity noise - latents (the paper's), or the clean latents."""
-    loss_type: Literal["pseudo_huber", "mse"] = "pseudo_huber"
-    """Per-sample pseudo-Huber loss (the paper's) or the squared error."""
+    loss_type: Literal["pseudo_huber", "ict", "rfpp", "mse"] = "pseudo_huber"
+    """Per-sample pseudo-Huber loss (the paper's) with the constant huber_c, 0.00054 (ict: Song and Dhariwal 2023) or
+    0.00054 times the root of a sample's number of elements (rfpp: Lee et al. 2024); or the squared error."""
     huber_c: float = 0.03
-    """The pseudo-Huber constant, in units of the per-element RMS error."""
+    """The constant of loss type pseudo_huber, in units of the per-element RMS error."""
     text_dropout: float = 0.1
     """Share of samples whose text is replaced by the encoding of the empty prompt."""
+    image_dropout: float = 0.0
+    """Share of clips whose first frame is not given (mask, condition latents and image embedding are zero), for text
+    to video; clips of one frame, for text to image, are never given it."""
     repeat_condition: bool = False
     """Repeat the first frame's latent over all condition frames instead of zeros (the paper has zeros)."""
 
     def __post_init__(self) -> None:
         if self.sigma_std <= 0 or self.sigma_shift <= 0:
             raise ValueError(f"sigma_std {self.sigma_std} and sigma_shift {self.sigma_shift} must be positive")
-        if not 0.0 <= self.text_dropout <= 1.0:
-            raise ValueError(f"text_dropout must be in [0, 1], got {self.text_dropout}")
+        for name in ("text_dropout", "image_dropout"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

@@ -12,6 +12,7 @@ from megatron_fsvideo.config.training import (
     LoggingConfig,
     OptimizerConfig,
     ProfilingConfig,
+    StageConfig,
     TrainingConfig,
 )
 
@@ -27,11 +28,13 @@ class DiTJob:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self) -> None:
         check_layout(self.model, self.parallel)
+        check_stage(self.stage, self.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,23 @@ class FSAEJob:
     def uses_vf(self) -> bool:
         """Whether this run aligns the latents with a vision model."""
         return self.losses.has_alignment and self.alignment.vf_weight > 0
+
+
+def check_stage(stage: StageConfig, checkpoint: CheckpointConfig) -> None:
+    """Refuse a new stage that would not know what it continues, or whether it has begun.
+
+    Raises:
+        ValueError: naming the flags.
+    """
+    if stage.new_stage and checkpoint.finetune:
+        raise ValueError(
+            "new_stage keeps optimizer and iteration, finetune starts them anew: give one of them (or --no-new-stage)"
+        )
+    if stage.new_stage and checkpoint.load == checkpoint.save is not None:
+        raise ValueError(
+            "new_stage continues --load, the stage before, and saves into a --save folder of its own; both are "
+            f"{checkpoint.save}"
+        )
 
 
 def check_layout(model: DiTConfig, parallel: ParallelConfig) -> None:

@@ -11,7 +11,7 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Samples per data-parallel rank in one forward pass."""
     global_batch_size: int = 1
-    """Samples per optimizer step over all ranks."""
+    """Samples per optimizer step over all ranks, of the largest bucket; smaller ones get more."""
     train_iters: int = 100
     """Optimizer steps of the whole run."""
     seed: int = 1234
@@ -99,6 +99,15 @@ class CheckpointConfig:
     """Newest checkpoints that are kept; 0 keeps all."""
     finetune: bool = False
     """Load only the weights: optimizer, iteration and data position start anew."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """training in stages, each with data and a schedule of its own"""
+
+    new_stage: bool = False
+    """Begin a stage with the state in --load: weights, their average, optimizer and iteration go on, the data and the
+    schedule are this run's (train_iters counts the stages before). Ignored once --save holds a checkpoint."""
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ Dimension letters: b samples, c latent channels, t h w latent frames, rows, colu
 e embedding width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 
 import torch
 
+from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.latent_shards import LatentSample, sample_id
 from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch, SampleRef, deal
@@ -91,7 +92,7 @@ class BatchLoader:
 
     Args:
         dp_rank, dp_size: place in the data-parallel group.
-        micro_batch_size: samples of a micro-batch.
+        micro_batch_sizes: samples of a micro-batch of each bucket.
         consumed_samples: where to start.
         num_workers: threads that read ahead (reading is file access, which does not hold the interpreter); 0 reads
             when asked.
@@ -104,12 +105,12 @@ class BatchLoader:
         *,
         dp_rank: int,
         dp_size: int,
-        micro_batch_size: int,
+        micro_batch_sizes: Mapping[Bucket, int],
         consumed_samples: int = 0,
         num_workers: int = 0,
     ) -> None:
         self.dataset = dataset
-        self._deal = dp_rank, dp_size, micro_batch_size
+        self._dp_rank, self._dp_size, self._micro_batch_sizes = dp_rank, dp_size, micro_batch_sizes
         self._plans = sampler.batches(consumed_samples)
         self._pool = ThreadPoolExecutor(num_workers) if num_workers else None
         self._ahead: list[tuple[GlobalBatch, list[Future[Batch]]]] = []
@@ -121,12 +122,15 @@ class BatchLoader:
     def __next__(self) -> tuple[GlobalBatch, list[Batch]]:
         if self._pool is None:
             plan = next(self._plans)
-            return plan, [read_batch(self.dataset, refs) for refs in deal(plan.samples, *self._deal)]
+            return plan, [read_batch(self.dataset, refs) for refs in self._deal(plan)]
         for plan in islice(self._plans, 1 + self._depth - len(self._ahead)):
-            reads = [self._pool.submit(read_batch, self.dataset, refs) for refs in deal(plan.samples, *self._deal)]
+            reads = [self._pool.submit(read_batch, self.dataset, refs) for refs in self._deal(plan)]
             self._ahead.append((plan, reads))
         plan, reads = self._ahead.pop(0)
         return plan, [read.result() for read in reads]
+
+    def _deal(self, plan: GlobalBatch) -> list[tuple[SampleRef, ...]]:
+        return deal(plan.samples, self._dp_rank, self._dp_size, self._micro_batch_sizes[plan.bucket])
 
     def close(self) -> None:
         """Stop the threads."""

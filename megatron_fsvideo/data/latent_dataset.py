@@ -51,6 +51,50 @@ class Stream:
     share: Fraction
 
 
+@dataclass(frozen=True)
+class SampleFilter:
+    """Which samples of a dataset are used.
+
+    Attributes:
+        frames: numbers of frames; empty takes all.
+        resolution: of buckets whose area is within a quarter of this side's square; None takes all.
+        keys: the samples' keys; None takes all.
+    """
+
+    frames: tuple[int, ...] = ()
+    resolution: int | None = None
+    keys: frozenset[str] | None = None
+
+    def takes_bucket(self, bucket: Bucket) -> bool:
+        """Whether samples of this shape are used."""
+        if self.frames and bucket.num_frames not in self.frames:
+            return False
+        area = self.resolution**2 if self.resolution else None
+        return area is None or abs(bucket.height * bucket.width - area) <= area / 4
+
+    def takes(self, entry: SampleEntry) -> bool:
+        """Whether this sample is used, its bucket aside."""
+        return self.keys is None or entry.key in self.keys
+
+
+NO_FILTER = SampleFilter()
+
+
+def read_sample_list(path: str | Path) -> frozenset[str]:
+    """The keys in a sample list: the first word of each line; empty lines and those that begin with # are none.
+
+    Raises:
+        ValueError: the file is missing, or names no sample.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"sample_list {path} does not exist")
+    lines = (line.split() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    keys = frozenset(words[0] for words in lines if words and not words[0].startswith("#"))
+    if not keys:
+        raise ValueError(f"sample_list {path} names no sample")
+    return keys
+
+
 class LatentDataset:
     """Samples of one or more latent dataset folders.
 
@@ -59,9 +103,11 @@ class LatentDataset:
         max_bad_fraction: a larger share of unreadable samples raises; up to it they are replaced, counted and named.
         normalization: (mean, std) per channel to use instead of the folders' own. Validation passes the training
             data's: `normalization=train_dataset.normalization`.
+        sample_filter: which samples are used; mean and std stay those of all.
 
     Raises:
-        ShardError: a damaged folder, or folders made by different autoencoders or encoders.
+        ShardError: a damaged folder, folders made by different autoencoders or encoders, or a filter that leaves a
+            folder nothing.
     """
 
     def __init__(
@@ -69,6 +115,7 @@ class LatentDataset:
         data_path: Sequence[str],
         max_bad_fraction: float = 0.01,
         normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+        sample_filter: SampleFilter = NO_FILTER,
     ) -> None:
         weights, self.folders = parse_data_path(data_path)
         self._datasets = [read_dataset_json(folder) for folder in self.folders]
@@ -76,6 +123,7 @@ class LatentDataset:
         self.max_bad_fraction = max_bad_fraction
         self.bad_samples: dict[str, str] = {}
         tables = [_read_entries(folder, values) for folder, values in zip(self.folders, self._datasets, strict=True)]
+        tables = [_filtered(folder, table, sample_filter) for folder, table in zip(self.folders, tables, strict=True)]
         self._samples: list[list[tuple[Path, SampleEntry]]] = []
         self.streams: list[Stream] = []
         shares = _round_shares(weights, [sum(map(len, table.values())) for table in tables])
@@ -124,6 +172,7 @@ class LatentDataset:
             "latent_std": list(std),
             "fps": self._datasets[0]["fps"],
             "buckets": [str(bucket) for bucket in self.buckets],
+            "streams": [[str(stream.bucket), stream.num_samples, str(stream.share)] for stream in self.streams],
         }
 
     def bucket_tokens(self, patch_size: tuple[int, int, int]) -> dict[Bucket, int]:
@@ -238,6 +287,31 @@ def _read_entries(folder: Path, values: dict[str, Any]) -> dict[Bucket, list[tup
     if not table:
         raise ShardError(f"{folder}: the dataset has no samples")
     return table
+
+
+def _filtered(
+    folder: Path, table: dict[Bucket, list[tuple[Path, SampleEntry]]], sample_filter: SampleFilter
+) -> dict[Bucket, list[tuple[Path, SampleEntry]]]:
+    """What a filter leaves of a folder."""
+    if sample_filter == NO_FILTER:
+        return table
+    fitting = {bucket: samples for bucket, samples in table.items() if sample_filter.takes_bucket(bucket)}
+    if not fitting:
+        there = ", ".join(f"{bucket} ({len(samples)} samples)" for bucket, samples in sorted(table.items()))
+        raise ShardError(
+            f"{folder}: bucket_frames {' '.join(map(str, sample_filter.frames)) or 'none'} and bucket_resolution "
+            f"{sample_filter.resolution} leave none of its buckets: {there}"
+        )
+    chosen = {
+        bucket: [sample for sample in samples if sample_filter.takes(sample[1])] for bucket, samples in fitting.items()
+    }
+    chosen = {bucket: samples for bucket, samples in chosen.items() if samples}
+    if not chosen:
+        raise ShardError(
+            f"{folder}: none of its {sum(map(len, fitting.values()))} samples is among the {len(sample_filter.keys)} "
+            "keys of sample_list (tools/list_samples.py prints a dataset's keys)"
+        )
+    return chosen
 
 
 def _check_agreement(folders: Sequence[Path], datasets: Sequence[dict[str, Any]]) -> None:

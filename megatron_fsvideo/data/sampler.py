@@ -49,7 +49,7 @@ class BucketSampler:
 
     Args:
         streams: from `LatentDataset.streams`.
-        batch_sizes: samples of a global batch of each bucket (`bucket_batch_sizes` makes them).
+        batch_sizes: samples of a global batch of each bucket (`bucket_sizes` makes them).
         seed: of the shuffles.
         shuffle: False keeps the stored order and interleaves nothing: for validation.
     """
@@ -198,18 +198,45 @@ def deal(
     return micro_batches[dp_rank::dp_size]
 
 
-def bucket_batch_sizes(tokens: Mapping[Bucket, int], global_batch_size: int, multiple_of: int) -> dict[Bucket, int]:
-    """Global batch size of each bucket for a constant number of tokens: the largest bucket has `global_batch_size`.
+@dataclass(frozen=True)
+class BucketSizes:
+    """How many samples of a bucket make a batch.
+
+    Attributes:
+        micro_batch: samples in one forward pass of a data-parallel rank.
+        batch: samples of an optimizer step; a multiple of micro-batch x data-parallel size.
+    """
+
+    micro_batch: int
+    batch: int
+
+
+def bucket_sizes(
+    tokens: Mapping[Bucket, int],
+    micro_batch_size: int,
+    global_batch_size: int,
+    dp_size: int,
+    *,
+    tokens_per_micro_batch: int = 0,
+    tokens_per_batch: int = 0,
+) -> dict[Bucket, BucketSizes]:
+    """Sizes of each bucket for a constant number of tokens.
+
+    Batches stay the same at another data-parallel size as long as its product with the micro-batch size does.
 
     Args:
         tokens: tokens of one sample of each bucket.
-        multiple_of: data-parallel size x micro-batch size. Batches stay the same at another data-parallel size as
-            long as this product does.
+        micro_batch_size: of every bucket, unless there is a budget.
+        global_batch_size: of the bucket with most tokens, unless there is a budget.
+        tokens_per_micro_batch: budget, which micro-batches do not exceed unless one sample does; 0 is none.
+        tokens_per_batch: budget, to whose nearest multiple batches are rounded; 0 is none.
     """
-    largest = max(tokens.values())
-    return {
-        bucket: bucket_batch_size(global_batch_size, largest, count, multiple_of) for bucket, count in tokens.items()
-    }
+    budget = tokens_per_batch or global_batch_size * max(tokens.values())
+    sizes = {}
+    for bucket, count in tokens.items():
+        micro_batch = max(1, tokens_per_micro_batch // count) if tokens_per_micro_batch else micro_batch_size
+        sizes[bucket] = BucketSizes(micro_batch, bucket_batch_size(budget, 1, count, micro_batch * dp_size))
+    return sizes
 
 
 def _generator(seed: int, *role: int | str) -> np.random.Generator:

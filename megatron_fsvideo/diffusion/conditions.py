@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 
-def first_frame_condition(latents: Tensor, num_mask_channels: int, repeat: bool = False) -> tuple[Tensor, Tensor]:
+def first_frame_condition(
+    latents: Tensor, num_mask_channels: int, repeat: bool = False, hidden: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mask and condition latents of image-to-video: latent frame 0 is given, the rest is zero (paper section 2.3).
 
     Args:
         latents: normalised latents [b, c, t, h, w], of which only frame 0 is read.
         repeat: put frame 0 in place of the zeros; the mask still marks frame 0 alone.
+        hidden: bool [b], samples whose frame 0 is not given (text to image, text to video): all zeros. None hides none.
 
     Returns:
         mask [b, m, t, h, w] and condition latents [b, c, t, h, w].
@@ -22,9 +25,12 @@ def first_frame_condition(latents: Tensor, num_mask_channels: int, repeat: bool 
     mask = latents.new_zeros(batch, num_mask_channels, frames, height, width)
     mask[:, :, 0] = 1
     if repeat:
-        return mask, latents[:, :, :1].expand_as(latents)
-    condition = torch.zeros_like(latents)
-    condition[:, :, 0] = latents[:, :, 0]
+        condition = latents[:, :, :1].expand_as(latents)
+    else:
+        condition = torch.zeros_like(latents)
+        condition[:, :, 0] = latents[:, :, 0]
+    if hidden is not None:
+        mask, condition = (values.masked_fill(hidden.view(-1, 1, 1, 1, 1), 0) for values in (mask, condition))
     return mask, condition
 
 

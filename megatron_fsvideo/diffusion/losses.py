@@ -7,6 +7,9 @@ errors of all ranks that share a sample, then calls these functions.
 import torch
 from torch import Tensor
 
+# Of both references, for CIFAR's 3,072 elements.
+REFERENCE_HUBER_C = 0.00054
+
 
 def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
     """Sum of squared differences of each sample [b], fp32; inputs [b, ...]."""
@@ -23,15 +26,43 @@ def pseudo_huber(mse: Tensor, huber_c: float) -> Tensor:
     return 2 * huber_c * (torch.sqrt(mse + huber_c**2) - huber_c)
 
 
+def huber_constant(loss_type: str, num_elements: int, huber_c: float) -> float:
+    """The constant of `pseudo_huber` for samples of `num_elements` elements.
+
+    The references state theirs for the norm of a sample, c (dit_spec 3.2): here it is c / sqrt(num_elements).
+
+    Args:
+        loss_type: "pseudo_huber" takes `huber_c`; "ict" Song & Dhariwal 2023's c = 0.00054 sqrt(num_elements); "rfpp"
+            Lee et al. 2024's c = 0.00054 num_elements.
+
+    Raises:
+        ValueError: another loss type.
+    """
+    constants = {
+        "pseudo_huber": huber_c,
+        "ict": REFERENCE_HUBER_C,
+        "rfpp": REFERENCE_HUBER_C * num_elements**0.5,
+    }
+    if loss_type not in constants:
+        raise ValueError(f"loss_type is {', '.join(constants)} or mse, got {loss_type!r}")
+    return constants[loss_type]
+
+
 def per_sample_loss(sum_squared_errors: Tensor, num_elements: int, loss_type: str, huber_c: float) -> Tensor:
     """Loss of each sample [b] from its squared error summed over all `num_elements` of its elements.
 
     Raises:
-        ValueError: a loss type other than "pseudo_huber" and "mse".
+        ValueError: an unknown loss type.
     """
-    mse = sum_squared_errors / num_elements
-    if loss_type == "pseudo_huber":
-        return pseudo_huber(mse, huber_c)
+    return loss_of_mse(sum_squared_errors / num_elements, num_elements, loss_type, huber_c)
+
+
+def loss_of_mse(mse: Tensor, num_elements: int, loss_type: str, huber_c: float) -> Tensor:
+    """Loss of each sample [b] from its mean squared error [b].
+
+    Raises:
+        ValueError: an unknown loss type.
+    """
     if loss_type == "mse":
         return mse
-    raise ValueError(f"loss_type is pseudo_huber or mse, got {loss_type!r}")
+    return pseudo_huber(mse, huber_constant(loss_type, num_elements, huber_c))

@@ -77,5 +77,5 @@ def weight_bytes(case: Case, stage: int) -> dict[str, float]:
         "weights": float(parameters.typed * case.element + parameters.fp32 * FP32),
         "gradients": float(parameters.total * FP32),
         "optimizer state": (master + parameters.total * ADAM_MOMENTS * FP32) / shards,
-        "moving average": float(parameters.total * FP32 * case.has_ema),
+        "moving average": float(parameters.total * FP32 * case.has_ema) / shards,
     }

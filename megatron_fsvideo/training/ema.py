@@ -1,6 +1,6 @@
 """Exponential moving average of the weights, in fp32, of this rank's part of the model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,32 +10,36 @@ from torch import Tensor, nn
 class EMA:
     """average = decay * average + (1 - decay) * weights, after every optimizer step.
 
-    The average starts as the initial weights. Early on the decay is smaller, (1 + n) / (10 + n) after n steps, so that
-    a short run's average does not remember where it started. It depends on n alone: a resumed run does the same.
+    The average starts as the initial weights. Early on the decay is smaller (`warm_decay`), so that a short run's
+    average does not remember where it started. It depends on the iteration alone: a resumed run does the same.
+
+    Args:
+        masters: parameter name -> the fp32 tensor that is stepped in its place; None averages the parameters.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, masters: Mapping[str, Tensor] | None = None) -> None:
         self._parameters = dict(model.named_parameters())
+        self._masters = self._parameters if masters is None else masters
         self.decay = decay
-        self.weights = {name: p.detach().float().clone() for name, p in self._parameters.items()}
+        self.weights = {name: self._masters[name].detach().float().clone() for name in self._parameters}
 
     @torch.no_grad()
     def update(self, iteration: int) -> None:
         """Take in the weights after optimizer step `iteration` (from 1)."""
-        decay = min(self.decay, (1 + iteration) / (10 + iteration))
-        for name, parameter in self._parameters.items():
-            self.weights[name].lerp_(parameter.float(), 1 - decay)
+        decay = warm_decay(self.decay, iteration)
+        for name, average in self.weights.items():
+            average.lerp_(self._masters[name].float(), 1 - decay)
 
     @torch.no_grad()
-    def load(self, weights: dict[str, Tensor]) -> None:
+    def load(self, weights: Mapping[str, Tensor]) -> None:
         """Overwrite the average with saved tensors."""
         for name, average in self.weights.items():
             average.copy_(weights[name])
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Start again from the model's present weights."""
-        self.load({name: parameter.detach() for name, parameter in self._parameters.items()})
+        """Start again from the present weights."""
+        self.load({name: self._masters[name].detach() for name in self._parameters})
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -53,3 +57,8 @@ class EMA:
     def _write(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
             parameter.copy_(weights[name])
+
+
+def warm_decay(decay: float, iteration: int) -> float:
+    """The decay of update `iteration` (from 1): at most (1 + n) / (10 + n)."""
+    return min(decay, (1 + iteration) / (10 + iteration))

@@ -55,8 +55,8 @@ def train(
         ValueError: too many optimizer steps in a row were skipped, or a checkpoint could not be written.
     """
     first = state.iteration
-    # A resumed run has validated before it saved.
-    if training.eval_iters > 0 and first == 0:
+    # A resumed run has validated before it saved; a new stage has other data.
+    if training.eval_iters > 0 and state.consumed_samples == 0:
         logger.log_validation(state, step.validate())
 
     saved = first if first > 0 else None

@@ -140,6 +140,7 @@ class LateDecayScheduler(OptimizerParamScheduler):
     ) -> None:
         batch, iterations = training.global_batch_size, training.train_iters
         warmup = min(optimizer.lr_warmup_iters, iterations - 1)
+        self._batch = batch
         self.decay_start = max(optimizer.lr_decay_start * iterations, warmup) * batch
         super().__init__(
             megatron_optimizer,
@@ -156,6 +157,11 @@ class LateDecayScheduler(OptimizerParamScheduler):
             use_checkpoint_opt_param_scheduler=False,
             override_opt_param_scheduler=True,
         )
+
+    def go_to(self, iteration: int) -> None:
+        """Set every group's learning rate for the step after `iteration`, whatever batches the steps before had."""
+        self.num_steps = 0
+        self.step(increment=iteration * self._batch)
 
     def get_lr(self, param_group: dict) -> float:
         """Learning rate of a group at the current number of samples."""

@@ -66,9 +66,13 @@ def load_optimizer_state(
 ) -> None:
     """Take in what `load_checkpoint` made of `sharded_optimizer_state(..., is_loading=True)`."""
     if _is_distributed(optimizer):
+        settings = [_settings(link.optimizer) for link in optimizer.chained_optimizers]
         with megatron_on_cpu():
             optimizer.load_state_dict(content)
-        for link in optimizer.chained_optimizers:
+        for link, groups in zip(optimizer.chained_optimizers, settings, strict=True):
+            # Megatron restores the groups' rates and decay too: another stage's, or those before a flag was changed.
+            for group, mine in zip(link.optimizer.param_groups, groups, strict=True):
+                group.update(mine)
             # Megatron gives torch's AdamW one tensor as the step of all parameters: each would advance it.
             for state in link.optimizer.state.values():
                 if isinstance(link.optimizer, torch.optim.AdamW):
@@ -81,6 +85,17 @@ def load_optimizer_state(
                 for name, tensor in _state_tensors(link.optimizer, parameter, master).items():
                     tensor.copy_(content["tensors"][names[id(parameter)]][name])
             _set_steps(link.optimizer, content[STEP])
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the job says about each parameter group."""
+    return [{k: v for k, v in group.items() if k not in ("params", STEP)} for group in optimizer.param_groups]
+
+
+def master_weights(optimizer: ChainedOptimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(model parameter, what is stepped in its place) of all parameters; not of the distributed optimizer."""
+    for link in optimizer.chained_optimizers:
+        yield from _masters(link)
 
 
 def _is_distributed(optimizer: ChainedOptimizer) -> bool:

@@ -148,7 +148,13 @@ def test_loader_reads_the_sampler_s_batches_from_any_point(folder, num_workers):
     dataset = LatentDataset([str(folder)])
     sampler = BucketSampler(dataset.streams, {Bucket(9, 32, 32): 4}, seed=1)
     loader = BatchLoader(
-        dataset, sampler, dp_rank=1, dp_size=2, micro_batch_size=1, consumed_samples=8, num_workers=num_workers
+        dataset,
+        sampler,
+        dp_rank=1,
+        dp_size=2,
+        micro_batch_sizes={Bucket(9, 32, 32): 1},
+        consumed_samples=8,
+        num_workers=num_workers,
     )
     for step in range(5):
         plan, micro_batches = next(loader)

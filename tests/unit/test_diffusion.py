@@ -77,6 +77,31 @@ def test_a_sample_cut_in_two_has_the_loss_of_the_whole_not_the_mean_of_the_parts
     assert not torch.allclose(averaged, whole, rtol=1e-3)
 
 
+def test_loss_presets_are_the_references_constants():
+    """dit_spec 3.2's table: c of the norm of a sample with d elements, and the same in units of its RMS error."""
+    for d, ict, rfpp in ((3072, 0.030, 1.66), (2048, 0.024, 1.11), (63_488, 0.136, 34.3), (253_952, 0.272, 137)):
+        root = d**0.5
+        assert losses.huber_constant("ict", d, 0.5) * root == pytest.approx(ict, rel=0.03)
+        assert losses.huber_constant("rfpp", d, 0.5) * root == pytest.approx(rfpp, rel=0.01)
+        errors = torch.tensor([0.5 * d], dtype=torch.float64)
+        c = losses.huber_constant("rfpp", d, 0.5) * root
+        expected = 2 * c / d * (math.sqrt(0.5 * d + c**2) - c)
+        assert losses.per_sample_loss(errors, d, "rfpp", 0.5).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.huber_constant("pseudo_huber", 99, 0.5) == 0.5
+    assert losses.per_sample_loss(torch.tensor([6.0]), 3, "mse", 0.5).item() == 2.0
+    with pytest.raises(ValueError, match="pseudo_huber, ict, rfpp or mse, got 'l1'"):
+        losses.per_sample_loss(torch.ones(1), 1, "l1", 0.5)
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_hidden_first_frame_leaves_no_trace(repeat):
+    latents = torch.randn(3, 2, 4, 2, 2)
+    mask, condition = conditions.first_frame_condition(latents, 4, repeat, torch.tensor([True, False, True]))
+    assert mask[::2].abs().max() == condition[::2].abs().max() == 0
+    shown = conditions.first_frame_condition(latents, 4, repeat)
+    assert torch.equal(mask[1], shown[0][1]) and torch.equal(condition[1], shown[1][1])
+
+
 @pytest.mark.parametrize("frames", [1, 2, 31])
 def test_first_frame_condition_reads_only_frame_zero(frames):
     latents = torch.randn(2, 3, frames, 4, 5)

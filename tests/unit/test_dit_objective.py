@@ -10,6 +10,7 @@ from megatron_fsvideo.config import DIT_PRESETS, DiffusionConfig, DiTJob, build_
 from megatron_fsvideo.data.batch import Batch
 from megatron_fsvideo.models.dit import patchify
 from megatron_fsvideo.training.steps.dit_objective import (
+    hidden_first_frames,
     make_noisy,
     pad_rows,
     training_draws,
@@ -72,6 +73,25 @@ def test_dropped_text_is_the_null_text():
     assert noisy.text[1, 2:].abs().max() == 0
     without = replace(MODEL, text_embed_dim=0)
     assert make_noisy(batch, (noise, sigmas, sigmas > 2), null, without, DiffusionConfig()).text is None
+
+
+def test_images_and_dropped_first_frames_are_not_given():
+    """An image whose own latents were its condition would be its own answer."""
+    video = batch_of(list(range(400)))
+    image = replace(video, latents=video.latents[:, :, :1])
+    diffusion = DiffusionConfig(image_dropout=0.25)
+    assert hidden_first_frames(image, diffusion, 1).all()
+    hidden = hidden_first_frames(video, diffusion, 1)
+    assert hidden.float().mean().item() == pytest.approx(0.25, abs=0.06)
+    assert hidden_first_frames(video, DiffusionConfig(), 1).sum() == 0
+    c, m = MODEL.latent_channels, MODEL.mask_channels
+    for batch, expected in ((image, torch.ones(400, dtype=torch.bool)), (video, hidden)):
+        draws = training_draws(batch, diffusion, seed=1)
+        noisy = make_noisy(batch, draws, batch.text[0], MODEL, diffusion, hidden_first_frames(batch, diffusion, 1))
+        given = noisy.model_input[:, c:].abs().flatten(1).sum(1) + noisy.image.abs().flatten(1).sum(1)
+        assert torch.equal(given == 0, expected)
+    draws = validation_draws(image, diffusion, seed=1)
+    assert make_noisy(image, draws, image.text[0], MODEL, diffusion).model_input[:, c : c + m].abs().max() == 0
 
 
 def test_model_input_is_noise_mask_condition():

@@ -63,3 +63,16 @@ def test_load_and_restart():
     assert ema.weights["bias"].tolist() == [3.0, 3.0]
     ema.restart()
     assert torch.equal(ema.weights["weight"], model.weight)
+
+
+def test_the_fp32_masters_are_averaged_and_the_parameters_swapped():
+    model = tiny_model(torch.bfloat16)
+    masters = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    ema = EMA(model, 0.5, masters)
+    for master in masters.values():
+        master.fill_(1.001)  # bf16 would say 1
+    ema.restart()
+    ema.update(10**6)
+    assert ema.weights["weight"][0, 0].item() == pytest.approx(1.001, abs=1e-6)
+    with ema.applied():
+        assert model.weight[0, 0].item() == 1.0

@@ -22,11 +22,10 @@ from megatron_fsvideo.config import DiTJob, to_dict
 from megatron_fsvideo.data.batch import Batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
-from megatron_fsvideo.diffusion.losses import per_sample_loss
+from megatron_fsvideo.diffusion.losses import loss_of_mse
 from megatron_fsvideo.models.dit import build_dit_chunks
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
 from megatron_fsvideo.parallel.pipeline import run_schedule
-from megatron_fsvideo.training.ema import EMA
 from megatron_fsvideo.training.flops import dit_training_flops
 from megatron_fsvideo.training.optimizer import (
     LateDecayScheduler,
@@ -37,15 +36,19 @@ from megatron_fsvideo.training.optimizer import (
 from megatron_fsvideo.training.optimizer_state import (
     CHECKPOINT_METADATA,
     load_optimizer_state,
+    master_weights,
     sharded_optimizer_state,
 )
+from megatron_fsvideo.training.sharded_ema import ReplicatedEMA, ShardedEMA
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.steps.dit_batches import (
     BatchSource,
     check_data_fits_model,
+    training_filter,
+    validation_filter,
 )
 from megatron_fsvideo.training.steps.dit_objective import (
-    NoisyBatch,
+    hidden_first_frames,
     make_noisy,
     pad_rows,
     predict,
@@ -69,7 +72,9 @@ class DiTStep:
     def __init__(self, job: DiTJob, pgs: ProcessGroups) -> None:
         self.job = job
         self.pgs = pgs
-        self.dataset = LatentDataset(job.data.data_path, job.data.max_bad_fraction)
+        self.dataset = LatentDataset(
+            job.data.data_path, job.data.max_bad_fraction, sample_filter=training_filter(job.data)
+        )
         check_data_fits_model(self.dataset, job.model, job.parallel)
         self.valid_dataset = self._open_validation()
         dtype = torch.bfloat16 if job.training.bf16 else torch.float32
@@ -78,7 +83,7 @@ class DiTStep:
         self.wrapped = wrap_ddp_chunks(chunks, job.parallel, pgs)
         self.optimizer = build_optimizer(self.wrapped, job.optimizer, job.parallel, job.training, pgs)
         self.scheduler = LateDecayScheduler(self.optimizer, job.optimizer, job.training)
-        self.ema = EMA(self.chunks, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
+        self.ema = self._build_ema() if job.optimizer.ema_decay else None
         self.null_text = pad_rows(self.dataset.null_text, self.dataset.text_length)
         checkpoint = job.checkpoint
         self.writer = (
@@ -153,10 +158,7 @@ class DiTStep:
             "consumed_samples": state.consumed_samples,
         }
         content = self._sharded_state(is_loading=False)
-        content |= {
-            "iteration": state.iteration,
-            "consumed_samples": state.consumed_samples,
-        }
+        content |= {"iteration": state.iteration, "consumed_samples": state.consumed_samples}
         self.writer.save(
             state.iteration,
             lambda target: plan_checkpoint(
@@ -181,40 +183,63 @@ class DiTStep:
         """Continue from `--save` if this run has saved before, otherwise from `--load`, if there is a checkpoint in it.
 
         Raises:
-            ValueError: the checkpoint is of another architecture or autoencoder, or damaged; or `--save` holds one that
-                would be overwritten.
+            ValueError: the checkpoint is of another architecture, autoencoder or dataset, or damaged; or `--save` holds
+                one that would be overwritten.
         """
         folder, finetune = self._checkpoint_source()
         if folder is None:
             return TrainState()
+        is_resumed = self.writer is not None and folder == self.writer.folder
+        new_stage = self.job.stage.new_stage and not is_resumed
         iteration = newest_good_iteration(folder, self.pgs, check_checkpoint)
         assert iteration is not None, "the source has a checkpoint"
         record = read_record(folder, iteration)
-        check_agreement(record, self.job, self.dataset.description(), str(folder), finetune)
-        if self.writer is not None and folder == self.writer.folder:
+        description = self.dataset.description()
+        check_agreement(record, self.job, description, str(folder), finetune=finetune, new_stage=new_stage)
+        if is_resumed:
             self.writer.resume_from(iteration)
+        if record["data"] is not None:
+            self._normalize_with(record["data"]["latent_mean"], record["data"]["latent_std"])
         had_ema = record["job"]["optimizer"]["ema_decay"] > 0
         state = self._sharded_state(is_loading=True, with_ema=had_ema, with_optimizer=not finetune)
         content = load_checkpoint(folder, iteration, state)
         missing, _ = self.chunks.load_state_dict(content["model"], strict=False)
         assert all(name.endswith("_extra_state") for name in missing), missing
-        if self.ema is not None:
-            if had_ema:
-                self.ema.load(content["ema"])
-            else:
-                self.ema.restart()
         if finetune:
             self.optimizer.reload_model_params()
+        else:
+            load_optimizer_state(self.optimizer, self._sharded_weights(), content["optimizer"])
+        if self.ema is not None and had_ema:
+            self.ema.load_state(content["ema"])
+        elif self.ema is not None:
+            self.ema.restart()
+        if finetune:
             return TrainState()
-        load_optimizer_state(self.optimizer, self._sharded_weights(), content["optimizer"])
-        self.scheduler.load_state_dict(content["scheduler"])
-        return TrainState(content["iteration"], content["consumed_samples"])
+        self.scheduler.go_to(content["iteration"])
+        return TrainState(content["iteration"], 0 if new_stage else content["consumed_samples"])
+
+    def _build_ema(self) -> ReplicatedEMA | ShardedEMA:
+        """The moving average of the fp32 weights, shared over the data-parallel ranks if the optimizer is."""
+        names = {parameter: name for name, parameter in self.chunks.named_parameters()}
+        decay = self.job.optimizer.ema_decay
+        if self.job.parallel.use_distributed_optimizer:
+            return ShardedEMA(self.wrapped, self.optimizer, names, decay)
+        masters = {names[parameter]: master for parameter, master in master_weights(self.optimizer)}
+        return ReplicatedEMA(self.chunks, decay, masters)
+
+    def _normalize_with(self, mean: list[float], std: list[float]) -> None:
+        """The weights know latents of this mean and std per channel, whatever another dataset's are."""
+        for dataset in (self.dataset, self.valid_dataset):
+            if dataset is not None:
+                dataset.normalization = mean, std
 
     def _checkpoint_source(self) -> tuple[Path | None, bool]:
         """The folder to continue from, or None for a fresh start; and whether only its weights are taken."""
         checkpoint = self.job.checkpoint
         has_saved = checkpoint.save is not None and latest_iteration(Path(checkpoint.save)) is not None
         if checkpoint.load is None:
+            if self.job.stage.new_stage:
+                raise ValueError("new_stage continues the stage before: give its --save folder as --load")
             if has_saved:
                 raise ValueError(
                     f"--save {checkpoint.save} holds a checkpoint, which this run would overwrite: add "
@@ -234,12 +259,19 @@ class DiTStep:
         """Megatron's forward step: the prediction, and a function of it that is the loss."""
         batch = next(iterator)
         diffusion = self.job.diffusion
-        noisy = self._noisy(batch, training_draws(batch, diffusion, self.job.training.seed))
+        seed = self.job.training.seed
+        noisy = make_noisy(
+            batch,
+            training_draws(batch, diffusion, seed),
+            self.null_text,
+            self.job.model,
+            diffusion,
+            hidden_first_frames(batch, diffusion, seed),
+        )
 
         def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             mse = velocity_mse(prediction, noisy, self.job.model, diffusion, self.pgs)
-            # `mse` is per element already: one element is what it is the error of.
-            loss = per_sample_loss(mse, 1, diffusion.loss_type, diffusion.huber_c).mean()
+            loss = loss_of_mse(mse, noisy.target[0].numel(), diffusion.loss_type, diffusion.huber_c).mean()
             self._errors.append((batch.sample_ids, mse.detach()))
             # Cloned, because the schedule scales the loss in place.
             return loss, {"sums": torch.stack([loss.detach(), mse.detach().mean()])}
@@ -248,7 +280,8 @@ class DiTStep:
 
     def _validation_step(self, iterator: Iterator[Batch], wrapped: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(iterator)
-        noisy = self._noisy(batch, validation_draws(batch, self.job.diffusion, self.job.training.seed))
+        draws = validation_draws(batch, self.job.diffusion, self.job.training.seed)
+        noisy = make_noisy(batch, draws, self.null_text, self.job.model, self.job.diffusion)
 
         def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             mse = velocity_mse(prediction, noisy, self.job.model, self.job.diffusion, self.pgs)
@@ -258,9 +291,6 @@ class DiTStep:
             return mse.mean(), {"sums": sums}
 
         return predict(wrapped, noisy), loss_function
-
-    def _noisy(self, batch: Batch, draws: tuple[Tensor, Tensor, Tensor]) -> NoisyBatch:
-        return make_noisy(batch, draws, self.null_text, self.job.model, self.job.diffusion)
 
     def _blame(self) -> str:
         """Which samples of the last global batch have no finite loss, else all of them; every rank calls this."""
@@ -316,7 +346,9 @@ class DiTStep:
         if not self.job.data.valid_data_path:
             raise ValueError("eval_iters is positive, but valid_data_path names no dataset")
         data = self.job.data
-        dataset = LatentDataset(data.valid_data_path, data.max_bad_fraction, self.dataset.normalization)
+        dataset = LatentDataset(
+            data.valid_data_path, data.max_bad_fraction, self.dataset.normalization, validation_filter(data)
+        )
         check_data_fits_model(dataset, self.job.model, self.job.parallel)
         return dataset
 
@@ -325,13 +357,9 @@ class DiTStep:
         model = self._sharded_weights()
         content: dict[str, Any] = {"model": model}
         if self.ema is not None and with_ema:
-            content["ema"] = self._sharded_weights()
-            for name, tensor in content["ema"].items():
-                tensor.key = f"ema.{tensor.key}"
-                tensor.data, tensor.dtype = self.ema.weights[name], torch.float32
+            content["ema"] = self.ema.sharded_state(self._sharded_weights())
         if with_optimizer:
             content["optimizer"] = sharded_optimizer_state(self.optimizer, model, is_loading)
-            content["scheduler"] = self.scheduler.state_dict()
         return content
 
     def _sharded_weights(self) -> dict[str, ShardedTensor]:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 from megatron_fsvideo.config import DataConfig, DiTConfig, ParallelConfig, TrainingConfig, check_token_count
 from megatron_fsvideo.data.batch import Batch, BatchLoader, broadcast_batch
-from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.data.latent_dataset import LatentDataset, SampleFilter, read_sample_list
 from megatron_fsvideo.data.latent_shards import sample_id
-from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch, bucket_batch_sizes
+from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch, bucket_sizes
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
 
@@ -16,6 +16,9 @@ class BatchSource:
 
     Tensor-parallel rank 0 reads and sends to its group; every pipeline stage and context-parallel rank reads the same
     samples for itself.
+
+    Attributes:
+        sizes: of each bucket's batches.
 
     Args:
         shuffle: False for validation: stored order.
@@ -40,14 +43,22 @@ class BatchSource:
         self._plan: GlobalBatch | None = None
         self._tokens = dataset.bucket_tokens(model.patch_size)
         multiple = training.micro_batch_size * pgs.dp_size * microbatch_multiple
-        if training.global_batch_size % multiple:
+        if training.global_batch_size % multiple and not data.tokens_per_batch:
             stages = f" x pipeline size {microbatch_multiple} (virtual stages)" if microbatch_multiple > 1 else ""
             raise ValueError(
                 f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
                 f"{training.micro_batch_size} x data-parallel size {pgs.dp_size}{stages} = {multiple}"
             )
-        sizes = bucket_batch_sizes(self._tokens, training.global_batch_size, multiple)
-        sampler = BucketSampler(dataset.streams, sizes, training.seed, shuffle)
+        self.sizes = bucket_sizes(
+            self._tokens,
+            training.micro_batch_size,
+            training.global_batch_size,
+            pgs.dp_size * microbatch_multiple,
+            tokens_per_micro_batch=data.tokens_per_micro_batch,
+            tokens_per_batch=data.tokens_per_batch,
+        )
+        batch_sizes = {bucket: size.batch for bucket, size in self.sizes.items()}
+        sampler = BucketSampler(dataset.streams, batch_sizes, training.seed, shuffle)
         self._plans = sampler.batches(consumed_samples)
         self._loader: Iterator[tuple[GlobalBatch, list[Batch]]] | None = None
         if pgs.tp_rank == 0:
@@ -56,12 +67,12 @@ class BatchSource:
                 sampler,
                 dp_rank=pgs.dp_rank,
                 dp_size=pgs.dp_size,
-                micro_batch_size=training.micro_batch_size,
+                micro_batch_sizes={bucket: size.micro_batch for bucket, size in self.sizes.items()},
                 consumed_samples=consumed_samples,
                 num_workers=data.num_workers,
             )
         self._num_microbatches = {
-            bucket: size // (training.micro_batch_size * pgs.dp_size) for bucket, size in sizes.items()
+            bucket: size.batch // (size.micro_batch * pgs.dp_size) for bucket, size in self.sizes.items()
         }
 
     def next(self) -> tuple[list[Batch], int, int]:
@@ -81,6 +92,21 @@ class BatchSource:
         refs = self._plan.samples
         keys = [self._dataset.sample_key(ref.stream_index, ref.position) for ref in refs]
         return {sample_id(key): key for key in keys}
+
+
+def training_filter(data: DataConfig) -> SampleFilter:
+    """Which samples of the training data are used.
+
+    Raises:
+        ValueError: `sample_list` is no file, or names nothing.
+    """
+    keys = None if data.sample_list is None else read_sample_list(data.sample_list)
+    return SampleFilter(data.bucket_frames, data.bucket_resolution, keys)
+
+
+def validation_filter(data: DataConfig) -> SampleFilter:
+    """The same for validation, which takes the shapes of training, but every sample."""
+    return SampleFilter(data.bucket_frames, data.bucket_resolution)
 
 
 def check_data_fits_model(dataset: LatentDataset, model: DiTConfig, parallel: ParallelConfig) -> None:

@@ -71,27 +71,44 @@ def validation_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tup
     return noise, sigmas, torch.zeros(len(ids), dtype=torch.bool)
 
 
+def hidden_first_frames(batch: Batch, diffusion: DiffusionConfig, seed: int) -> Tensor:
+    """Whose first frame the model is not given in training: bool [b]. A clip of one frame would be its own answer."""
+    drawn = [torch.rand((), generator=generator) for generator in _generators(batch, seed, "image_dropout")]
+    return (torch.stack(drawn) < diffusion.image_dropout) | is_image(batch)
+
+
+def is_image(batch: Batch) -> bool:
+    """Whether the clips have one frame."""
+    return batch.latents.shape[2] == 1
+
+
 def make_noisy(
     batch: Batch,
     draws: tuple[Tensor, Tensor, Tensor],
     null_text: Tensor,
     model: DiTConfig,
     diffusion: DiffusionConfig,
+    hidden: Tensor | None = None,
 ) -> NoisyBatch:
     """Put the draws on the batch.
 
     Args:
         null_text: the empty prompt's encoding [l, e], zero padded to the batch's length.
+        hidden: bool [b], whose first frame is not given; None gives the first frame of all clips, but of images.
     """
     latents = batch.latents
+    if hidden is None:
+        hidden = torch.full((len(latents),), is_image(batch))
+    hidden = hidden.to(latents.device)
     noise, sigmas, dropped = (tensor.to(latents.device) for tensor in draws)
     noisy = add_noise(latents, noise, sigmas)
-    mask, condition = first_frame_condition(latents, model.mask_channels, diffusion.repeat_condition)
+    mask, condition = first_frame_condition(latents, model.mask_channels, diffusion.repeat_condition, hidden)
     text = torch.where(dropped[:, None, None], null_text.to(batch.text), batch.text)
     return NoisyBatch(
         model_input=build_model_input(noisy, mask, condition),
         text=text if model.text_embed_dim else None,
-        image=batch.image if model.image_embed_dim else None,
+        # Zeros, not None: every weight takes part in every step, as overlapped gradient reduction needs.
+        image=batch.image.masked_fill(hidden[:, None, None], 0) if model.image_embed_dim else None,
         noisy_latents=noisy,
         target=velocity_target(latents, noise),
         sigmas=sigmas,
