@@ -58,16 +58,9 @@ def intrinsic_dimension(points: Tensor, max_neighbors: int = TABLE_1_NEIGHBORS) 
     Raises:
         ValueError: too few points, values that are not finite, duplicates, or neighbours all equally far.
     """
-    if max_neighbors < 2 or max_neighbors & (max_neighbors - 1):
-        raise ValueError(f"max_neighbors must be a power of two and at least 2, got {max_neighbors}")
     if points.ndim != 2:
         raise ValueError(f"points must be [number, features], got {list(points.shape)}")
-    if len(points) <= max_neighbors:
-        raise ValueError(
-            f"{len(points)} points have at most {max(0, len(points) - 1)} neighbours each, asked for {max_neighbors}: "
-            f"give at least {max_neighbors + 1} points (the estimate's relative error falls as 1 / sqrt(points)), or "
-            "fewer neighbours"
-        )
+    check_number(len(points), max_neighbors)
     distances = neighbor_distances(points, max_neighbors)
     if (zero := int((distances[:, 0] == 0).sum())) > 0:
         raise ValueError(f"{zero} of {len(points)} points have a duplicate, whose ratio is infinite: drop duplicates")
@@ -77,6 +70,22 @@ def intrinsic_dimension(points: Tensor, max_neighbors: int = TABLE_1_NEIGHBORS) 
         estimates.append(_estimate(distances[:, n2 // 2 - 1], distances[:, n2 - 1], n2))
         n2 *= 2
     return estimates
+
+
+def check_number(num_points: int, max_neighbors: int) -> None:
+    """Refuse fewer points than have that many neighbours, and numbers of neighbours that are no power of two.
+
+    Raises:
+        ValueError: with the numbers.
+    """
+    if max_neighbors < 2 or max_neighbors & (max_neighbors - 1):
+        raise ValueError(f"max_neighbors must be a power of two and at least 2, got {max_neighbors}")
+    if num_points <= max_neighbors:
+        raise ValueError(
+            f"{num_points} points have at most {max(0, num_points - 1)} neighbours each, asked for {max_neighbors}: "
+            f"give at least {max_neighbors + 1} points (the estimate's relative error falls as 1 / sqrt(points)), or "
+            "fewer neighbours"
+        )
 
 
 def drop_duplicates(points: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy
 import pytest
 import safetensors.torch
 import torch
@@ -88,3 +89,53 @@ def test_more_processes_than_clips(workplace):
 def test_mistakes_are_one_line(workplace, flags, message):
     result = evaluate(workplace, "mistake", *flags)
     assert result.code == 1 and result.last_line.startswith("error: ") and message in result.last_line
+
+
+def test_intrinsic_dimension_of_videos_on_two_processes(workplace):
+    flags = ["--load", workplace / "standard", "--num-points", "9", "--max-neighbors", "4", "--sampling", "videos"]
+    for size, out in ((1, "dimension1"), (2, "dimension2")):
+        words = [*flags, "--num-frames", "9", "1"]
+        result = run(workplace, "tools/intrinsic_dimension.py", out, *words, world_size=size)
+        assert result.code == 0, result.stderr
+        assert "bad.mp4" in result.stderr
+    video, image = json.loads((workplace / "dimension1.json").read_text())
+    assert [video, image] == json.loads((workplace / "dimension2.json").read_text())
+    assert (video["points"], video["features"], image["features"]) == (12, 4 * 3 * 2 * 2, 4 * 2 * 2)
+    assert [scale["neighbors"] for scale in image["scales"]] == [2, 4]
+    assert all(scale["dimension"] > 0 for scale in video["scales"])
+
+
+def test_intrinsic_dimension_of_a_file(workplace):
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(3000, 3, generator=generator) @ torch.randn(3, 12, generator=generator)
+    points[5] = points[4]
+    numpy.save(workplace / "points.npy", points.numpy())
+    log = workplace / "file.log"
+    log.touch()
+    words = ["--latents", workplace / "points.npy", "--out", workplace / "file.json"]
+    result = run_cli("tools/intrinsic_dimension.py", words, log)
+    assert result.code == 0 and "1 duplicate points dropped" in result.stderr
+    (line,) = json.loads((workplace / "file.json").read_text())
+    assert (line["points"], line["duplicates"]) == (2999, 1)
+    for scale in line["scales"]:
+        assert scale["dimension"] == pytest.approx(3, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --load and --video-dir, or --latents"),
+        (["--load", "x"], "give --load and --video-dir, or --latents"),
+        (["--latents", "/nowhere.npy"], "/nowhere.npy does not exist"),
+    ],
+)
+def test_dimension_of_nothing_is_refused(tmp_path, flags, message):
+    (tmp_path / "log").touch()
+    result = run_cli("tools/intrinsic_dimension.py", flags, tmp_path / "log")
+    assert result.code == 1 and message in result.last_line
+
+
+def test_too_few_clips_are_refused_before_they_are_encoded(workplace):
+    flags = ["--load", workplace / "standard", "--num-points", "9", "--sampling", "videos"]
+    result = run(workplace, "tools/intrinsic_dimension.py", "few", *flags)
+    assert result.code == 1 and "12 points have at most 11 neighbours each, asked for 64" in result.last_line

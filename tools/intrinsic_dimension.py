@@ -1,0 +1,158 @@
+"""Intrinsic dimension of an autoencoder's latents, as Table 1 of the paper reports it (docs/evaluation.md).
+
+    torchrun --nproc-per-node 8 tools/intrinsic_dimension.py --load runs/fsae_phase4 --video-dir videos \
+        --out table1.json
+
+    python tools/intrinsic_dimension.py --latents data/latents --bucket 17x256x256
+
+Gride with 2, 4, ..., 64 neighbours (evaluation/gride.py); one point is one clip's latents. Lower is simpler. From
+videos: a line for clips and one for images. The relative standard error at the finest scale is 1 / sqrt(points).
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_fsvideo.checkpoint.release import load_fsae
+from megatron_fsvideo.config import VideoDataConfig, parse_job, run_script
+from megatron_fsvideo.evaluation.autoencoders import Facts
+from megatron_fsvideo.evaluation.clips import list_clips
+from megatron_fsvideo.evaluation.gride import (
+    TABLE_1_NEIGHBORS,
+    check_number,
+    drop_duplicates,
+    intrinsic_dimension,
+    table_row,
+)
+from megatron_fsvideo.evaluation.latent_points import encode_clips, read_points
+from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.parallel.team import Team, join_team, leave_team
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class DimensionFlags:
+    """what to measure"""
+
+    load: str | None = None
+    """The autoencoder: a release folder, or a --save folder of pretrain_fsae.py; needs video_dir."""
+    video_dir: str | None = None
+    """Folder of video files."""
+    latents: tuple[str, ...] = ()
+    """Instead of load and video_dir: .npy or .safetensors files with a point per row, or latent dataset folders."""
+    bucket: str | None = None
+    """Clip shape of a latent dataset that has several, as 17x256x256."""
+    out: str | None = None
+    """JSON file to write."""
+    num_points: int = 5000
+    """Clips or samples, spread evenly."""
+    max_neighbors: int = TABLE_1_NEIGHBORS
+    """Scales go from 2 neighbours to this power of two."""
+
+
+@dataclass(frozen=True)
+class ClipFlags:
+    """which clips of the videos are encoded"""
+
+    num_frames: tuple[int, ...] = (17, 1)
+    """Frames per clip; a line for each."""
+    resolution: int = 256
+    """Side of the centre crops, in pixels."""
+    short_side: int = 256
+    """Videos are resized to this short side."""
+    sampling: Literal["shots", "videos"] = "shots"
+    """Clips lie inside shots; or each video is taken whole, from its beginning."""
+    device: str | None = None
+    """cpu, cuda, ...; none takes this process's GPU if there is one."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format of the autoencoder."""
+
+
+@dataclass(frozen=True)
+class DimensionJob:
+    """Measure the intrinsic dimension of latents."""
+
+    dimension: DimensionFlags
+    clips: ClipFlags = field(default_factory=ClipFlags)
+
+
+def main() -> None:
+    """Parse, encode or read, estimate, write."""
+    job = parse_job(DimensionJob)
+    flags, team = job.dimension, join_team()
+    from_videos = flags.load is not None and flags.video_dir is not None
+    if from_videos == bool(flags.latents) or (flags.load is None) != (flags.video_dir is None):
+        raise ValueError("give --load and --video-dir, or --latents")
+    lines = []
+    for name, points, skipped in encoded(job, team) if from_videos else stored(flags, team):
+        if team.leads:
+            lines.append(estimate(name, points, skipped, flags.max_neighbors))
+            print(lines[-1].pop("line"), flush=True)
+    if team.leads and flags.out is not None:
+        Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(flags.out).write_text(json.dumps(lines, indent=2) + "\n")
+    leave_team(team)
+
+
+def encoded(job: DimensionJob, team: Team) -> Iterator[tuple[str, Tensor, dict[str, str]]]:
+    """(name, points, skipped clips) for each length of clips."""
+    clips, device = job.clips, team.device(job.clips.device)
+    assert job.dimension.load is not None
+    fsae = load_fsae(job.dimension.load, device, DTYPES[clips.dtype])
+    facts = Facts(job.dimension.load, fsae.spatial_factor, fsae.temporal_factor, fsae.latent_channels)
+    # All lengths before the first is encoded.
+    for num_frames in clips.num_frames:
+        facts.check_clip(num_frames, clips.resolution)
+    for num_frames in clips.num_frames:
+        yield of_length(fsae, num_frames, job, team)
+
+
+def of_length(fsae: FSAE, num_frames: int, job: DimensionJob, team: Team) -> tuple[str, Tensor, dict[str, str]]:
+    """(name, points, skipped files and clips) of clips of one length."""
+    clips = job.clips
+    data = VideoDataConfig(
+        video_dir=job.dimension.video_dir,
+        num_frames=num_frames,
+        resolution=clips.resolution,
+        short_side=clips.short_side,
+    )
+    listed = list_clips(data, clips.sampling, job.dimension.num_points, team)
+    check_number(len(listed.clips), job.dimension.max_neighbors)
+    points, skipped = encode_clips(fsae, listed.clips, data, team)
+    return "image" if num_frames == 1 else f"video, {num_frames} frames", points, listed.skipped | skipped
+
+
+def stored(flags: DimensionFlags, team: Team) -> Iterator[tuple[str, Tensor, dict[str, str]]]:
+    """(path, points, nothing skipped); reading is quick, so one process does it."""
+    for path in flags.latents if team.leads else ():
+        yield path, read_points(path, flags.bucket, flags.num_points), {}
+
+
+def estimate(name: str, points: Tensor, skipped: dict[str, str], max_neighbors: int) -> dict[str, Any]:
+    """What the JSON says of a set of points, and the line to print."""
+    for clip, reason in skipped.items():
+        print(f"skipped {clip}: {reason}", file=sys.stderr, flush=True)
+    distinct = drop_duplicates(points)
+    if len(distinct) < len(points):
+        print(f"{name}: {len(points) - len(distinct)} duplicate points dropped", file=sys.stderr, flush=True)
+    estimates = intrinsic_dimension(distinct, max_neighbors)
+    return {
+        "line": table_row(f"{name}, {len(distinct)} points", estimates),
+        "name": name,
+        "points": len(distinct),
+        "features": points.shape[1],
+        "duplicates": len(points) - len(distinct),
+        "skipped": skipped,
+        "scales": [asdict(scale) for scale in estimates],
+    }
+
+
+if __name__ == "__main__":
+    run_script(main)
