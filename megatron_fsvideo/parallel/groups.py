@@ -97,6 +97,16 @@ class ProcessGroups:
         return self.dp.size()
 
     @property
+    def dp_cp_rank(self) -> int:
+        """Rank among all copies of the weights: data and context parallel."""
+        return self.dp_cp.rank()
+
+    @property
+    def dp_cp_size(self) -> int:
+        """Number of copies of the weights."""
+        return self.dp_cp.size()
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this rank embeds the input."""
         return self.pp_rank == 0
