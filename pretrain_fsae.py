@@ -19,7 +19,7 @@ from megatron_fsvideo.training.watchdog import Watchdog
 
 def pretrain(job: FSAEJob) -> None:
     """Build everything, continue from a checkpoint if there is one, train."""
-    parallel = ParallelConfig()
+    parallel = ParallelConfig(context_parallel_size=job.losses.context_parallel_size)
     pgs = groups.initialize(parallel)
     profiler = IterationProfiler(job.profiling, profile_folder(job.logging, job.checkpoint), pgs.rank)
     with Watchdog(pgs, 60 * parallel.distributed_timeout_minutes) as watchdog:

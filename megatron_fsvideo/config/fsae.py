@@ -123,6 +123,19 @@ class FSAETrainingConfig:
     """Samples of a single-frame batch."""
     recompute_activations: bool = False
     """Keep only the inputs of blocks, and compute the blocks again in the backward pass: less memory, more time."""
+    context_parallel_size: int = 1
+    """Processes that share the frames of one clip; clips too short for it are dealt out to them whole."""
+    encoder_tile: int = 0
+    """Side in pixels of the tiles in which the encoder's outer stages run, recomputed one by one in the backward pass,
+    with exact gradients; 0 runs them whole."""
+    encoder_slice: int = 0
+    """Latent frames that the encoder takes at a time instead (for small frames); 0 takes all."""
+    patch_latents: int = 0
+    """Latent frames of the patch that the decoder's outer stages and the losses see; 0 takes all."""
+    patch_rows: int = 0
+    """Rows of the patch, in cells of 8 pixels; the outer 7 at each cut are decoded for their neighbours only."""
+    patch_columns: int = 0
+    """Columns of the patch, likewise."""
     latent_noise: float = 0.0
     """In training, latents get Gaussian noise of uniform(0, this) of their standard deviation before decoding."""
 
@@ -134,6 +147,25 @@ class FSAETrainingConfig:
                 f"image_warmup_iters {self.image_warmup_iters} starts a model from images, which phase {self.phase} "
                 "no longer does: set it to 0"
             )
+        if self.context_parallel_size < 1:
+            raise ValueError(f"context_parallel_size must be at least 1, got {self.context_parallel_size}")
+        sizes = (self.encoder_tile, self.encoder_slice, self.patch_latents, self.patch_rows, self.patch_columns)
+        if min(sizes) < 0 or (self.encoder_tile and self.encoder_slice):
+            raise ValueError(
+                "encoder_tile, encoder_slice, patch_latents, patch_rows and patch_columns must not be negative, and "
+                f"only one of the first two can be given: got {sizes}"
+            )
+        if self.context_parallel_size > 1 and (self.encoder_slice or self.patch_latents):
+            raise ValueError(
+                f"encoder_slice {self.encoder_slice} and patch_latents {self.patch_latents} cut time, which "
+                f"context_parallel_size {self.context_parallel_size} has cut already: set them to 0, and use "
+                "encoder_tile, patch_rows and patch_columns"
+            )
+
+    @property
+    def decodes_patch(self) -> bool:
+        """Whether the decoder's outer stages see a patch only."""
+        return max(self.patch_latents, self.patch_rows, self.patch_columns) > 0
 
     @property
     def trains_encoder(self) -> bool:

@@ -47,7 +47,8 @@ class AlignmentConfig:
     vf_distance_margin: float = 0.25
     """Difference of similarities that the pair-wise loss forgives (m_2; paper: 0.25)."""
     vf_encoder_path: str | None = None
-    """Folder with DINOv2 as transformers saves it (paper: DINOv2; VA-VAE: its large size)."""
+    """Folder with DINOv2 as transformers saves it (paper: DINOv2; VA-VAE: its large size); efficientnet-lite0 is a
+    stand-in that comes as a package."""
     vf_grid: int = 16
     """DINOv2 patches per side of a square frame; other shapes get about as many."""
     vf_rows: int = 1024

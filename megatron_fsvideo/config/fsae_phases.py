@@ -53,7 +53,18 @@ def _lengths(shapes: tuple[str, ...], *counts: int) -> tuple[str, ...]:
     return tuple(f"{count}x{shape}" for count in counts for shape in shapes)
 
 
-_LARGE: Preset = _COMMON | {"buckets": _MIXED, "perceptual_frames": 8, "recompute_activations": True, "lr": 2e-5}
+# So that 121x1024x1024 fits 80 GB: four processes share the frames of a clip, the encoder's outer stages run in tiles,
+# the decoder's on 320 x 320 pixels, of which at least 208 x 208 count.
+_LARGE: Preset = _COMMON | {
+    "buckets": _MIXED,
+    "context_parallel_size": 4,
+    "encoder_tile": 256,
+    "patch_rows": 40,
+    "patch_columns": 40,
+    "perceptual_frames": 8,
+    "recompute_activations": True,
+    "lr": 2e-5,
+}
 
 PHASES: dict[int, Preset] = {
     1: _COMMON | {"buckets": _lengths(_SHAPES_256, 17, 1), "lr": 1e-4, "train_iters": 200_000},

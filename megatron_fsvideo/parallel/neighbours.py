@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -31,6 +32,34 @@ def exchange_frames(frames: Tensor, num_before: int, num_after: int, group: Proc
             "its neighbour: give each rank at least 2 latent frames"
         )
     return _ExchangeFrames.apply(frames, num_before, num_after, group)
+
+
+def join_frames(frames: Tensor, start: int, num_frames: int, group: ProcessGroup) -> Tensor:
+    """All ranks' parts of a video, on every rank, in at least fp32; the gradient is the sum over the ranks' gradients.
+
+    Args:
+        frames: [b, c, t, h, w], this rank's part.
+        start: which frame of the video it begins with.
+        num_frames: of the whole video.
+    """
+    missing = num_frames - start - frames.shape[2]
+    wide = frames.to(torch.promote_types(frames.dtype, torch.float32))
+    return _SumOverRanks.apply(F.pad(wide, (0, 0, 0, 0, start, missing)), group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = tensor.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class _ExchangeFrames(torch.autograd.Function):

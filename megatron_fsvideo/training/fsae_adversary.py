@@ -62,8 +62,8 @@ class Adversary:
         return {"discriminator": loss.detach(), "r1": penalty.detach()}
 
     def step(self, iteration: int) -> float:
-        """Average the gradients over the data-parallel ranks and update; returns their norm."""
-        if self.pgs.dp_size > 1:
+        """Average the gradients over all ranks that hold copies and update; returns their norm."""
+        if self.pgs.dp_cp_size > 1:
             self._average_gradients()
         grad_norm, _ = self.optimizer.step(iteration)
         return grad_norm
@@ -101,6 +101,6 @@ class Adversary:
     def _average_gradients(self) -> None:
         gradients = [p.grad for p in self.model.parameters()]
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        all_reduce_sum(flat, self.pgs.dp)
+        all_reduce_sum(flat, self.pgs.dp_cp)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient) / self.pgs.dp_size)
+            gradient.copy_(part.view_as(gradient) / self.pgs.dp_cp_size)

@@ -25,7 +25,7 @@ from megatron_fsvideo.training.steps.fsae_objective import FSAEObjective
 from megatron_fsvideo.training.steps.fsae_trainee import FSAETrainee
 from tests.unit.test_fsae_training import in_a_process_of_its_own, losses_of, make_film, run
 
-ONE_PROCESS = SimpleNamespace(device=torch.device("cpu"), dp_size=1)
+ONE_PROCESS = SimpleNamespace(device=torch.device("cpu"), dp_size=1, dp_cp_size=1)
 TINY_ADVERSARY = {"discriminator_width": 4, "discriminator_scales": 1, "discriminator_layers": 2, "r1_interval": 2}
 
 

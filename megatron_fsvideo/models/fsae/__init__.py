@@ -6,6 +6,7 @@ from megatron_fsvideo.models.fsae.patch import PatchBox, VideoRegion, decode_pat
 from megatron_fsvideo.models.fsae.phases import inherit
 from megatron_fsvideo.models.fsae.sliced_encoder import encode_sliced
 from megatron_fsvideo.models.fsae.streaming import StreamCache
+from megatron_fsvideo.models.fsae.tiled_encoder import encode_tiled
 
 __all__ = [
     "FSAE",
@@ -16,6 +17,7 @@ __all__ = [
     "decode_patch",
     "draw_box",
     "encode_sliced",
+    "encode_tiled",
     "fingerprint",
     "inherit",
 ]

@@ -106,8 +106,7 @@ class Stage(nn.ModuleList):
         """
         for k, block in enumerate(self):
             arguments = (x, stream) if noise is None else (x, stream, noise[k])
-            # A stream that is advanced by the call must not be advanced again.
-            if self.recompute and type(stream) in (type(None), Stream):
+            if self.recompute and (stream is None or not stream.advances):
                 x = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x = block(*arguments)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import FSAEConfig
-from megatron_fsvideo.models.fsae.blocks import build_stage, resample_factor
+from megatron_fsvideo.models.fsae.blocks import TEMPORAL_STAGES, build_stage, resample_factor
 from megatron_fsvideo.models.fsae.convolutions import CausalConv3d
 from megatron_fsvideo.models.fsae.layers import group_mean
 from megatron_fsvideo.models.fsae.resampling import Down
@@ -15,6 +15,9 @@ class Encoder(nn.Module):
     """Stem, then blocks and a Down per stage, then a convolution to the latents.
 
     With depth 0 at the pixel side the stem itself goes to stage 1 (DC-AE's), and `widths[0]` has no feature map.
+
+    Attributes:
+        num_outer: stages that `outer` runs: those whose Down halves time.
     """
 
     def __init__(self, config: FSAEConfig) -> None:
@@ -26,6 +29,7 @@ class Encoder(nn.Module):
             )
         self.latent_channels = config.latent_channels
         self.first_stage = 0 if depths[0] else 1
+        self.num_outer = TEMPORAL_STAGES - self.first_stage
         if self.first_stage == 0:
             self.stem: nn.Module = CausalConv3d(3, widths[0])
         else:
@@ -42,8 +46,21 @@ class Encoder(nn.Module):
 
     def forward(self, video: Tensor, stream: Stream | None = None) -> Tensor:
         """video [b, 3, 4k+1, h, w] -> latents [b, c, k+1, h/s, w/s]; a continued stream takes 4k frames to k."""
-        features = self.stage_outputs(video, stream)[-1]
-        return self.conv_out(features, stream) + group_mean(features, self.latent_channels)
+        return self.inner(self.outer(video, stream), stream)
+
+    def outer(self, video: Tensor, stream: Stream | None) -> Tensor:
+        """The stages before the latents' frame rate, with their Downs: [b, c, k+1, h/4, w/4]. They need most memory."""
+        x = self.stem(video, stream)
+        for stage, down in zip(self.stages[: self.num_outer], self.downs[: self.num_outer], strict=True):
+            x = down(stage(x, stream), stream)
+        return x
+
+    def inner(self, x: Tensor, stream: Stream | None) -> Tensor:
+        """From what `outer` makes to the latents."""
+        x = self.stages[self.num_outer](x, stream)
+        for down, stage in zip(self.downs[self.num_outer :], self.stages[self.num_outer + 1 :], strict=True):
+            x = stage(down(x, stream), stream)
+        return self.conv_out(x, stream) + group_mean(x, self.latent_channels)
 
     def stage_outputs(self, video: Tensor, stream: Stream | None) -> list[Tensor]:
         """Features of each stage that has some, before its Down, pixel side first."""

@@ -57,9 +57,14 @@ def latents_of_rank(num_latents: int, group: ProcessGroup) -> tuple[int, int]:
     return rank * num_latents // size, (rank + 1) * num_latents // size
 
 
+def shards_of(group: ProcessGroup) -> FrameShards:
+    """This process's place, for `encoder`, `decoder`, `encode_tiled` and `decode_patch`."""
+    return FrameShards(position=group.rank(), group=group)
+
+
 def encode_shard(fsae: FSAE, frames: Tensor, group: ProcessGroup) -> Tensor:
     """This process's frames [b, 3, f, h, w] -> its latents; the first process has 4k+1 frames, the others 4k."""
-    return fsae.encoder(frames, FrameShards(position=group.rank(), group=group))
+    return fsae.encoder(frames, shards_of(group))
 
 
 def decode_shard(
@@ -74,5 +79,4 @@ def decode_shard(
     Args:
         first_frame_features: of the video's first frame, the same on all processes.
     """
-    shards = FrameShards(position=group.rank(), group=group)
-    return fsae.decoder(latents, DecodeContext(shards, first_frame_features, None, noise_seed))
+    return fsae.decoder(latents, DecodeContext(shards_of(group), first_frame_features, None, noise_seed))

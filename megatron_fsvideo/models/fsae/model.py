@@ -50,9 +50,7 @@ class FSAE(nn.Module):
         latents = self.encode(video)
         if latent_noise is None:
             return self.decode(latents), latents
-        # With its gradient: a constant scale would reward larger latents, which grow without bound then.
-        scale = latents.float().std(dim=(0, 2, 3, 4), keepdim=True)
-        return self.decode(latents + (scale * latent_noise).to(latents.dtype)), latents
+        return self.decode(noisy(latents, latent_noise)), latents
 
     def encode(self, video: Tensor) -> Tensor:
         """video [b, 3, 4k+1, h, w] -> latents [b, c, k+1, h/s, w/s].
@@ -141,11 +139,18 @@ class FSAE(nn.Module):
         stages = self.encoder.stage_outputs(frame[:, :, :1], None)
         return stages[TEMPORAL_STAGES - self.encoder.first_stage :]
 
-    def recompute(self, enabled: bool) -> None:
-        """In training keep only the inputs of blocks, and compute the blocks again in the backward pass."""
+    def recompute(self, enabled: bool, *, outer_encoder: bool = True) -> None:
+        """In training keep only the inputs of blocks, and compute the blocks again in the backward pass.
+
+        Args:
+            outer_encoder: False leaves the encoder's outer stages out, which are recomputed as a whole already.
+        """
         for module in self.modules():
             if isinstance(module, Stage):
                 module.recompute = enabled
+        if not outer_encoder:
+            for stage in self.encoder.stages[: self.encoder.num_outer]:
+                stage.recompute = False
 
     def check_whole_video(self, video: Tensor) -> None:
         """Refuse what `encode` refuses."""
@@ -169,6 +174,13 @@ class FSAE(nn.Module):
             raise ValueError(
                 f"latents must be [batch, {self.latent_channels}, frames, height, width], got {list(latents.shape)}"
             )
+
+
+def noisy(latents: Tensor, noise: Tensor) -> Tensor:
+    """latents [b, c, t, h, w] + noise of the same shape in units of each channel's standard deviation."""
+    # With its gradient: a constant scale would reward larger latents, which grow without bound then.
+    scale = latents.float().std(dim=(0, 2, 3, 4), keepdim=True)
+    return latents + (scale * noise).to(latents.dtype)
 
 
 def fingerprint(fsae: FSAE) -> str:

@@ -104,30 +104,39 @@ def decode_patch(
     box: PatchBox,
     first_frame_features: Sequence[Tensor] | None = None,
     noise_seed: int = 0,
+    shards: Stream | None = None,
 ) -> tuple[Tensor, VideoRegion]:
     """Decode what can be decoded right from a box, with gradients to all of the latents.
 
     In space the result is exactly that of `FSAE.decode` there. In time it is if the box begins with the video, for a
     Standard decoder if it also ends with it; other ends are cut by `WARM_UP_LATENTS` and nearly right.
 
+    Args:
+        shards: how `latents`, this process's part of a video, is joined to the others' (`FrameShards`): then the box
+            has all of them and the result is exact in time too. The box and the region count in this process's part.
+
     Returns:
         (pixels [b, 3, f, h, w], the region of the video that they are: compare with `region.of(video)`).
 
     Raises:
-        ValueError: a box outside of the frame, or so small that nothing of it is right.
+        ValueError: a box outside of the frame, or so small that nothing of it is right; with `shards`, one that cuts
+            time.
     """
     config, halo, cell = fsae.config, patch_halo(fsae.config), cell_size(fsae.config)
-    h, window = fsae.decoder.inner(latents, DecodeContext(None, first_frame_features, None, noise_seed))
+    h, window = fsae.decoder.inner(latents, DecodeContext(shards, first_frame_features, None, noise_seed))
     num_latents, frame = latents.shape[2], (window.frame_height, window.frame_width)
+    if shards is not None and (box.start, box.stop) != (0, num_latents):
+        raise ValueError(f"latents {box.start} to {box.stop} of {num_latents}: a video on several processes is whole")
     time = _valid("latents", box.start, box.stop, num_latents, WARM_UP_LATENTS, cut_at_end=config.decoder == "standard")
     rows = _valid("rows of cells", box.top, box.bottom, frame[0], halo)
     columns = _valid("columns of cells", box.left, box.right, frame[1], halo)
 
-    context = DecodeContext(Stream(box.start), first_frame_features, None, noise_seed)
+    stream = Stream(box.start) if shards is None else shards
+    context = DecodeContext(stream, first_frame_features, None, noise_seed)
     crop = h[:, :, box.start : box.stop, box.top : box.bottom, box.left : box.right]
     video = fsae.decoder.outer(crop, Window(box.top, box.left, *frame), context)
     region = VideoRegion(
-        slice(*frame_span(*time)),
+        slice(*frame_span(*time)) if shards is None else slice(0, video.shape[2]),
         slice(rows[0] * cell, rows[1] * cell),
         slice(columns[0] * cell, columns[1] * cell),
     )

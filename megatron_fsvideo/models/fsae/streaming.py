@@ -24,6 +24,11 @@ class Stream:
     position: int = 0
     kept: dict[Hashable, Tensor] = field(default_factory=dict)
 
+    @property
+    def advances(self) -> bool:
+        """Whether calls change it, so that a call cannot be repeated in a backward pass."""
+        return False
+
     def look_back(self, module: nn.Module, frames: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
         """`frames` [b, c, t, h, w], to be used from here on, and the `length` frames before them if known.
 
@@ -46,6 +51,11 @@ class StreamCache(Stream):
     """
 
     tails: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    @property
+    def advances(self) -> bool:
+        """As `Stream.advances`: yes."""
+        return True
 
     def look_back(self, module: nn.Module, frames: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
         """As `Stream.look_back`; remembers the last of `frames`, and of the older ones if the chunk is short."""

@@ -40,7 +40,8 @@ from megatron_fsvideo.training.fsae_optimizer import FSAEOptimizer
 from megatron_fsvideo.training.fsae_phases import TRAINING_FILE, inherit_autoencoder, inherit_discriminator
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.steps.fsae_batches import BatchPlan, FSAEBatches
-from megatron_fsvideo.training.steps.fsae_objective import FSAEObjective, draw_latent_noise
+from megatron_fsvideo.training.steps.fsae_objective import FSAEObjective, draw_latent_noise, whole_reconstruction
+from megatron_fsvideo.training.steps.fsae_shares import ClipShare, check_memory_flags, draw_patch, whole_region
 from megatron_fsvideo.training.steps.fsae_trainee import FSAETrainee
 
 
@@ -55,16 +56,23 @@ class FSAEStep:
     def __init__(self, job: FSAEJob, pgs: ProcessGroups) -> None:
         self.job = job
         self.pgs = pgs
-        self.batches = FSAEBatches(job, pgs.dp_size)
+        check_memory_flags(job)
+        self.batches = FSAEBatches(job, pgs.dp_size, pgs.cp_size)
         self.objective = FSAEObjective(job, pgs.device)
 
         torch.manual_seed(derive_seed(job.training.seed, "fsae"))
         self.model = FSAE(job.model).to(pgs.device)
-        self.model.recompute(job.losses.recompute_activations)
-        self.trainee = FSAETrainee(self.model, job.losses.trains_encoder, self._build_projection())
+        self.model.recompute(job.losses.recompute_activations, outer_encoder=not job.losses.encoder_tile)
+        self.trainee = FSAETrainee(
+            self.model,
+            job.losses.trains_encoder,
+            self._build_projection(),
+            tile=job.losses.encoder_tile,
+            slice_latents=job.losses.encoder_slice,
+        )
         self.wrapped: torch.nn.Module = self.trainee
-        if pgs.dp_size > 1:
-            self.wrapped = DistributedDataParallel(self.trainee, process_group=pgs.dp)
+        if pgs.dp_cp_size > 1:
+            self.wrapped = DistributedDataParallel(self.trainee, process_group=pgs.dp_cp, gradient_as_bucket_view=True)
         self.optimizer = FSAEOptimizer(self.trainee, job.optimizer, job.training.train_iters)
         self.adversary = Adversary(job, pgs) if job.uses_gan else None
         self.ema = EMA(self.model, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
@@ -76,15 +84,16 @@ class FSAEStep:
         transform = self._draw_transform(plan, state)
         # Transformed latents make videos of any size: the discriminator sees plain ones only.
         adversary = self.adversary if transform is None or transform.role == "added" else None
-        per_rank = plan.num_samples // self.pgs.dp_size
-        first = state.consumed_samples + self.pgs.dp_rank * per_rank
+        rank, num_ranks = self._place(plan)
+        per_rank = plan.num_samples // num_ranks
+        first = state.consumed_samples + rank * per_rank
 
         sums: dict[str, float] = {}
         broken: list[str] = []
         self.wrapped.train()
         for start in range(first, first + per_rank, plan.micro_batch_size):
             is_last = start + plan.micro_batch_size == first + per_rank
-            with nullcontext() if is_last or self.pgs.dp_size == 1 else self.wrapped.no_sync():
+            with nullcontext() if is_last or self.pgs.dp_cp_size == 1 else self.wrapped.no_sync():
                 parts = self._micro_batch(start, plan, state.iteration, transform, adversary)
             for name, value in parts.items():
                 sums[name] = sums.get(name, 0.0) + float(value) * plan.micro_batch_size / per_rank
@@ -105,13 +114,13 @@ class FSAEStep:
         self.model.eval()
         sums = torch.zeros(4, dtype=torch.float64, device=self.pgs.device)
         with self.ema.applied() if self.ema is not None else nullcontext():
-            for clip in valid_clips[self.pgs.dp_rank :: self.pgs.dp_size]:
+            for clip in valid_clips[self.pgs.dp_cp_rank :: self.pgs.dp_cp_size]:
                 video = clip.unsqueeze(0).to(self.pgs.device)
                 with self._autocast():
                     reconstruction = self.trainee.reconstruct(video).float()
                 psnr, similarity = psnr_per_frame(reconstruction, video)[0], ssim(reconstruction, video)[0]
                 sums += torch.stack([psnr.mean(), psnr[-1], similarity, torch.ones_like(similarity)])
-        psnr_sum, last_sum, ssim_sum, count = all_reduce_sum(sums, self.pgs.dp).tolist()
+        psnr_sum, last_sum, ssim_sum, count = all_reduce_sum(sums, self.pgs.dp_cp).tolist()
         return {"psnr": psnr_sum / count, "psnr_last_frame": last_sum / count, "ssim": ssim_sum / count}
 
     def save(self, state: TrainState) -> None:
@@ -212,25 +221,32 @@ class FSAEStep:
         adversary: Adversary | None,
     ) -> dict[str, Tensor]:
         """Add the gradients of the micro-batch that begins with sample `first`; its loss and the loss's parts."""
-        weight = plan.micro_batch_size * self.pgs.dp_size / plan.num_samples
+        weight = plan.micro_batch_size * self._place(plan)[1] / plan.num_samples
         video = self.batches.read(first, plan).to(self.pgs.device)
         if transform is not None and transform.role == "before_encoding":
             video, transform = transform.of_video(video, self.model.spatial_factor), None
         learns = not self._autoencoder_rests(iteration)
+        share = ClipShare(self.pgs.cp, video.shape[2]) if plan.is_shared else None
+        box = draw_patch(self.model, self.job, first, video if share is None else share.of(video))
         with torch.set_grad_enabled(learns):
             with self._autocast():
                 features = self.objective.features(video)
                 size = None if features is None else features.shape[3:]
                 noise = self._latent_noise(first, video)
                 noise_seed = derive_seed(self.job.training.seed, first, "decoder_noise")
-                output = (self.wrapped if learns else self.trainee)(video, noise, transform, size, noise_seed)
+                output = (self.wrapped if learns else self.trainee)(
+                    video, noise, transform, size, noise_seed, box, share
+                )
             loss, parts = self.objective(
-                output, video, self.model, features=features, transform=transform, adversary=adversary
+                output, video, self.model, features=features, transform=transform, adversary=adversary, share=share
             )
         if learns:
             (loss * weight).backward()
         if adversary is not None:
-            parts |= adversary.backward(video, output.reconstruction, iteration, weight)
+            with torch.no_grad():
+                fake = whole_reconstruction(output, share)
+            real = video if output.region is None else whole_region(output.region, share).of(video)
+            parts |= adversary.backward(real, fake, iteration, weight)
         return {"loss": loss.detach(), **parts}
 
     def _update(self, iteration: int, adversary: Adversary | None, is_finite: bool) -> dict[str, float]:
@@ -254,6 +270,12 @@ class FSAEStep:
         ranges = [name for names in gather_objects(broken) for name in names]
         first = state.consumed_samples
         return f"clips {' '.join(ranges) or f'{first}-{first + plan.num_samples - 1}'} of shape {plan.bucket}"
+
+    def _place(self, plan: BatchPlan) -> tuple[int, int]:
+        """(which, of how many) parts of the batch this rank computes."""
+        if plan.is_shared:
+            return self.pgs.dp_rank, self.pgs.dp_size
+        return self.pgs.dp_cp_rank, self.pgs.dp_cp_size
 
     def _autoencoder_rests(self, iteration: int) -> bool:
         return self.adversary is not None and self.adversary.learns_alone(iteration)
@@ -288,4 +310,4 @@ class FSAEStep:
 
     def _mean_over_ranks(self, values: list[float]) -> list[float]:
         total = torch.tensor(values, dtype=torch.float64, device=self.pgs.device)
-        return (all_reduce_sum(total, self.pgs.dp) / self.pgs.dp_size).tolist()
+        return (all_reduce_sum(total, self.pgs.dp_cp) / self.pgs.dp_cp_size).tolist()

@@ -9,6 +9,8 @@ from megatron_fsvideo.config import FSAEJob
 from megatron_fsvideo.data.bucketed_clips import BucketedClips, open_bucketed_clips
 from megatron_fsvideo.data.buckets import Bucket, bucket_batch_size
 from megatron_fsvideo.data.clip_dataset import ClipDataset, open_clips
+from megatron_fsvideo.models.fsae.frame_shards import MIN_LATENTS
+from megatron_fsvideo.models.fsae.patch import cell_size
 from megatron_fsvideo.parallel.seeds import sample_generator
 
 
@@ -20,11 +22,14 @@ class BatchPlan:
         num_samples: over all ranks.
         micro_batch_size: samples of one forward pass.
         bucket: shape of the clips.
+        is_shared: whether the frames of each clip lie on the ranks of a context-parallel group; else each rank of it
+            gets clips of its own.
     """
 
     num_samples: int
     micro_batch_size: int
     bucket: Bucket
+    is_shared: bool = False
 
 
 class FSAEBatches:
@@ -36,11 +41,15 @@ class FSAEBatches:
     Raises:
         ValueError: batches that do not divide, buckets that the autoencoder cannot divide, no videos, or none held out
             although `eval_iters` is positive.
+
+    Args:
+        dp_size, cp_size: data-parallel groups, and ranks that share a clip's frames.
     """
 
-    def __init__(self, job: FSAEJob, dp_size: int) -> None:
+    def __init__(self, job: FSAEJob, dp_size: int, cp_size: int = 1) -> None:
         self.job = job
         self.dp_size = dp_size
+        self.cp_size = cp_size
         self._check_batches()
         self._clips, self._bucketed, held_out = self._open()
         self.valid_clips: Tensor | None = None
@@ -60,16 +69,18 @@ class FSAEBatches:
             bucket = self._bucketed.choose_bucket(iteration, is_image)
         if is_image:
             size = self.job.losses.image_batch_size
-            return BatchPlan(size, size // self.dp_size, bucket)
+            return BatchPlan(size, size // (self.dp_size * self.cp_size), bucket)
+        is_shared = self._is_shared(bucket)
         if self._bucketed is None:
-            return BatchPlan(training.global_batch_size, training.micro_batch_size, bucket)
+            return BatchPlan(training.global_batch_size, training.micro_batch_size, bucket, is_shared)
         # The batch sizes of the job are the largest bucket's; smaller clips come in larger batches.
-        largest, volume = max(map(_volume, self._bucketed.buckets)), _volume(bucket)
-        micro_batch_size = bucket_batch_size(training.micro_batch_size, largest, volume)
-        multiple = micro_batch_size * self.dp_size
-        return BatchPlan(
-            bucket_batch_size(training.global_batch_size, largest, volume, multiple), micro_batch_size, bucket
+        buckets = self._bucketed.buckets
+        micro_batch_size = bucket_batch_size(
+            training.micro_batch_size, max(map(self._work, buckets)), self._work(bucket)
         )
+        multiple = micro_batch_size * self.dp_size * (1 if is_shared else self.cp_size)
+        size = bucket_batch_size(training.global_batch_size, max(map(_volume, buckets)), _volume(bucket), multiple)
+        return BatchPlan(size, micro_batch_size, bucket, is_shared)
 
     def read(self, first: int, plan: BatchPlan) -> Tensor:
         """The micro-batch that begins with sample `first`: [micro_batch_size, 3, f, h, w] in [-1, 1]."""
@@ -77,6 +88,18 @@ class FSAEBatches:
             return self._bucketed.random_batch(first, plan.micro_batch_size, plan.bucket)
         assert self._clips is not None
         return self._clips.random_batch(first, plan.micro_batch_size, plan.bucket.num_frames, plan.bucket.height)
+
+    def _is_shared(self, bucket: Bucket) -> bool:
+        """Whether a clip is long enough for the ranks of a context-parallel group."""
+        num_latents = (bucket.num_frames - 1) // self.job.model.temporal_factor + 1
+        return 1 < self.cp_size <= num_latents // MIN_LATENTS
+
+    def _work(self, bucket: Bucket) -> float:
+        """Pixels of one clip that one rank's decoder makes, which sets how many clips fit."""
+        losses, cell = self.job.losses, cell_size(self.job.model)
+        height = min(bucket.height, cell * losses.patch_rows or bucket.height)
+        width = min(bucket.width, cell * losses.patch_columns or bucket.width)
+        return bucket.num_frames * height * width / (self.cp_size if self._is_shared(bucket) else 1)
 
     def _is_image(self, iteration: int) -> bool:
         losses = self.job.losses
@@ -101,15 +124,21 @@ class FSAEBatches:
         return None, bucketed, held_out
 
     def _check_batches(self) -> None:
-        training, dp_size = self.job.training, self.dp_size
+        training, data, dp_size = self.job.training, self.job.data, self.dp_size
         if training.global_batch_size % (training.micro_batch_size * dp_size):
             raise ValueError(
                 f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
                 f"{training.micro_batch_size} x {dp_size} processes"
             )
-        if self.job.losses.image_batch_size % dp_size:
+        num_ranks = dp_size * self.cp_size
+        if self.job.losses.image_batch_size % num_ranks:
             raise ValueError(
-                f"image_batch_size {self.job.losses.image_batch_size} is not a multiple of the {dp_size} processes"
+                f"image_batch_size {self.job.losses.image_batch_size} is not a multiple of the {num_ranks} processes"
+            )
+        if self.cp_size > 1 and not data.buckets and not self._is_shared(Bucket(data.num_frames, 1, 1)):
+            raise ValueError(
+                f"clips of {data.num_frames} frames cannot be shared by context_parallel_size {self.cp_size}, which "
+                f"needs at least {self.job.model.temporal_factor * (MIN_LATENTS * self.cp_size - 1) + 1}"
             )
 
 

@@ -11,13 +11,16 @@ from torch import Tensor
 from megatron_fsvideo.config import FSAEJob, FSAETrainingConfig
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, build_perceptual_loss
 from megatron_fsvideo.evaluation.ssim import ssim
+from megatron_fsvideo.losses import efficientnet_features
 from megatron_fsvideo.losses.dinov2 import DINOv2Features, load_dinov2
+from megatron_fsvideo.losses.efficientnet_features import EfficientNetFeatures
 from megatron_fsvideo.losses.latent_regularizers import LatentTransform
 from megatron_fsvideo.losses.lpips import sliced_perceptual_loss
 from megatron_fsvideo.losses.video_vf import adaptive_weight, pool_features, video_vf_losses
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.seeds import sample_generator
 from megatron_fsvideo.training.fsae_adversary import Adversary
+from megatron_fsvideo.training.steps.fsae_shares import ClipShare
 from megatron_fsvideo.training.steps.fsae_trainee import TraineeOutput
 
 SCALES = (2, 4)
@@ -33,11 +36,11 @@ class FSAEObjective:
     def __init__(self, job: FSAEJob, device: torch.device) -> None:
         self.job = job
         self.perceptual = build_perceptual_loss(job.losses, device)
-        self.dino: DINOv2Features | None = None
+        self.dino: DINOv2Features | EfficientNetFeatures | None = None
         if job.uses_vf:
             if job.alignment.vf_encoder_path is None:
                 raise ValueError("phase 4 aligns the latents with DINOv2: give --vf-encoder-path, or --vf-weight 0")
-            self.dino = load_dinov2(job.alignment.vf_encoder_path, device, job.alignment.vf_grid)
+            self.dino = load_vision_features(job.alignment.vf_encoder_path, device, job.alignment.vf_grid)
 
     def features(self, video: Tensor) -> Tensor | None:
         """What the latents of a video [b, 3, f, h, w] are aligned with, [b, e, t, rows, columns]; None without VF."""
@@ -52,19 +55,25 @@ class FSAEObjective:
         features: Tensor | None = None,
         transform: LatentTransform | None = None,
         adversary: Adversary | None = None,
+        share: ClipShare | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and its unweighted parts by name.
+        """The loss, and its unweighted parts by name; with `share` the mean over its processes is the clip's.
 
         Args:
-            video: what was encoded, [b, 3, f, h, w].
+            video: the whole clip, [b, 3, f, h, w].
             fsae: whose encoder's last layer the adaptive weight looks at.
             features: from `features`.
             transform: that made `output.transformed`.
             adversary: None leaves the adversarial loss out.
+            share: which frames of the clip `output` has; None for all.
         """
         loss, parts = torch.zeros((), device=video.device), {}
         if output.reconstruction is not None:
-            loss, parts = self._reconstruction(output.reconstruction, video)
+            target = video if share is None else share.of(video)
+            target = target if output.region is None else output.region.of(target)
+            loss, parts = self._reconstruction(output.reconstruction, target)
+            if share is not None:
+                loss, parts = share.weight * loss, {name: share.weight * value for name, value in parts.items()}
         if transform is not None:
             assert output.transformed is not None
             target = transform.of_video(video, fsae.spatial_factor)
@@ -76,10 +85,11 @@ class FSAEObjective:
             aligned, of_aligned = self._alignment(loss, output, features, fsae)
             loss, parts = loss + aligned, parts | of_aligned
         if adversary is not None:
-            parts["gan"] = adversary.generator_loss(output.reconstruction)
+            parts["gan"] = adversary.generator_loss(whole_reconstruction(output, share))
             loss = loss + self.job.adversary.gan_weight * parts["gan"]
         if self.job.losses.latent_penalty > 0:
-            loss = loss + self.job.losses.latent_penalty * latent_penalty(output.latents)
+            latents = output.latents if share is None else share.join_latents(output.latents)
+            loss = loss + self.job.losses.latent_penalty * latent_penalty(latents)
         return loss, {name: value.detach() for name, value in parts.items()}
 
     def _reconstruction(self, reconstruction: Tensor, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -98,11 +108,24 @@ class FSAEObjective:
         return weight * (matching + distances), {"vf_cosine": matching, "vf_distance": distances}
 
 
+def load_vision_features(path: str, device: torch.device, grid: int) -> DINOv2Features | EfficientNetFeatures:
+    """DINOv2 from a folder, or the stand-in that comes as a package, by its name; errors as `load_dinov2`."""
+    if path == efficientnet_features.NAME:
+        return EfficientNetFeatures(grid).to(device)
+    return load_dinov2(path, device, grid)
+
+
+def whole_reconstruction(output: TraineeOutput, share: ClipShare | None) -> Tensor:
+    """The clip's reconstructed frames (of a patch, where one was decoded) from all processes, with gradients."""
+    assert output.reconstruction is not None
+    return output.reconstruction if share is None else share.join(output.reconstruction)
+
+
 def reconstruction_loss(
     reconstruction: Tensor, video: Tensor, weights: FSAETrainingConfig, perceptual: PerceptualLoss | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum and its unweighted parts, by name. Both videos [b, 3, f, h, w]; computed in fp32."""
-    reconstruction = reconstruction.float()
+    """The weighted sum and its unweighted parts, by name. Both videos [b, 3, f, h, w]; computed in at least fp32."""
+    reconstruction = reconstruction.to(torch.promote_types(reconstruction.dtype, torch.float32))
     parts = {"l1": F.l1_loss(reconstruction, video)}
     loss = weights.l1_weight * parts["l1"]
     if weights.gradient_weight > 0:

@@ -1,0 +1,138 @@
+"""One clip on several processes, and patches of it: which frames a process has, and how the losses add up.
+
+The frames of a clip lie on the processes of the context-parallel group; each reads the whole clip and takes its part.
+A process's loss is scaled so that the mean over all processes is the loss of one process: data parallelism averages
+the gradients. Losses that treat frames alone are computed where the frames are; those of the discriminator and of the
+latents need the whole clip, whose (few) reconstructed pixels and latents are joined on every process.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_fsvideo.config import FSAEJob
+from megatron_fsvideo.models.fsae import FSAE, PatchBox, VideoRegion, draw_box
+from megatron_fsvideo.models.fsae.discriminator import Discriminator
+from megatron_fsvideo.models.fsae.frame_shards import latents_of_rank
+from megatron_fsvideo.models.fsae.patch import WARM_UP_LATENTS, cell_size, patch_halo
+from megatron_fsvideo.models.fsae.tiled_encoder import CELL, tile_halo
+from megatron_fsvideo.models.fsae.tiling import frame_span
+from megatron_fsvideo.parallel.neighbours import join_frames
+from megatron_fsvideo.parallel.seeds import sample_generator
+
+
+@dataclass(frozen=True)
+class ClipShare:
+    """This process's frames of a clip.
+
+    Attributes:
+        group: the processes that share it.
+        num_frames: of the whole clip, 4k+1.
+    """
+
+    group: ProcessGroup
+    num_frames: int
+
+    @property
+    def num_latents(self) -> int:
+        """Of the whole clip."""
+        return (self.num_frames - 1) // 4 + 1
+
+    @property
+    def frames(self) -> slice:
+        """This process's frames."""
+        return slice(*frame_span(*latents_of_rank(self.num_latents, self.group)))
+
+    @property
+    def weight(self) -> float:
+        """Of a mean over this process's frames, so that the mean over the processes is that over all frames."""
+        return (self.frames.stop - self.frames.start) * self.group.size() / self.num_frames
+
+    def of(self, video: Tensor) -> Tensor:
+        """This process's frames of the whole clip [b, c, f, h, w]."""
+        return video[:, :, self.frames]
+
+    def join(self, frames: Tensor) -> Tensor:
+        """The whole clip from each process's frames, with gradients."""
+        return join_frames(frames, self.frames.start, self.num_frames, self.group)
+
+    def join_latents(self, latents: Tensor) -> Tensor:
+        """The whole clip's latents from each process's, with gradients."""
+        start, _ = latents_of_rank(self.num_latents, self.group)
+        return join_frames(latents, start, self.num_latents, self.group)
+
+
+def draw_patch(fsae: FSAE, job: FSAEJob, first: int, video: Tensor) -> PatchBox | None:
+    """The patch of the micro-batch that begins with sample `first`; None where the whole is decoded.
+
+    A function of seed and sample alone: resumed runs and all processes of a clip draw the same place.
+
+    Args:
+        video: what this process encodes, [b, 3, f, h, w].
+    """
+    losses = job.losses
+    if not losses.decodes_patch:
+        return None
+    generator = sample_generator(job.training.seed, first, 0, "patch_box")
+    frames, height, width = video.shape[2:]
+    latents = (frames + fsae.temporal_factor - 1) // fsae.temporal_factor
+    shape = (len(video), fsae.latent_channels, latents, height // fsae.spatial_factor, width // fsae.spatial_factor)
+    size = (losses.patch_latents or latents, losses.patch_rows or height, losses.patch_columns or width)
+    return draw_box(generator, fsae.config, shape, size)
+
+
+def whole_region(region: VideoRegion, share: ClipShare | None) -> VideoRegion:
+    """The region of the whole clip that all processes' regions make up."""
+    if share is None:
+        return region
+    return VideoRegion(slice(0, share.num_frames), region.rows, region.columns)
+
+
+def check_memory_flags(job: FSAEJob) -> None:
+    """Refuse patches and tiles that the model or a loss does not allow.
+
+    Raises:
+        ValueError: naming flag and numbers.
+    """
+    losses = job.losses
+    if losses.encoder_tile:
+        tile_halo(job.model)
+        if losses.encoder_tile % CELL:
+            raise ValueError(f"encoder_tile {losses.encoder_tile} is not a multiple of {CELL} pixels")
+    is_cut = losses.decodes_patch or losses.context_parallel_size > 1
+    if is_cut and job.alignment.latent_regularizer != "none":
+        raise ValueError(
+            f"latent_regularizer {job.alignment.latent_regularizer} decodes whole frames on one process: leave "
+            "patch_latents, patch_rows and patch_columns 0 and context_parallel_size 1"
+        )
+    if losses.context_parallel_size > 1 and (losses.latent_noise > 0 or (job.uses_vf and job.alignment.vf_adaptive)):
+        raise ValueError(
+            f"latent_noise and vf_adaptive need a whole clip on each process: with context_parallel_size "
+            f"{losses.context_parallel_size} set them to 0 and no"
+        )
+    if losses.decodes_patch:
+        _check_patch(job)
+
+
+def _check_patch(job: FSAEJob) -> None:
+    losses, halo, cell = job.losses, patch_halo(job.model), cell_size(job.model)
+    needed = 1
+    if job.uses_gan:
+        with torch.device("meta"):
+            adversary = job.adversary
+            needed = Discriminator(1, adversary.discriminator_scales, adversary.discriminator_layers).smallest_side
+    smallest = -(-needed // cell) + 2 * halo
+    for name, cells in (("patch_rows", losses.patch_rows), ("patch_columns", losses.patch_columns)):
+        if 0 < cells < smallest:
+            raise ValueError(
+                f"{name} {cells}: {halo} cells of {cell} pixels next to each cut are not used, and the rest must have "
+                f"at least {needed} pixels: give {smallest} or more"
+            )
+    ends = 2 if job.model.decoder == "standard" else 1
+    if 0 < losses.patch_latents <= ends * WARM_UP_LATENTS:
+        raise ValueError(
+            f"patch_latents {losses.patch_latents}: {WARM_UP_LATENTS} latent frames at each of {ends} cuts in time are "
+            f"not used: give {ends * WARM_UP_LATENTS + 1} or more"
+        )
