@@ -23,6 +23,7 @@ OWN_JOBS = {
     "tools/preprocess_latents.py": "PreprocessJob",
     "tools/generate.py": "GenerateJob",
     "tools/evaluate_fsae.py": "EvaluateJob",
+    "tools/intrinsic_dimension.py": "DimensionJob",
     "tools/convert_checkpoint.py": "ConvertJob",
     "examples/quickstart/run.py": "QuickstartJob",
     "examples/quickstart/report.py": "ReportJob",
