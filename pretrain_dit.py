@@ -7,6 +7,7 @@ The dataset is made by tools/preprocess_latents.py. Flags: --help; presets: mega
 """
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, parse_job, run_script
+from megatron_fsvideo.models.backends import check_backend
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.training.logging import MetricsLogger
 from megatron_fsvideo.training.loop import train
@@ -17,6 +18,7 @@ from megatron_fsvideo.training.watchdog import Watchdog
 
 def pretrain(job: DiTJob) -> None:
     """Build everything, continue from a checkpoint if there is one, train."""
+    check_backend(job.parallel)
     pgs = groups.initialize(job.parallel)
     profiler = IterationProfiler(job.profiling, profile_folder(job.logging, job.checkpoint), pgs.rank)
     with Watchdog(pgs, 60 * job.parallel.distributed_timeout_minutes) as watchdog:

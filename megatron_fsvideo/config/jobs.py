@@ -35,6 +35,8 @@ class DiTJob:
     def __post_init__(self) -> None:
         check_layout(self.model, self.parallel)
         check_stage(self.stage, self.checkpoint)
+        if self.parallel.fp8_format is not None and not self.training.bf16:
+            raise ValueError(f"fp8_format {self.parallel.fp8_format} needs bf16: what is not in FP8 is in bfloat16")
 
 
 @dataclass(frozen=True)
@@ -120,11 +122,14 @@ def check_layout(model: DiTConfig, parallel: ParallelConfig) -> None:
         )
     if model.ffn_hidden_size % tp:
         raise ValueError(f"tensor_model_parallel_size {tp} does not divide ffn_hidden_size {model.ffn_hidden_size}")
-    if model.num_attention_heads % (tp * cp):
+    sharing = parallel.num_ranks_sharing_heads
+    if model.num_attention_heads % (tp * sharing):
+        name = "context_parallel_size" if sharing == cp else "hierarchical_context_parallel_sizes' first,"
         raise ValueError(
-            f"tensor_model_parallel_size {tp} x context_parallel_size {cp} = {tp * cp} does not divide "
+            f"tensor_model_parallel_size {tp} x {name} {sharing} = {tp * sharing} does not divide "
             f"num_attention_heads {model.num_attention_heads}, which the Ulysses all-to-all needs"
         )
+    _check_fp8_widths(model, parallel)
     _check_stages(model.num_layers, parallel)
     _check_virtual_stages(model.num_layers, parallel)
 
@@ -137,12 +142,29 @@ def check_token_count(num_tokens: int, source: str, parallel: ParallelConfig) ->
     """
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     num_ranks = cp * (tp if parallel.sequence_parallel else 1)
+    if parallel.transformer_impl == "transformer_engine" and cp > 1 and num_tokens % (2 * cp):
+        raise ValueError(
+            f"{source}: Transformer Engine wants an even number of tokens on each of context_parallel_size {cp} ranks, "
+            f"and there are {num_tokens} on all; choose another size of video or fewer ranks"
+        )
     if num_tokens % num_ranks:
         with_tp = f" x tensor_model_parallel_size {tp} (sequence_parallel)" if parallel.sequence_parallel else ""
         raise ValueError(
             f"{source}: its {num_tokens} tokens cannot be shared evenly by context_parallel_size {cp}{with_tp} = "
             f"{num_ranks} ranks; choose another size of video or fewer ranks"
         )
+
+
+def _check_fp8_widths(model: DiTConfig, parallel: ParallelConfig) -> None:
+    tp = parallel.tensor_model_parallel_size
+    widths = {
+        "hidden_size": (model.hidden_size, parallel.token_multiple),
+        f"hidden_size / tensor_model_parallel_size {tp}": (model.hidden_size // tp, parallel.fp8_multiple),
+        f"ffn_hidden_size / tensor_model_parallel_size {tp}": (model.ffn_hidden_size // tp, parallel.fp8_multiple),
+    }
+    for name, (width, multiple) in widths.items():
+        if width % multiple:
+            raise ValueError(f"fp8_recipe {parallel.fp8_recipe} needs a multiple of {multiple}; {name} is {width}")
 
 
 def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:

@@ -1,5 +1,6 @@
 """How a job is spread over processes: Megatron-LM's names and meanings."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,12 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Pipeline stages that share the layers."""
     context_parallel_size: int = 1
-    """Ranks that share each sample's tokens in attention (Ulysses all-to-all)."""
+    """Ranks that share each sample's tokens in attention."""
+    cp_comm_type: Literal["a2a", "p2p", "all_gather", "a2a+p2p"] = "a2a"
+    """What they exchange: heads (Ulysses all-to-all); with Transformer Engine also keys and values, in a ring (p2p) or
+    all at once (all_gather), or heads among near ranks and keys and values among far ones (a2a+p2p)."""
+    hierarchical_context_parallel_sizes: tuple[int, ...] = ()
+    """With cp_comm_type a2a+p2p: ranks that exchange heads, and groups of them that exchange keys and values."""
     sequence_parallel: bool = False
     """Share the tokens over the tensor-parallel ranks outside the linear layers."""
     num_layers_in_first_pipeline_stage: int | None = None
@@ -36,6 +42,18 @@ class ParallelConfig:
     """What selective recomputation recomputes, of core_attn and mlp."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
     """Which linears, norms and attention: torch's (local) or Transformer Engine's."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Multiply the matrices of attention and feed-forward in FP8 (Transformer Engine, bf16): all tensors in e4m3, or
+    output gradients in e5m2 (hybrid); none does not."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """Scales of FP8: of the tensor at hand, of its last values (delayed; they start anew with every process), of blocks
+    of 128 (compute capability 9.0, CUDA 12.9), of 32 values (mxfp8, compute capability 10.0)."""
+    fp8_margin: int = 0
+    """Binary orders of magnitude that delayed scaling leaves free."""
+    fp8_amax_history_len: int = 1
+    """Iterations whose largest values delayed scaling remembers."""
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
+    """Which of them gives the delayed scale."""
     layer_memory_kernel: Literal["auto", "torch", "triton"] = "auto"
     """What mixes layer memory: Triton's kernels, plain torch, or Triton's on CUDA and torch elsewhere."""
     distributed_timeout_minutes: float = 10
@@ -59,10 +77,54 @@ class ParallelConfig:
                 f"num_virtual_stages_per_pipeline_rank {virtual} with pipeline_model_parallel_size "
                 f"{self.pipeline_model_parallel_size}: both must be at least 2, or leave the first out"
             )
+        self._check_transformer_impl()
         if self.recompute_num_layers < 1:
             raise ValueError(f"recompute_num_layers must be at least 1, got {self.recompute_num_layers}")
         if unknown := set(self.recompute_modules) - {"core_attn", "mlp"}:
             raise ValueError(f"recompute_modules takes core_attn and mlp, got {' '.join(sorted(unknown))}")
+
+    def _check_transformer_impl(self) -> None:
+        if self.transformer_impl == "local":
+            if self.fp8_format is not None:
+                raise ValueError(f"fp8_format {self.fp8_format} needs transformer_impl transformer_engine, not local")
+            if self.cp_comm_type != "a2a":
+                raise ValueError(
+                    f"cp_comm_type {self.cp_comm_type} needs transformer_impl transformer_engine; local has a2a only"
+                )
+        if self.fp8_amax_history_len < 1:
+            raise ValueError(f"fp8_amax_history_len must be at least 1, got {self.fp8_amax_history_len}")
+        sizes = self.hierarchical_context_parallel_sizes
+        if (self.cp_comm_type == "a2a+p2p") != bool(sizes):
+            raise ValueError(
+                f"cp_comm_type is {self.cp_comm_type} and hierarchical_context_parallel_sizes is {list(sizes)}: "
+                "a2a+p2p needs two sizes, the others none"
+            )
+        if sizes and (len(sizes) != 2 or min(sizes) < 1 or math.prod(sizes) != self.context_parallel_size):
+            raise ValueError(
+                f"hierarchical_context_parallel_sizes {' '.join(map(str, sizes))} must be two sizes whose product is "
+                f"context_parallel_size {self.context_parallel_size}"
+            )
+
+    @property
+    def num_ranks_sharing_heads(self) -> int:
+        """Context-parallel ranks that deal the heads out among themselves in attention."""
+        if self.cp_comm_type == "a2a+p2p":
+            return self.hierarchical_context_parallel_sizes[0]
+        return self.context_parallel_size if self.cp_comm_type == "a2a" else 1
+
+    @property
+    def fp8_multiple(self) -> int:
+        """What FP8's matrix products want rows and columns to be a multiple of; 1 without FP8."""
+        if self.fp8_format is None:
+            return 1
+        return 32 if self.fp8_recipe == "mxfp8" else 16
+
+    @property
+    def token_multiple(self) -> int:
+        """The tokens of every rank, and the text's and the image's, are padded to a multiple of this."""
+        if self.fp8_format is not None and self.fp8_recipe == "blockwise" and self.sequence_parallel:
+            return 128  # Transformer Engine gathers whole blocks
+        return self.fp8_multiple
 
     @property
     def num_chunks(self) -> int:

@@ -146,6 +146,7 @@ def initialize(parallel: ParallelConfig) -> ProcessGroups:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
         context_parallel_size=parallel.context_parallel_size,
+        hierarchical_context_parallel_sizes=list(parallel.hierarchical_context_parallel_sizes) or None,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes + _GRACE_MINUTES,
         create_gloo_process_groups=True,
     )
@@ -177,6 +178,14 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
     """Sum over the ranks of a group, in place; of the whole job without a group. No gradient flows."""
     dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def broadcast_tensor(tensor: Tensor, group: ProcessGroup, source: int) -> Tensor:
+    """Overwrite a tensor with that of the group's rank `source`. No gradient flows."""
+    # gloo and NCCL take contiguous memory only; a kernel may be kept channels last.
+    sent = tensor.contiguous()
+    dist.broadcast(sent, src=_global_rank(group, source), group=group)
+    return tensor if sent is tensor else tensor.copy_(sent)
 
 
 def broadcast_object(value: Any, group: ProcessGroup | None = None, source: int = 0) -> Any:

@@ -47,11 +47,12 @@ class Layout:
     model: DiTConfig = MODEL
     optimizer: str = "adam"
     batches: str = "video"
+    token_multiple: int | None = None
 
     @property
     def reference(self) -> "Layout":
         """The same in one process, with everything kept."""
-        return replace(self, name="one process", world_size=1, parallel=ParallelConfig())
+        return replace(self, name="one process", world_size=1, parallel=ParallelConfig(), token_multiple=None)
 
 
 def layout(
@@ -60,11 +61,12 @@ def layout(
     model: DiTConfig = MODEL,
     optimizer: str = "adam",
     batches: str = "video",
+    token_multiple: int | None = None,
     **parallel: int | bool | str | tuple[str, ...],
 ) -> Layout:
     names = {"tp": "tensor_model_parallel_size", "cp": "context_parallel_size", "pp": "pipeline_model_parallel_size"}
     settings = ParallelConfig(**{names.get(k, k): v for k, v in parallel.items()})
-    return Layout(name, world_size, settings, model, optimizer, batches)
+    return Layout(name, world_size, settings, model, optimizer, batches, token_multiple)
 
 
 NORMALIZED = DiTConfig(**{**MODEL.__dict__, "layer_memory_norm": "normalized", "patch_size": (1, 2, 2)})
@@ -148,6 +150,12 @@ LAYOUTS = [
     layout("without_memory_pp2", 2, WITHOUT_MEMORY, pp=2),
     layout("muon_tp2_sp", 2, MODEL, "muon", tp=2, sequence_parallel=True),
     layout("muon_pp2", 2, MODEL, "muon", pp=2),
+    # 48 tokens, 5 of text and 3 of the image become 56 (a rank 28 or 35), 7 and 7.
+    layout("padded", 1, token_multiple=7),
+    layout("padded_tp2_sp", 2, token_multiple=7, tp=2, sequence_parallel=True),
+    layout("padded_tp2_sp_cp2", 4, token_multiple=7, tp=2, cp=2, sequence_parallel=True),
+    layout("padded_mixed_batches_pp2_recompute", 2, token_multiple=7, batches="mixed", pp=2, **FULL),
+    layout("padded_normalized_patch2_cp2", 2, NORMALIZED, token_multiple=7, cp=2),
 ]
 
 
@@ -228,7 +236,9 @@ def randomize(chunks, pgs) -> None:
 def train(case: Layout) -> dict:
     """Two clipped steps; what this rank's stage knows of losses, gradients, norms and weights."""
     pgs = groups.initialize(case.parallel)
-    chunks = build_dit_chunks(case.model, case.parallel, pgs, params_dtype=torch.float32)
+    chunks = build_dit_chunks(
+        case.model, case.parallel, pgs, params_dtype=torch.float32, token_multiple=case.token_multiple
+    )
     randomize(chunks, pgs)
     wrapped = wrap_ddp_chunks(chunks, case.parallel, pgs)
     settings = OptimizerConfig(

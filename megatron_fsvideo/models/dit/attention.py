@@ -3,6 +3,10 @@
 Under tensor parallelism each rank holds the columns of some heads. The norms run over all heads, so ranks add up their
 sums of squares: one small collective per attention, however many tensors are normed.
 
+Padding (see `DiTModel`) goes through the linears, whose matrix products want it, and nothing else: it is cut off behind
+the projections and put back, as zeros, before the output projection. No attention, whatever its mask or its exchange
+between ranks, ever sees it.
+
 Letters: s tokens of this rank inside the tensor-parallel region, l context tokens, b samples, n heads of this rank,
 d channels of a head.
 """
@@ -19,8 +23,10 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from megatron_fsvideo.models.dit.embeddings import Context
 from megatron_fsvideo.models.dit.recompute import run_part
 from megatron_fsvideo.models.dit.rope import Rotary, apply_rotary
+from megatron_fsvideo.models.dit.tokens import append_rows
 from megatron_fsvideo.parallel.marks import mark_sliced
 from megatron_fsvideo.parallel.sequence import enter_tensor_parallel, sum_over_ranks
 
@@ -29,7 +35,7 @@ from megatron_fsvideo.parallel.sequence import enter_tensor_parallel, sum_over_r
 class AttentionSubmodules:
     """The parts a backend provides."""
 
-    column_parallel_linear: ModuleSpec | type
+    entered_linear: ModuleSpec | type
     row_parallel_linear: ModuleSpec | type
     core_attention: ModuleSpec | type
 
@@ -87,6 +93,7 @@ class Attention(MegatronModule):
             bias=True,
             input_is_parallel=True,
             skip_bias_add=False,
+            is_expert=False,
             tp_group=self.tp_group,
         )
 
@@ -95,14 +102,15 @@ class Attention(MegatronModule):
         config = copy(self.config)
         config.sequence_parallel = False
         return build_module(
-            self.submodules.column_parallel_linear,
+            self.submodules.entered_linear,
             self.config.hidden_size,
             self.config.hidden_size,
             config=config,
             init_method=config.init_method,
             bias=True,
             gather_output=False,
-            disable_grad_reduce=True,
+            skip_bias_add=False,
+            is_expert=False,
             tp_group=self.tp_group,
         )
 
@@ -125,16 +133,20 @@ class SelfAttention(Attention):
         cp_comm_type: str | None = None,
     ) -> None:
         super().__init__(config, submodules, pg_collection)
-        assert cp_comm_type in (None, "a2a"), "context parallelism is Ulysses (a2a)"
+        assert cp_comm_type in (None, config.cp_comm_type), "one exchange for all layers"
         self.linear_q, self.linear_k, self.linear_v = (self._linear() for _ in range(3))
         self.norm_q, self.norm_k = self._norm(), self._norm()
-        self.core_attention = build_module(submodules.core_attention, pg_collection.cp)
+        self.core_attention = build_module(submodules.core_attention, config, layer_number, "self", pg_collection)
 
     def forward(self, query_source: Tensor, key_value_source: Tensor, rotary: Rotary) -> Tensor:
-        """Both sources [s, b, h] (cut over the tensor-parallel group with sequence parallelism) -> the same shape."""
+        """Both sources [s, b, h] (cut over the tensor-parallel group with sequence parallelism) -> the same shape.
+
+        The rotary tables are those of the real tokens; what follows these is padding.
+        """
         query_source, key_value_source = self._enter(query_source, key_value_source)
+        num_rows, num_tokens = len(query_source), len(rotary[0])
         query, key, value = (
-            linear(source)[0]
+            linear(source)[0][:num_tokens]
             for linear, source in (
                 (self.linear_q, query_source),
                 (self.linear_k, key_value_source),
@@ -144,7 +156,7 @@ class SelfAttention(Attention):
         query, key = normalize([self.norm_q, self.norm_k], [query, key])
         query, key = (apply_rotary(self._heads(tensor), rotary) for tensor in (query, key))
         attended = run_part(self.config, "core_attn", self.core_attention, query, key, self._heads(value))
-        return self.linear_proj(attended)[0]
+        return self.linear_proj(append_rows(attended, num_rows))[0]
 
     def _enter(self, query_source: Tensor, key_value_source: Tensor) -> tuple[Tensor, Tensor]:
         """Bring both sources into the tensor-parallel region with one collective."""
@@ -179,18 +191,22 @@ class CrossAttention(Attention):
         self.linear_q, self.norm_q = self._linear(), self._norm()
         self.text = _ContextProjection(self._linear(), self._linear(), self._norm()) if has_text else None
         self.image = _ContextProjection(self._linear(), self._linear(), self._norm()) if has_image else None
-        self.core_attention = build_module(submodules.core_attention, _Alone())
+        self.core_attention = build_module(submodules.core_attention, config, layer_number, "cross", pg_collection)
 
-    def forward(self, hidden_states: Tensor, text: Tensor | None, image: Tensor | None) -> Tensor:
-        """hidden_states [s, b, h], text [l, b, h], image [l, b, h] -> [s, b, h]."""
+    def forward(self, hidden_states: Tensor, text: Context | None, image: Context | None) -> Tensor:
+        """hidden_states [s, b, h] and contexts [l, b, h] -> [s, b, h].
+
+        Padded tokens attend too: to cut them off, as self-attention must, would only cost a copy.
+        """
         entered = enter_tensor_parallel(hidden_states, self.config.sequence_parallel, self.tp_group)
         parts = [(part, context) for part, context in ((self.text, text), (self.image, image)) if part is not None]
-        keys = [part.linear_k(context)[0] for part, context in parts]
+        keys = [part.linear_k(context.rows)[0][: context.length] for part, context in parts]
+        values = [self._heads(part.linear_v(context.rows)[0][: context.length]) for part, context in parts]
         norms = [self.norm_q, *(part.norm_k for part, _ in parts)]
         query, *keys = map(self._heads, normalize(norms, [self.linear_q(entered)[0], *keys]))
         attended = [
-            run_part(self.config, "core_attn", self.core_attention, query, key, self._heads(part.linear_v(context)[0]))
-            for key, (part, context) in zip(keys, parts, strict=True)
+            run_part(self.config, "core_attn", self.core_attention, query, key, value)
+            for key, value in zip(keys, values, strict=True)
         ]
         return self.linear_proj(sum(attended[1:], attended[0]))[0]
 
@@ -201,10 +217,3 @@ class _ContextProjection(MegatronModule):
     def __init__(self, linear_k: nn.Module, linear_v: nn.Module, norm_k: FullWidthRMSNorm) -> None:
         super().__init__(norm_k.config)
         self.linear_k, self.linear_v, self.norm_k = linear_k, linear_v, norm_k
-
-
-class _Alone:
-    """A group of one: the context is whole on every rank, so cross-attention exchanges nothing."""
-
-    def size(self) -> int:
-        return 1

@@ -1,18 +1,19 @@
 """The stack of DiT layers of one pipeline stage, which recomputation cuts, and the bank that layer memory reads."""
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megatron_fsvideo.config import DiTConfig
 from megatron_fsvideo.kernels import MixSettings, mixer_for
 from megatron_fsvideo.models.dit.embeddings import Conditioning
 from megatron_fsvideo.models.dit.layer import DiTLayer
 from megatron_fsvideo.models.dit.memory_bank import MemoryBank
+from megatron_fsvideo.models.dit.recompute import recomputed
 from megatron_fsvideo.models.dit.rope import Rotary
 
 
@@ -57,6 +58,11 @@ class DiTBlock(TransformerBlock):
             the last layer's output [s, b, h] on the last stage; elsewhere, with layer memory, all states packed.
         """
         source = hidden_states if self.pre_process else self.input_tensor
+        # Only Transformer Engine's linears heed it: the router, norms and modulation stay in high precision.
+        with get_fp8_context(self.config):
+            return self._run_layers(source, conditioning, rotary)
+
+    def _run_layers(self, source: Tensor, conditioning: Conditioning, rotary: Rotary) -> Tensor:
         if not self.model_config.layer_memory:
             return self._run_without_memory(source, conditioning, rotary)
         bank = self._new_bank(source.device)
@@ -88,8 +94,8 @@ class DiTBlock(TransformerBlock):
             return False
         return config.recompute_method == "uniform" or layer_index < config.recompute_num_layers
 
-    @staticmethod
     def _run(
+        self,
         layers: list[DiTLayer],
         is_recomputed: bool,
         hidden_states: Tensor,
@@ -97,19 +103,8 @@ class DiTBlock(TransformerBlock):
         conditioning: Conditioning,
         rotary: Rotary,
     ) -> Tensor:
-        if is_recomputed:
-            # Nothing in a layer is random, so there is no generator state to restore.
-            return checkpoint(
-                _in_turn,
-                layers,
-                hidden_states,
-                bank,
-                conditioning,
-                rotary,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        return _in_turn(layers, hidden_states, bank, conditioning, rotary)
+        arguments = (layers, hidden_states, bank, conditioning, rotary)
+        return recomputed(self.config, _in_turn, *arguments) if is_recomputed else _in_turn(*arguments)
 
 
 def _in_turn(

@@ -24,21 +24,32 @@ def build_dit(
     params_dtype: torch.dtype,
     seed: int = 1234,
     device: torch.device | None = None,
+    token_multiple: int | None = None,
 ) -> DiTModel:
     """This rank's part of the DiT, with initial weights that depend on `seed` alone.
 
     Args:
         device: where the weights live; this rank's device when None. On "meta" nothing is allocated or initialised.
+        token_multiple: what each rank's tokens are padded to a multiple of; what FP8 needs when None.
 
     Raises:
-        ValueError: the layout does not fit the model, or a backend is missing.
+        ValueError: the layout does not fit the model, or this machine cannot run the backend.
+        ImportError: the backend's library is missing.
     """
     if parallel.num_chunks > 1:
         raise ValueError(
             f"num_virtual_stages_per_pipeline_rank {parallel.num_chunks}: this job runs one model chunk per rank; "
             "leave the flag out"
         )
-    (model,) = build_dit_chunks(model_config, parallel, pgs, params_dtype=params_dtype, seed=seed, device=device)
+    (model,) = build_dit_chunks(
+        model_config,
+        parallel,
+        pgs,
+        params_dtype=params_dtype,
+        seed=seed,
+        device=device,
+        token_multiple=token_multiple,
+    )
     return model
 
 
@@ -50,12 +61,16 @@ def build_dit_chunks(
     params_dtype: torch.dtype,
     seed: int = 1234,
     device: torch.device | None = None,
+    token_multiple: int | None = None,
 ) -> list[DiTModel]:
     """The same with virtual pipeline stages, of which each rank holds several; the chunks share one configuration."""
     check_layout(model_config, parallel)
+    if parallel.fp8_format is not None and params_dtype != torch.bfloat16:
+        raise ValueError(f"fp8_format {parallel.fp8_format} needs weights in bfloat16, got {params_dtype}")
     device = device or pgs.device
-    layer_spec = dit_layer_spec(model_config, backend_for(parallel.transformer_impl))
+    layer_spec = dit_layer_spec(model_config, backend_for(parallel))
     config = transformer_config(model_config, parallel, params_dtype)
+    config.init_model_with_meta_device = device.type == "meta"
     chunks = []
     for vp_stage in range(parallel.num_chunks):
         with torch.device(device):
@@ -65,6 +80,7 @@ def build_dit_chunks(
                 layer_spec,
                 pgs,
                 parallel.layer_memory_kernel,
+                token_multiple or parallel.token_multiple,
                 pre_process=pgs.is_first_stage and vp_stage == 0,
                 post_process=pgs.is_last_stage and vp_stage == parallel.num_chunks - 1,
                 vp_stage=vp_stage if parallel.num_chunks > 1 else None,
@@ -97,7 +113,8 @@ def transformer_config(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         context_parallel_size=parallel.context_parallel_size,
-        cp_comm_type="a2a",
+        cp_comm_type=parallel.cp_comm_type,
+        hierarchical_context_parallel_sizes=list(parallel.hierarchical_context_parallel_sizes) or None,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         num_layers_in_first_pipeline_stage=parallel.num_layers_in_first_pipeline_stage,
         num_layers_in_last_pipeline_stage=parallel.num_layers_in_last_pipeline_stage,
@@ -111,8 +128,15 @@ def transformer_config(
         recompute_method=parallel.recompute_method if parallel.recompute_granularity == "full" else None,
         recompute_num_layers=parallel.recompute_num_layers if parallel.recompute_granularity == "full" else None,
         recompute_modules=list(parallel.recompute_modules),
-        # Weights are made on the surrounding torch.device and drawn by weights.py.
-        use_cpu_initialization=True,
+        transformer_impl=parallel.transformer_impl,
+        fp8=parallel.fp8_format,
+        fp8_recipe=parallel.fp8_recipe,
+        fp8_margin=parallel.fp8_margin,
+        fp8_amax_history_len=parallel.fp8_amax_history_len,
+        fp8_amax_compute_algo=parallel.fp8_amax_compute_algo,
+        # weights.py draws the weights. Megatron's linears make theirs on the surrounding torch.device, if they think
+        # that it is the CPU; Transformer Engine's make them on the CUDA device, or there.
+        use_cpu_initialization=parallel.transformer_impl == "local",
         perform_initialization=False,
         hetereogenous_dist_checkpoint=True,  # routers differ in shape from layer to layer
         gradient_accumulation_fusion=False,

@@ -11,8 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import DiTConfig
+from megatron_fsvideo.models.dit.tokens import append_rows, round_up
 
 NUM_MODULATIONS = 6  # shift, scale and gate, for self-attention and for the feed-forward layer
+
+
+class Context(NamedTuple):
+    """What cross-attention attends to.
+
+    Attributes:
+        rows: [l, b, h].
+        length: the first so many rows are real, the others padding.
+    """
+
+    rows: Tensor
+    length: int
 
 
 class Conditioning(NamedTuple):
@@ -21,14 +34,14 @@ class Conditioning(NamedTuple):
     Attributes:
         timestep: embedding [b, h], fp32; the head's.
         modulation: projected embedding [b, 6, h], fp32; the layers'.
-        text: [l, b, h], or None without text attention.
-        image: [n, b, h], or None without image attention.
+        text: l rows, or None without text attention.
+        image: n rows, or None without image attention.
     """
 
     timestep: Tensor
     modulation: Tensor
-    text: Tensor | None
-    image: Tensor | None
+    text: Context | None
+    image: Context | None
 
 
 class TimestepEmbedder(nn.Module):
@@ -71,12 +84,17 @@ class ImageEmbedder(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """Every pipeline stage has a copy, so that no condition travels between stages."""
+    """Every pipeline stage has a copy, so that no condition travels between stages.
 
-    def __init__(self, config: DiTConfig, dtype: torch.dtype) -> None:
+    Args:
+        token_multiple: text and image are padded to a multiple of so many rows.
+    """
+
+    def __init__(self, config: DiTConfig, dtype: torch.dtype, token_multiple: int) -> None:
         super().__init__()
         hidden_size = config.hidden_size
         self.dtype = dtype
+        self.token_multiple = token_multiple
         self.time_embedder = TimestepEmbedder(config.freq_dim, hidden_size)
         self.time_proj = nn.Linear(hidden_size, NUM_MODULATIONS * hidden_size)
         self.text_embedder = TextEmbedder(config.text_embed_dim, hidden_size, dtype) if config.text_embed_dim else None
@@ -99,12 +117,13 @@ class ConditionEmbedder(nn.Module):
             self._embed(self.image_embedder, image, "image"),
         )
 
-    def _embed(self, embedder: nn.Module | None, features: Tensor | None, name: str) -> Tensor | None:
+    def _embed(self, embedder: nn.Module | None, features: Tensor | None, name: str) -> Context | None:
         if embedder is None:
             return None
         if features is None:
             raise ValueError(f"this model attends to {name} features, and none were given")
-        return embedder(features.to(self.dtype)).transpose(0, 1)  # (b, l, e) -> (l, b, h)
+        rows = embedder(features.to(self.dtype)).transpose(0, 1)  # (b, l, e) -> (l, b, h)
+        return Context(append_rows(rows, round_up(len(rows), self.token_multiple)), len(rows))
 
 
 def sinusoid(timesteps: Tensor, dim: int) -> Tensor:

@@ -1,5 +1,10 @@
 """The DiT: condition embedders, patch embedding, the layers, the head (paper section 2.3; Wan2.1-I2V's structure).
 
+**Padding.** FP8's matrix products want a multiple of 16 or 32 rows. Tokens are padded here, once for all layers: each
+context-parallel rank's own behind its own, so that sequence parallelism cuts padded parts evenly. Attention cuts the
+padding off (attention.py), and so does the output: nothing real depends on it, and its gradients are zero. The rest
+works on tokens one by one and need not know. Text and image are padded behind their embedders.
+
 Letters: b samples, c latent channels, t h w latent frames, rows and columns, n tokens of this context-parallel rank.
 """
 
@@ -17,7 +22,7 @@ from megatron_fsvideo.models.dit.block import DiTBlock
 from megatron_fsvideo.models.dit.embeddings import ConditionEmbedder, Conditioning
 from megatron_fsvideo.models.dit.layer import modulate
 from megatron_fsvideo.models.dit.rope import Rotary, rotary_tables
-from megatron_fsvideo.models.dit.tokens import Grid, patchify, token_grid
+from megatron_fsvideo.models.dit.tokens import Grid, append_rows, patchify, round_up, token_grid
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.parallel.marks import mark_on_every_stage, mark_sees_local_tokens
 from megatron_fsvideo.parallel.sequence import gather_output_tokens, local_slice
@@ -43,6 +48,7 @@ class DiTModel(MegatronModule):
 
     Args:
         layer_memory_kernel: which kernels mix the states (`kernels.mixer_for`).
+        token_multiple: each rank's tokens are padded to a multiple of this.
         pre_process: embed the input here (first stage).
         post_process: put out the prediction here (last stage).
         vp_stage: which of this rank's model chunks it is, with virtual pipeline stages.
@@ -58,6 +64,7 @@ class DiTModel(MegatronModule):
         layer_spec: ModuleSpec,
         pgs: ProcessGroups,
         layer_memory_kernel: str,
+        token_multiple: int,
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
@@ -68,7 +75,8 @@ class DiTModel(MegatronModule):
         self.pgs = pgs
         self.pre_process = pre_process
         self.post_process = post_process
-        self.condition_embedder = ConditionEmbedder(model_config, config.params_dtype)
+        self.token_multiple = token_multiple
+        self.condition_embedder = ConditionEmbedder(model_config, config.params_dtype, token_multiple)
         self.patch_embedding = None
         if pre_process:
             channels = model_config.in_channels * model_config.patch_volume
@@ -105,13 +113,14 @@ class DiTModel(MegatronModule):
         grid = token_grid(tuple(model_input.shape[2:]), self.model_config.patch_size)
         conditioning = self._embed_conditions(timesteps, text, image)
         hidden_states = self._embed_patches(model_input) if self.pre_process else None
-        hidden_states = self.block(hidden_states, conditioning, self._rotary(grid, model_input.device))
+        rotary = self._rotary(grid, model_input.device)
+        hidden_states = self.block(hidden_states, conditioning, rotary)
         if not self.post_process:
             return hidden_states
         prediction = self.head(hidden_states, conditioning.timestep)  # (s, b, c * p)
         if self.config.sequence_parallel:
             prediction = gather_output_tokens(prediction, self.pgs.tp)
-        return prediction.transpose(0, 1)  # (b, n, c * p)
+        return prediction[: len(rotary[0])].transpose(0, 1)  # (b, n, c * p)
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Megatron's schedule hands over what the previous stage sent."""
@@ -134,7 +143,7 @@ class DiTModel(MegatronModule):
         conditioning = self.condition_embedder(timesteps, text, image)
         # Keys and values of all layers read the context: its gradient is summed over the heads' ranks once, here.
         contexts = {
-            name: copy_to_tensor_model_parallel_region(context, group=self.pgs.tp)
+            name: context._replace(rows=copy_to_tensor_model_parallel_region(context.rows, group=self.pgs.tp))
             for name, context in (("text", conditioning.text), ("image", conditioning.image))
             if context is not None
         }
@@ -143,6 +152,8 @@ class DiTModel(MegatronModule):
     def _embed_patches(self, model_input: Tensor) -> Tensor:
         tokens = patchify(model_input, self.model_config.patch_size).transpose(0, 1)  # (n, b, c * p)
         tokens = local_slice(tokens, 0, self.pgs.cp)
+        num_parts = self.pgs.tp_size if self.config.sequence_parallel else 1
+        tokens = append_rows(tokens, round_up(len(tokens), self.token_multiple * num_parts))
         if self.config.sequence_parallel:
             tokens = local_slice(tokens, 0, self.pgs.tp)
         return self.patch_embedding(tokens.to(self.patch_embedding.weight.dtype))  # (s, b, h)

@@ -14,7 +14,7 @@ from megatron_fsvideo.models.dit.layer import DiTLayer
 def dit_layer_spec(model_config: DiTConfig, backend: Backend) -> ModuleSpec:
     """The spec of every layer; whether a layer has a router follows from its number."""
     attention = AttentionSubmodules(
-        column_parallel_linear=backend.column_parallel_linear,
+        entered_linear=backend.entered_linear,
         row_parallel_linear=backend.row_parallel_linear,
         core_attention=backend.core_attention,
     )

@@ -1,5 +1,6 @@
 """Latents to tokens and back. Tokens run over (t, h, w), w fastest."""
 
+import torch.nn.functional as F
 from torch import Tensor
 
 Grid = tuple[int, int, int]
@@ -34,3 +35,14 @@ def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid) -> Tensor:
     batch = tokens.shape[0]
     parts = tokens.reshape(batch, t, h, w, -1, pt, ph, pw)
     return parts.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(batch, -1, t * pt, h * ph, w * pw)
+
+
+def append_rows(tensor: Tensor, num_rows: int) -> Tensor:
+    """Zeros behind the rows of [s, ...], to `num_rows` in all; the tensor itself if it has as many."""
+    missing = num_rows - len(tensor)
+    return F.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, missing)) if missing else tensor
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The next multiple, or the number if it is one."""
+    return number + -number % multiple
