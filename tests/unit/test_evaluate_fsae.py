@@ -14,7 +14,7 @@ from megatron_fsvideo.data.video import read_video, resize_and_crop, to_unit, wr
 from megatron_fsvideo.evaluation.autoencoders import OurAutoencoder, check_names
 from megatron_fsvideo.evaluation.clips import list_clips, read_clip
 from megatron_fsvideo.evaluation.frechet import frechet_distance
-from megatron_fsvideo.evaluation.i3d import I3D, load_i3d
+from megatron_fsvideo.evaluation.i3d import I3D
 from megatron_fsvideo.evaluation.perceptual import VGG16Trunk, load_perceptual_loss
 from megatron_fsvideo.evaluation.psnr import psnr
 from megatron_fsvideo.evaluation.reconstruction import Judges, measure
@@ -22,7 +22,7 @@ from megatron_fsvideo.evaluation.report import Row, format_table, notes
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.team import Team
 from tests.unit.fsae_fixtures import build, config
-from tests.unit.judge_fixtures import random_i3d
+from tests.unit.judge_fixtures import QuickLogits
 from tools.evaluate_fsae import EvaluateFlags, clip_choice, main
 
 JOB = build_job(FSAEJob, FSAE_PRESETS["fsae_debug"] | {"short_side": 40, "valid_resolution": 40, "holdout_every": 3})
@@ -207,11 +207,11 @@ def test_lpips_and_fvd_columns(checkpoint, films, tmp_path, monkeypatch, capsys)
     weights = VGG16Trunk().state_dict()
     weights |= {f"lin{k}.model.1.weight": torch.rand(1, w, 1, 1) for k, w in enumerate((64, 128, 256, 512, 512))}
     safetensors.torch.save_file(weights, tmp_path / "vgg.safetensors")
-    safetensors.torch.save_file(random_i3d().state_dict(), tmp_path / "i3d.safetensors")
+    monkeypatch.setattr("tools.evaluate_fsae.load_i3d", lambda path, device: QuickLogits())
     out = tmp_path / "evaluation.json"
     argv = ["--load", checkpoint, "--video-dir", films, "--out", out, "--sampling", "videos", "--num-clips", "2"]
     argv += ["--num-frames", "9", "--resolution", "32", "--device", "cpu"]
-    run(monkeypatch, *argv, "--lpips-path", tmp_path / "vgg.safetensors", "--i3d-path", tmp_path / "i3d.safetensors")
+    run(monkeypatch, *argv, "--lpips-path", tmp_path / "vgg.safetensors", "--i3d-path", "i3d.safetensors")
     values = json.loads(out.read_text())["table"][0]["values"]
 
     fsae = FSAE(JOB.model)
@@ -221,10 +221,10 @@ def test_lpips_and_fvd_columns(checkpoint, films, tmp_path, monkeypatch, capsys)
     videos = torch.cat([read_clip(Shot(str(films / f"{name}.mp4"), 0, 9), data) for name in "ab"])
     ours = torch.cat([fsae.decode(fsae.encode(video[None])).clamp(-1, 1) for video in videos])
     perceptual = load_perceptual_loss("vgg16", str(tmp_path / "vgg.safetensors"), torch.device("cpu"))
-    i3d = load_i3d(str(tmp_path / "i3d.safetensors"))
+    i3d = QuickLogits()
     assert values["lpips"] == pytest.approx(float(perceptual(ours, videos)), abs=1e-3)
     assert values["fvd"] == pytest.approx(frechet_distance(i3d(ours), i3d(videos)), rel=1e-3)
     assert values["fvd"] > 1
     assert "FVD of 2 clips is biased upwards" in capsys.readouterr().out
     with pytest.raises(ValueError, match="FVD needs clips of at least 9 frames, not 5"):
-        run(monkeypatch, *argv[:-6], "--i3d-path", tmp_path / "i3d.safetensors")
+        run(monkeypatch, *argv[:-6], "--i3d-path", "i3d.safetensors")
