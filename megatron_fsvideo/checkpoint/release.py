@@ -68,10 +68,10 @@ def load_release(folder: str | Path, device: str | torch.device = "cpu") -> tupl
         raise ValueError(f"{folder} is damaged: {error}") from error
 
 
-def save_fsae(folder: str | Path, fsae: FSAE) -> None:
-    """Write an autoencoder as a release folder."""
+def save_fsae(folder: str | Path, fsae: FSAE, weights: dict[str, Tensor] | None = None) -> None:
+    """Write an autoencoder as a release folder, with its own weights or others of its names."""
     config = {"format": FSAE_FORMAT, "model": to_dict(fsae.config)}
-    save_release(folder, config, fsae.state_dict(), {"format": FSAE_FORMAT})
+    save_release(folder, config, fsae.state_dict() if weights is None else weights, {"format": FSAE_FORMAT})
 
 
 def load_fsae(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> FSAE:

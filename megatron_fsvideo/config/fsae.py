@@ -125,6 +125,8 @@ class FSAETrainingConfig:
     """Keep only the inputs of blocks, and compute the blocks again in the backward pass: less memory, more time."""
     context_parallel_size: int = 1
     """Processes that share the frames of one clip; clips too short for it are dealt out to them whole."""
+    use_distributed_optimizer: bool = False
+    """Share the optimizers' moments out over all processes: each steps its own weights and sends them to the others."""
     encoder_tile: int = 0
     """Side in pixels of the tiles in which the encoder's outer stages run, recomputed one by one in the backward pass,
     with exact gradients; 0 runs them whole."""

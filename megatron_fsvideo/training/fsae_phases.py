@@ -14,8 +14,7 @@ from megatron_fsvideo.config import FSAEConfig, from_dict
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.phases import inherit
 from megatron_fsvideo.training.fsae_adversary import Adversary
-
-TRAINING_FILE = "training.pt"
+from megatron_fsvideo.training.fsae_checkpoint import TRAINING_FILE
 
 
 def inherit_autoencoder(source: str, fsae: FSAE) -> list[str]:

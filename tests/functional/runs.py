@@ -1,9 +1,10 @@
-"""Runs of pretrain_dit.py in processes forked from the test: as from a shell, without importing megatron-core again."""
+"""Runs of a training script in processes forked from the test: as from a shell, minus the import of megatron-core."""
 
 import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import megatron.core  # noqa: F401  imported before the fork, once
@@ -17,14 +18,16 @@ TIMEOUT_SECONDS = 120
 
 
 class Run:
-    """pretrain_dit.py with these arguments on `world_size` ranks."""
+    """A training script with these arguments on `world_size` ranks."""
 
-    def __init__(self, argv: list[str], log: Path, world_size: int = 1) -> None:
+    def __init__(
+        self, argv: list[str], log: Path, world_size: int = 1, main: Callable[[], None] = pretrain_dit.main
+    ) -> None:
         self.log = log
         context = multiprocessing.get_context("fork")
         port = _free_port()
         self.ranks = [
-            context.Process(target=_work, args=(argv, log, rank, world_size, port)) for rank in range(world_size)
+            context.Process(target=_work, args=(main, argv, log, rank, world_size, port)) for rank in range(world_size)
         ]
         for process in self.ranks:
             process.start()
@@ -51,9 +54,9 @@ class Run:
         return self.ranks[0].exitcode, self.log.read_text()
 
 
-def run_to_end(argv: list[str], log: Path, world_size: int = 1) -> None:
+def run_to_end(argv: list[str], log: Path, world_size: int = 1, main: Callable[[], None] = pretrain_dit.main) -> None:
     """Run and assert success."""
-    code, text = Run(argv, log, world_size).wait()
+    code, text = Run(argv, log, world_size, main).wait()
     assert code == 0, text[-4000:]
 
 
@@ -68,7 +71,7 @@ def debug_arguments(data: Path, save: Path, *more: str) -> list[str]:
     return [*flags.split(), *more]
 
 
-def _work(argv: list[str], log: Path, rank: int, world_size: int, port: int) -> None:
+def _work(main: Callable[[], None], argv: list[str], log: Path, rank: int, world_size: int, port: int) -> None:
     torch.set_num_threads(1)
     file = log.open("a")
     os.dup2(file.fileno(), 2)
@@ -82,8 +85,8 @@ def _work(argv: list[str], log: Path, rank: int, world_size: int, port: int) -> 
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
-    sys.argv = ["pretrain_dit.py", *argv]
-    run_script(pretrain_dit.main)
+    sys.argv = [f"{main.__module__}.py", *argv]
+    run_script(main)
     file.flush()
     os._exit(0)
 

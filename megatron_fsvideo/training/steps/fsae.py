@@ -7,7 +7,6 @@ Where they end, the temporal taps move (`begin_video`) and the optimizer starts 
 (seed, sample number), so that a restarted run repeats an unbroken one.
 """
 
-import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,28 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron_fsvideo.checkpoint.distributed import (
-    JOB_FILE,
-    LATEST_FILE,
-    iteration_folder,
-    latest_iteration,
-    read_record,
-    remove_old_checkpoints,
-    write_text_atomically,
-)
-from megatron_fsvideo.checkpoint.release import MODEL_FOLDER, save_fsae
+from megatron_fsvideo.checkpoint.distributed import iteration_folder, newest_good_iteration, read_record
+from megatron_fsvideo.checkpoint.writer import CheckpointWriter
 from megatron_fsvideo.config import FSAEJob, differences, from_dict, to_dict
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
 from megatron_fsvideo.losses.latent_regularizers import LatentTransform, draw_transform
 from megatron_fsvideo.losses.video_vf import LatentProjection
 from megatron_fsvideo.models.fsae import FSAE, begin_video
-from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, barrier, gather_objects
+from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
 from megatron_fsvideo.parallel.seeds import derive_seed
 from megatron_fsvideo.training.ema import EMA
 from megatron_fsvideo.training.fsae_adversary import Adversary
+from megatron_fsvideo.training.fsae_checkpoint import TRAINING_FILE, plan_fsae_checkpoint
 from megatron_fsvideo.training.fsae_optimizer import FSAEOptimizer
-from megatron_fsvideo.training.fsae_phases import TRAINING_FILE, inherit_autoencoder, inherit_discriminator
+from megatron_fsvideo.training.fsae_phases import inherit_autoencoder, inherit_discriminator
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.steps.fsae_batches import BatchPlan, FSAEBatches
 from megatron_fsvideo.training.steps.fsae_objective import FSAEObjective, draw_latent_noise, whole_reconstruction
@@ -73,9 +65,16 @@ class FSAEStep:
         self.wrapped: torch.nn.Module = self.trainee
         if pgs.dp_cp_size > 1:
             self.wrapped = DistributedDataParallel(self.trainee, process_group=pgs.dp_cp, gradient_as_bucket_view=True)
-        self.optimizer = FSAEOptimizer(self.trainee, job.optimizer, job.training.train_iters)
+        sharers = pgs.dp_cp if job.losses.use_distributed_optimizer else None
+        self.optimizer = FSAEOptimizer(self.trainee, job.optimizer, job.training.train_iters, sharers)
         self.adversary = Adversary(job, pgs) if job.uses_gan else None
         self.ema = EMA(self.model, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
+        checkpoint = job.checkpoint
+        self.writer = (
+            CheckpointWriter(Path(checkpoint.save), pgs, checkpoint.keep_checkpoints, checkpoint.async_save)
+            if checkpoint.save
+            else None
+        )
 
     def train_step(self, state: TrainState) -> StepResult:
         """One optimizer step on images or on clips."""
@@ -124,47 +123,60 @@ class FSAEStep:
         return {"psnr": psnr_sum / count, "psnr_last_frame": last_sum / count, "ssim": ssim_sum / count}
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint into `--save`: a release folder `model`, which others load, and what training needs."""
-        if self.pgs.is_rank_zero:
-            target = iteration_folder(Path(self.job.checkpoint.save), state.iteration)
-            target.mkdir(parents=True, exist_ok=True)
-            with self.ema.applied() if self.ema is not None else nullcontext():
-                save_fsae(target / MODEL_FOLDER, self.model)
-            content = {
-                "iteration": state.iteration,
-                "consumed_samples": state.consumed_samples,
-                "weights": self.model.state_dict(),
-                "projection": self._projection_state(),
-                "ema": self.ema.weights if self.ema is not None else None,
-                "optimizer": self.optimizer.state_dict(),
-                "adversary": self.adversary.state_dict() if self.adversary is not None else None,
-            }
-            torch.save(content, target / TRAINING_FILE)
-            write_text_atomically(target / JOB_FILE, json.dumps({"job": to_dict(self.job)}, indent=1) + "\n")
-            write_text_atomically(target.parent / LATEST_FILE, f"{state.iteration}\n")
-            remove_old_checkpoints(target.parent, state.iteration, self.job.checkpoint.keep_checkpoints)
-        barrier()
+        """Write a checkpoint into `--save`, or begin to: a release folder, which others load, and what training needs.
+
+        Every rank calls it: with the distributed optimizer each has a part of the moments.
+        """
+        assert self.writer is not None, "the loop saves where there is a --save folder"
+        weights = self.model.state_dict()
+        content = {
+            "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
+            "weights": weights,
+            "projection": self._projection_state(),
+            "ema": self.ema.weights if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "adversary": self.adversary.state_dict() if self.adversary is not None else None,
+        }
+        released = weights if self.ema is None else weights | self.ema.weights
+        record = {"job": to_dict(self.job), "iteration": state.iteration}
+        self.writer.save(
+            state.iteration,
+            lambda target: plan_fsae_checkpoint(
+                target,
+                self.model,
+                released,
+                content,
+                record,
+                is_rank_zero=self.pgs.is_rank_zero,
+                in_background=self.writer.in_background,
+            ),
+        )
 
     def is_saving(self) -> bool:
-        """False: `save` has written everything when it returns."""
-        return False
+        """Whether this rank still writes a checkpoint."""
+        return self.writer is not None and self.writer.is_writing()
 
     def finish_save(self) -> None:
-        """Nothing is being written."""
+        """Wait for the checkpoint that is being written, if any, and make it the newest."""
+        if self.writer is not None:
+            self.writer.finish()
 
     def load(self) -> TrainState:
-        """Continue from the newest checkpoint in `--load`; without one start from `--init-from`, or anew.
+        """Continue from the newest undamaged checkpoint in `--load`; without one start from `--init-from`, or anew.
 
         Raises:
-            ValueError: the checkpoint is damaged, of another architecture or of another phase.
+            ValueError: all checkpoints are damaged, or the newest is of another architecture or of another phase.
         """
         folder = self.job.checkpoint.load
-        iteration = latest_iteration(Path(folder)) if folder else None
+        iteration = newest_good_iteration(Path(folder), self.pgs, lambda source: None) if folder else None
         if iteration is None:
             if self.job.losses.init_from is not None:
                 self._inherit(self.job.losses.init_from)
             return TrainState()
         source = iteration_folder(Path(folder), iteration)
+        if self.writer is not None and Path(folder) == self.writer.folder:
+            self.writer.resume_from(iteration)
         saved = from_dict(FSAEJob, read_record(Path(folder), iteration)["job"])
         if wrong := differences(saved.model, self.job.model):
             raise ValueError(f"the checkpoint {source} has another architecture: {'; '.join(wrong)}")
