@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_fsvideo.config.dit_stages import stage_presets
 from megatron_fsvideo.config.fsae_phases import phase_presets
 
 Preset = dict[str, Any]
@@ -162,6 +163,10 @@ FSAE_PRESETS: dict[str, Preset] = {
         "ema_decay": 0.0,
     },
 }
+
+for _name in ("dit_14b", "dit_1b"):
+    DIT_PRESETS |= stage_presets(_name, DIT_PRESETS[_name])
+DIT_PRESETS |= stage_presets("dit_quickstart", _QUICKSTART_DIT, small=True)
 
 # The six training phases at the paper's sizes: fsae_phase1 to fsae_phase6.
 FSAE_PRESETS |= phase_presets(*(FSAE_PRESETS[name] for name in ("fsae_causal", "fsae_standard", "fsae_lite")))

@@ -139,8 +139,11 @@ class BatchLoader:
 
 
 def broadcast_batch(batch: Batch | None, pgs: ProcessGroups) -> Batch:
-    """Give every rank of a tensor-parallel group the batch that its rank 0 read (the others pass None)."""
+    """Give every rank of a tensor-parallel group the batch that its rank 0 read (the others pass None).
+
+    It stays in host memory: a step's micro-batches together may be larger than what a GPU has left.
+    """
     if pgs.tp_size > 1:
         batch = broadcast_object(batch, pgs.tp)
     assert batch is not None, "tensor-parallel rank 0 has the batch to send"
-    return batch.to(pgs.device)
+    return batch

@@ -5,7 +5,7 @@ they become tensors batch.py's. A *stream* is one folder's samples of one bucket
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -26,6 +26,7 @@ from megatron_fsvideo.data.latent_shards import (
     ShardError,
     read_json,
     read_manifest,
+    read_record,
     read_sample,
 )
 
@@ -132,6 +133,7 @@ class LatentDataset:
                 self._samples.append(table[bucket])
                 size = len(table[bucket])
                 self.streams.append(Stream(bucket, folder_index, size, share * size))
+        _warn_of_missing(sample_filter, self._samples)
         self.normalization = normalization or _pooled_normalization(self._datasets)
         self.null_text, self.negative_text = self._read_null_text()
 
@@ -197,6 +199,16 @@ class LatentDataset:
             except ShardError as error:
                 self._count_bad(f"{path}:{entry.key}", str(error))
         raise ShardError(f"{self.folders[self.streams[stream_index].folder_index]}: no readable sample left")
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The JSON member of every sample that is used, without reading the latents.
+
+        Raises:
+            ShardError: one is damaged.
+        """
+        for samples in self._samples:
+            for path, entry in samples:
+                yield read_record(path, entry)
 
     def sample_key(self, stream_index: int, position: int) -> str:
         """The key under which the shards hold a sample, without reading it."""
@@ -312,6 +324,14 @@ def _filtered(
             "keys of sample_list (tools/list_samples.py prints a dataset's keys)"
         )
     return chosen
+
+
+def _warn_of_missing(sample_filter: SampleFilter, samples: list[list[tuple[Path, SampleEntry]]]) -> None:
+    """Say how many of the wanted keys are not there: a list may be of another encoding of the same clips."""
+    if sample_filter.keys is not None:
+        found = {entry.key for stream in samples for _, entry in stream}
+        if missing := len(sample_filter.keys - found):
+            logger.warning("%d of the %d keys in sample_list are not used", missing, len(sample_filter.keys))
 
 
 def _check_agreement(folders: Sequence[Path], datasets: Sequence[dict[str, Any]]) -> None:

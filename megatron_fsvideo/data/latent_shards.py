@@ -230,6 +230,23 @@ def read_sample(tar: Path, entry: SampleEntry) -> LatentSample:
     return LatentSample(tensors["latents"], tensors["text"], tensors["image"], json.loads(record))
 
 
+def read_record(tar: Path, entry: SampleEntry) -> dict[str, Any]:
+    """Read one sample's JSON member by its byte range.
+
+    Raises:
+        ShardError: it is not that sample's, or the file cannot be read.
+    """
+    try:
+        with tar.open("rb") as file:
+            file.seek(entry.json_offset)
+            record = json.loads(file.read(entry.json_length))
+        if record["key"] == entry.key:
+            return record
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ShardError(f"{tar}: sample {entry.key}: damaged JSON member ({error})") from error
+    raise ShardError(f"{tar}: sample {entry.key}: the JSON member at byte {entry.json_offset} is {record['key']}'s")
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file.
 

@@ -38,7 +38,7 @@ def activation_memory(case: Case, stage: int) -> MemoryByPart:
     recomputed = max(max(_recomputed_at_once(case, chunk) - own, 0.0) for chunk, own in zip(chunks, kept, strict=True))
     head = head_bytes(case) if is_last else 0.0
     memory = {
-        "inputs": batch_bytes(case) * case.num_microbatches + objective_bytes(case) * in_flight,
+        "inputs": (batch_bytes(case) + objective_bytes(case)) * in_flight,
         "embeddings": embedding_bytes(case) * in_flight * len(chunks),
         "layer inputs" if not case.model.layer_memory else "layer-memory bank": states * state_bytes(case) * in_flight,
         "activations": sum(kept) * in_flight,

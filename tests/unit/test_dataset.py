@@ -6,10 +6,11 @@ from data_fixtures import CornerImage, make_videos, tiny_encoders, tiny_options
 
 from megatron_fsvideo.data.batch import BatchLoader, read_batch
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.latent_dataset import LatentDataset, parse_data_path
+from megatron_fsvideo.data.latent_dataset import LatentDataset, SampleFilter, parse_data_path, read_sample_list
 from megatron_fsvideo.data.latent_shards import ShardError, sample_id
 from megatron_fsvideo.data.preprocessing import preprocess
 from megatron_fsvideo.data.sampler import BucketSampler, SampleRef
+from tests.latent_fixtures import write_latent_dataset
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +163,49 @@ def test_loader_reads_the_sampler_s_batches_from_any_point(folder, num_workers):
         keys = [dataset.read(ref.stream_index, ref.position).key for ref in plan.samples]
         assert [batch.sample_ids.item() for batch in micro_batches] == [sample_id(keys[1]), sample_id(keys[3])]
     loader.close()
+
+
+MIXED = ("1x32x32", "5x32x32", "5x32x64", "5x64x64")
+
+
+def test_frames_and_resolution_choose_buckets(tmp_path):
+    folder = str(write_latent_dataset(tmp_path, 20, buckets=MIXED))
+    for frames, resolution, expected in (
+        ((), None, MIXED),
+        ((1,), None, MIXED[:1]),
+        ((5,), 32, MIXED[1:2]),
+        ((5,), 64, MIXED[3:]),
+        ((), 32, MIXED[:2]),
+    ):
+        dataset = LatentDataset([folder], sample_filter=SampleFilter(frames, resolution))
+        assert [str(bucket) for bucket in dataset.buckets] == sorted(expected)
+        assert len(dataset) == 5 * len(expected)
+    with pytest.raises(ShardError, match=r"bucket_frames 5 and bucket_resolution 128 leave none .* 1x32x32 \(5 sa"):
+        LatentDataset([folder], sample_filter=SampleFilter((5,), 128))
+
+
+def test_a_resolution_takes_a_quarter_more_or_less_area():
+    chosen = SampleFilter(resolution=256)
+    areas = {"1x256x256": 1, "1x256x320": 1, "1x192x256": 1, "1x192x320": 1, "1x320x320": 0, "1x192x192": 0}
+    for bucket, expected in areas.items():
+        assert chosen.takes_bucket(Bucket.parse(bucket)) == expected, bucket
+
+
+def test_a_sample_list_keeps_those_samples_and_the_normalisation(tmp_path):
+    folder = str(write_latent_dataset(tmp_path / "data", 12, buckets=MIXED[:3], latent_std=2.0))
+    whole = LatentDataset([folder])
+    records = list(whole.records())
+    assert len(records) == 12 and {record["bucket"] for record in records} == set(MIXED[:3])
+    wanted = [record for record in records if record["caption"] in ("sample 1", "sample 4", "sample 5")]
+    listed = tmp_path / "list.txt"
+    listed.write_text("# a comment\n\n" + "".join(f"{record['key']} {record['caption']}\n" for record in wanted))
+    dataset = LatentDataset([folder], sample_filter=SampleFilter(keys=read_sample_list(listed)))
+    assert [record["key"] for record in dataset.records()] == [record["key"] for record in wanted]
+    assert dataset.normalization == whole.normalization
+    assert [stream.num_samples for stream in dataset.streams] == [2, 1]
+    listed.write_text("0123 nothing of this dataset\n")
+    with pytest.raises(ShardError, match="none of its 12 samples is among the 1 keys of sample_list"):
+        LatentDataset([folder], sample_filter=SampleFilter(keys=read_sample_list(listed)))
+    listed.write_text("# nothing\n")
+    with pytest.raises(ValueError, match="names no sample"):
+        read_sample_list(listed)

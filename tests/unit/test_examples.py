@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +24,7 @@ OWN_JOBS = {
     "tools/preprocess_latents.py": "PreprocessJob",
     "tools/generate.py": "GenerateJob",
     "tools/evaluate_fsae.py": "EvaluateJob",
+    "tools/list_samples.py": "ListJob",
     "tools/intrinsic_dimension.py": "DimensionJob",
     "tools/convert_checkpoint.py": "ConvertJob",
     "examples/quickstart/run.py": "QuickstartJob",
@@ -59,7 +61,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
             if script in known and any(w in ("python", "torchrun", "srun", "exec") for w in words[:position]):
                 rest = words[position + 1 :]
                 stop = next((k for k, w in enumerate(rest) if w in ("|", "&&", "||", ";", "&", ">")), len(rest))
-                found.append((script, [w for w in rest[:stop] if w not in ("...", "$@", "1@")]))
+                found.append((script, [w for w in rest[:stop] if w not in ("...", "$@", "1@", "1[@]}")]))
     return found
 
 
@@ -69,6 +71,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_example_scripts_parse(path):
+    subprocess.run(["bash", "-n", path], check=True)
     found = commands(path.read_text(encoding="utf-8"))
     assert found, f"{path} runs none of our scripts"
     for script, arguments in found:

@@ -146,7 +146,7 @@ kill -USR1 "$(cat "$LOG/started")"
 """
 
 
-@pytest.mark.parametrize("script", ["examples/dit/train_slurm.sh", "examples/fsae/phase1_slurm.sh"])
+@pytest.mark.parametrize("script", ["examples/dit/stage1_slurm.sh", "examples/fsae/phase1_slurm.sh"])
 @pytest.mark.parametrize("leaves_with", [0, 1])
 def test_the_slurm_script_passes_the_signal_on_and_requeues(script, leaves_with, tmp_path):
     """With stand-ins for SLURM's commands: the ranks get the signal; the job is queued again if they could save."""

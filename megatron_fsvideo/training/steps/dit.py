@@ -238,8 +238,9 @@ class DiTStep:
         checkpoint = self.job.checkpoint
         has_saved = checkpoint.save is not None and latest_iteration(Path(checkpoint.save)) is not None
         if checkpoint.load is None:
-            if self.job.stage.new_stage:
-                raise ValueError("new_stage continues the stage before: give its --save folder as --load")
+            for name, is_set in (("new_stage", self.job.stage.new_stage), ("finetune", checkpoint.finetune)):
+                if is_set:
+                    raise ValueError(f"{name} begins with an earlier run's state: give its --save folder as --load")
             if has_saved:
                 raise ValueError(
                     f"--save {checkpoint.save} holds a checkpoint, which this run would overwrite: add "
@@ -257,7 +258,7 @@ class DiTStep:
 
     def _training_step(self, iterator: Iterator[Batch], wrapped: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         """Megatron's forward step: the prediction, and a function of it that is the loss."""
-        batch = next(iterator)
+        batch = next(iterator).to(self.pgs.device)
         diffusion = self.job.diffusion
         seed = self.job.training.seed
         noisy = make_noisy(
@@ -279,7 +280,7 @@ class DiTStep:
         return predict(wrapped, noisy), loss_function
 
     def _validation_step(self, iterator: Iterator[Batch], wrapped: torch.nn.Module) -> tuple[Tensor, LossFunction]:
-        batch = next(iterator)
+        batch = next(iterator).to(self.pgs.device)
         draws = validation_draws(batch, self.job.diffusion, self.job.training.seed)
         noisy = make_noisy(batch, draws, self.null_text, self.job.model, self.job.diffusion)
 

@@ -76,7 +76,7 @@ class BatchSource:
         }
 
     def next(self) -> tuple[list[Batch], int, int]:
-        """This rank's micro-batches, the global batch's number of samples, and the tokens of one sample."""
+        """This rank's micro-batches in host memory, the global batch's number of samples, the tokens of one sample."""
         started = time.perf_counter()
         plan = self._plan = next(self._plans)
         batches: list[Batch | None] = [None] * self._num_microbatches[plan.bucket]

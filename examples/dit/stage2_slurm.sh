@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Train the 14B DiT on a SLURM cluster, one process per GPU.
+# Stage 2 of the 14B DiT on a SLURM cluster: 121 frames of about 256 x 256, 200,000 steps after stage 1.
 #
-#   sbatch --nodes 16 examples/dit/train_slurm.sh
+#   GPU=h200 sbatch --nodes 8 examples/dit/stage2_slurm.sh
 #
+# 1, 8 or 32 nodes of eight H100 (GPU=h100) or H200 (GPU=h200). What it expects and costs: docs/pretraining.md.
 # Five minutes before its time is over the run saves, leaves and is queued again; so it does when it is preempted.
 # A requeued job continues from the newest checkpoint, at another number of nodes too.
-#SBATCH --job-name=pretrain_dit
-#SBATCH --nodes=16
+#SBATCH --job-name=dit_stage2
+#SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=12
@@ -15,12 +16,22 @@
 #SBATCH --open-mode=append
 set -euo pipefail
 
-export DATA=${DATA:-data/latents}
-export VALID=${VALID:-data/latents-valid}
-export SAVE=${SAVE:-runs/dit_14b}
+export DATA=${DATA:-data/videos256}
+export VALID=${VALID:-data/videos256-valid}
+export STAGE1=${STAGE1:-runs/dit_14b_stage1}
+export SAVE=${SAVE:-runs/dit_14b_stage2}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 export MASTER_PORT=${MASTER_PORT:-29500}
+
+# GPUs that share a sample, tokens of a micro-batch and recomputation, as tools/plan_layout.py plans them.
+case "${GPU:-h100}-${SLURM_JOB_NUM_NODES:-8}" in
+  h100-1) layout=(--tensor-model-parallel-size 4 --tokens-per-micro-batch 992 --recompute-granularity selective --recompute-modules core_attn mlp) ;;
+  h100-8 | h100-32) layout=(--tensor-model-parallel-size 4 --tokens-per-micro-batch 3968) ;;
+  h200-1) layout=(--tensor-model-parallel-size 2 --tokens-per-micro-batch 1984) ;;
+  h200-8 | h200-32) layout=(--tensor-model-parallel-size 4 --tokens-per-micro-batch 7936) ;;
+  *) echo "no layout for GPU=${GPU:-h100} on $SLURM_JOB_NUM_NODES nodes: ask tools/plan_layout.py for one" >&2; exit 1 ;;
+esac
 
 save_and_requeue() {
   # To the ranks, not to this script. They save at the end of their iteration and leave with 0.
@@ -31,31 +42,23 @@ save_and_requeue() {
 }
 trap save_and_requeue USR1
 
-# Ranks of one node share a sample: tensor 4 x context 2. Everything else is data parallel.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec "$@"' pretrain \
   python pretrain_dit.py \
-  --preset dit_14b \
-  --tensor-model-parallel-size 4 \
-  --context-parallel-size 2 \
+  --preset dit_14b_stage2_video256 \
+  "${layout[@]}" \
   --sequence-parallel \
   --use-distributed-optimizer \
   --overlap-grad-reduce \
-  --recompute-granularity full \
   --data-path "$DATA" \
   --valid-data-path "$VALID" \
-  --num-workers 4 \
-  --micro-batch-size 1 \
-  --global-batch-size 256 \
-  --train-iters 100000 \
-  --lr 1e-4 \
-  --lr-warmup-iters 1000 \
-  --sigma-shift 5 \
+  --num-workers 2 \
   --eval-interval 1000 \
   --eval-iters 1 \
   --save "$SAVE" \
-  --load "$SAVE" \
+  --load "$STAGE1" \
   --save-interval 500 \
+  --async-save \
   --keep-checkpoints 3 \
   --tensorboard-dir "$SAVE/logs" &
 ranks=$!
