@@ -146,6 +146,7 @@ def initialize(parallel: ParallelConfig) -> ProcessGroups:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
         context_parallel_size=parallel.context_parallel_size,
+        hierarchical_context_parallel_sizes=list(parallel.hierarchical_context_parallel_sizes) or None,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes + _GRACE_MINUTES,
         create_gloo_process_groups=True,
     )
