@@ -181,20 +181,20 @@ def refusals(**plan) -> str:
             | {"context_parallel_size": 1},
             "global_batch_size 4 is not a multiple of micro_batch_size 1 x DP 3",
         ),
-        (
-            {"num_gpus": 1, "height": 384, "width": 640, "fp8": True, "micro_batch_size": 2, "global_batch_size": 2},
-            "tokens 1860 x micro_batch_size 2 / CP 1 = 3720 is not a multiple of 16",
-        ),
     ],
 )
 def test_refusals_say_why(plan, reason):
     assert reason in refusals(**plan)
 
 
-def test_fp8_takes_batches_of_four_of_1860_tokens():
-    plan = PlanConfig(num_gpus=8, height=384, width=640, fp8=True, micro_batch_size=4, global_batch_size=32)
-    found = search(PAPER, plan, RateConfig())
+def test_fp8_pads_tokens_and_refuses_widths():
+    plan = PlanConfig(num_gpus=8, height=384, width=640, fp8=True, micro_batch_size=1, global_batch_size=8)
+    found = search(PAPER, plan, RateConfig())  # 1860 tokens
     assert found.fitting or found.too_large
+    narrow = dataclasses.replace(PAPER, ffn_hidden_size=13832)
+    refused = search(narrow, plan, RateConfig())
+    assert not refused.fitting and not refused.too_large
+    assert any("ffn_hidden_size 13832 / TP 1 = 13832 is not a multiple of 16" in reason for reason in refused.refused)
 
 
 def test_uneven_stages_are_found():
