@@ -155,39 +155,30 @@ def expand(entry: VideoEntry, reader: VideoReader, options: ClipOptions) -> list
     Raises:
         VideoError: no clip fits, or the range lies outside the file.
     """
-    info = reader.info
+    info, timeline = reader.info, reader.timeline
     fps = options.fps or info.fps / options.frame_stride
-    step = info.fps / fps
     if entry.start is None:
-        ranges = [(shot.start, shot.num_frames) for shot in find_shots(entry.path, min_frames=1)]
+        ranges = [(shot.start, shot.start + shot.num_frames) for shot in find_shots(entry.path, min_frames=1)]
     else:
-        ranges = [(entry.start, entry.num_frames or 0)]
-        if entry.start < 0 or sum(ranges[0]) > info.num_frames:
+        ranges = [(entry.start, entry.start + (entry.num_frames or 0))]
+        if entry.start < 0 or ranges[0][1] > info.num_frames:
             raise VideoError(f"{entry.name}: the file has only {info.num_frames} frames")
     clips = []
-    for start, length in ranges:
-        end = start + length
+    for start, end in ranges:
         while start < end:
-            bucket = choose_bucket(options.buckets, info.height, info.width, _fitting(end - start, step))
+            bucket = choose_bucket(options.buckets, info.height, info.width, timeline.fitting(start, end, fps))
             if bucket is None:
                 break
             clips.append(Clip(entry, start, fps, bucket))
-            start = end if entry.start is not None else start + int((bucket.num_frames - 1) * step + 0.5) + 1
+            start = end if entry.start is not None else timeline.clip_indices(start, bucket.num_frames, fps)[-1] + 1
     if not clips:
-        longest, least = max(length for _, length in ranges), min(bucket.num_frames for bucket in options.buckets)
+        start, end = max(ranges, key=lambda chosen: chosen[1] - chosen[0])
+        least = min(bucket.num_frames for bucket in options.buckets)
         raise VideoError(
-            f"{entry.name}: {longest} frames make {_fitting(longest, step)} at {fps:g} frames per second, "
-            f"the shortest bucket has {least}"
+            f"{entry.name}: {end - start} frames make {timeline.fitting(start, end, fps)} at {fps:g} frames per "
+            f"second, the shortest bucket has {least}"
         )
     return clips
-
-
-def _fitting(length: int, step: float) -> int:
-    """Clip frames that fit into `length` source frames: the last index, int((n - 1) step + 1/2), lies inside."""
-    count = int((length - 1) / step) + 2
-    while count > 0 and int((count - 1) * step + 0.5) > length - 1:
-        count -= 1
-    return count
 
 
 def latent_key(clip: Clip, digest: str, fingerprint: str) -> str:

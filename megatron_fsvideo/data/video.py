@@ -3,6 +3,10 @@
 Videos in memory are `frames [f, h, w, 3]`, uint8, RGB, unless named otherwise; `to_unit` and `from_unit` convert to
 and from `video [3, f, h, w]` in [-1, 1]. Frame numbers are exact for any file that decodes: they count decoded
 frames, and a seek is used only where the timestamps prove that it landed on the same frames.
+
+What files bring along: a rotation (phones) is applied; 10 and more bits become 8; every pixel format that FFmpeg knows
+becomes RGB, by the file's own colour matrix or, where it names none, BT.709 from 720 rows on and BT.601 below, as
+players do; alpha is dropped, which leaves the colours below it; with variable frame rate, `fps` samples by time.
 """
 
 import os
@@ -17,6 +21,14 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.stream import Disposition
+from av.video.reformatter import ColorRange, Colorspace
+
+from megatron_fsvideo.data.timeline import Timeline, make_timeline
+
+# From here on a file that does not name its colour matrix has that of HD television.
+HD_ROWS = 720
+_UNSPECIFIED = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED; PyAV has no name for it
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
@@ -30,7 +42,7 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds: exact number of frames, size in pixels, average frames per second."""
+    """What a video file holds: exact number of frames, upright size in pixels, mean frames per second."""
 
     num_frames: int
     height: int
@@ -61,7 +73,7 @@ def probe(path: str | Path) -> VideoInfo:
     """
     container, stream = _open(path)
     with container:
-        return _probe(path, container, stream)[0]
+        return _probe(path, container, stream).info
 
 
 def iterate_frames(path: str | Path, size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
@@ -78,7 +90,7 @@ def iterate_frames(path: str | Path, size: tuple[int, int] | None = None) -> Ite
         promised = stream.frames
         count = 0
         for frame in _decode(path, container, stream):
-            yield _rgb(frame, size)
+            yield _rgb(path, frame, size)
             count += 1
         if count < promised:
             raise VideoError(f"{path}: truncated or damaged: {count} of {promised} frames decode")
@@ -117,13 +129,15 @@ class VideoReader:
     Attributes:
         path: the file.
         info: its exact measures.
+        timeline: when its frames are shown.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
         container, stream = _open(path)
         with container:
-            self.info, self._timestamps = _probe(path, container, stream)
+            found = _probe(path, container, stream)
+        self.info, self.timeline, self._timestamps = found.info, found.timeline, found.timestamps
         self._container: Any = None
         self._decoder: Iterator[Any] = iter(())
         self._position = 0
@@ -138,7 +152,7 @@ class VideoReader:
         """Close the file; reading again opens it."""
         if self._container is not None:
             self._container.close()
-            self._container = None
+            self._container, self._decoder = None, iter(())
 
     def read(
         self,
@@ -153,15 +167,21 @@ class VideoReader:
         """As `read_video`; `short_side` scales larger videos down while decoding, much faster than afterwards."""
         if fps is not None and stride != 1:
             raise ValueError(f"read_video takes stride or fps, got stride {stride} and fps {fps}")
-        step = self.info.fps / fps if fps is not None else stride
-        indices = clip_indices(start, num_frames, step, self.info.num_frames)
+        if fps is not None:
+            indices = self.timeline.clip_indices(start, num_frames, fps)
+        elif num_frames is None:
+            indices = list(range(start, self.info.num_frames, stride))
+        else:
+            indices = list(range(start, start + num_frames * stride, stride))
         if not indices or indices[-1] >= self.info.num_frames or start < 0:
             wanted = f"frames {start} to {indices[-1]}" if indices else f"a frame from {start}"
             raise VideoError(f"{self.path}: has {self.info.num_frames} frames, asked for {wanted}")
         first, last = indices[0], indices[-1]
         wanted_offsets = {index - first for index in indices}
         scaled = None if short_side is None else _scaled_size(self.info, short_side)
-        decoded = {k: _rgb(frame, scaled) for k, frame in enumerate(self._range(first, last)) if k in wanted_offsets}
+        decoded = {
+            k: _rgb(self.path, frame, scaled) for k, frame in enumerate(self._range(first, last)) if k in wanted_offsets
+        }
         frames = torch.from_numpy(np.stack([decoded[index - first] for index in indices]))
         return frames if size is None else resize_and_crop(frames, *size)
 
@@ -207,14 +227,6 @@ class VideoReader:
             pass  # The slow way decides whether the file is damaged.
         self.close()
         return None
-
-
-def clip_indices(start: int, num_frames: int | None, step: float, available: int) -> list[int]:
-    """Source frame of each clip frame: start, start + step, ... rounded half up; None takes all that are there."""
-    if num_frames is None:
-        num_frames = max(0, int(np.ceil((available - start) / step)))
-    indices = [start + int(k * step + 0.5) for k in range(num_frames)]
-    return indices
 
 
 def write_video(
@@ -266,6 +278,9 @@ def write_frames(
             stream.height, stream.width = size
             stream.pix_fmt = "yuv444p" if full_color else "yuv420p"
             stream.options = {"crf": str(quality), "preset": "veryfast"}
+            # What the conversion below uses; players take BT.709 for large frames that name nothing.
+            stream.codec_context.colorspace = Colorspace.ITU601
+            stream.codec_context.color_range = ColorRange.MPEG
             if keyframe_interval is not None:
                 stream.options |= {"g": str(keyframe_interval), "sc_threshold": "0"}
             for frame in frames:
@@ -323,10 +338,12 @@ def _open(path: str | Path) -> tuple[Any, Any]:
         container = av.open(str(path))
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: not a readable video, truncated or damaged ({error.strerror})") from error
-    if not container.streams.video:
+    streams = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    if not streams:
+        kind = "only audio" if container.streams.audio else "nothing to see"
         container.close()
-        raise VideoError(f"{path}: has no video stream")
-    stream = container.streams.video[0]
+        raise VideoError(f"{path}: has no video stream, {kind}")
+    stream = streams[0]
     stream.thread_type = "AUTO"
     return container, stream
 
@@ -337,28 +354,44 @@ def _scaled_size(info: VideoInfo, short_side: int) -> tuple[int, int]:
     return round(info.height * scale), round(info.width * scale)
 
 
-def _probe(path: str | Path, container: Any, stream: Any) -> tuple[VideoInfo, list[int] | None]:
-    """The file's measures and the presentation timestamps of its frames in order (None where some are missing)."""
-    timestamps = []
+@dataclass(frozen=True)
+class _Probed:
+    """timestamps: of the frames in order, in the stream's unit; None where some are missing."""
+
+    info: VideoInfo
+    timeline: Timeline
+    timestamps: list[int] | None
+
+
+def _probe(path: str | Path, container: Any, stream: Any) -> _Probed:
+    timestamps, first = [], None
     try:
         for packet in container.demux(stream):
             if packet.size:
                 timestamps.append(packet.pts)
+            # Only a frame knows how it is rotated.
+            first = first or next(iter(packet.decode()), None)
     except (av.FFmpegError, OSError) as error:
         raise VideoError(f"{path}: truncated or damaged after {len(timestamps)} frames ({error.strerror})") from error
-    if len(timestamps) < max(1, stream.frames):
+    if len(timestamps) < stream.frames:
         raise VideoError(f"{path}: truncated: {len(timestamps)} of {stream.frames} frames are there")
+    if first is None:
+        raise VideoError(f"{path}: has no frame that decodes")
     rate = stream.average_rate or stream.base_rate
     if not rate:
         raise VideoError(f"{path}: does not say its frame rate")
-    info = VideoInfo(
-        len(timestamps),
-        stream.codec_context.height,
-        stream.codec_context.width,
-        float(rate),
-    )
-    known = None not in timestamps and len(set(timestamps)) == len(timestamps)
-    return info, sorted(timestamps) if known else None
+    known = sorted(timestamps) if None not in timestamps and len(set(timestamps)) == len(timestamps) else None
+    seconds = None if known is None else [float(time * stream.time_base) for time in known]
+    timeline = make_timeline(seconds, len(timestamps), float(rate))
+    height, width = (first.height, first.width)[:: -1 if _quarter_turns(path, first) % 2 else 1]
+    return _Probed(VideoInfo(len(timestamps), height, width, timeline.fps), timeline, known)
+
+
+def _quarter_turns(path: str | Path, frame: Any) -> int:
+    """How often to turn a frame counterclockwise until it is upright."""
+    if frame.rotation % 90:
+        raise VideoError(f"{path}: is rotated by {frame.rotation} degrees, multiples of 90 can be read")
+    return frame.rotation // 90 % 4
 
 
 def _decode(path: str | Path, container: Any, stream: Any) -> Iterator[Any]:
@@ -373,8 +406,16 @@ def _decode(path: str | Path, container: Any, stream: Any) -> Iterator[Any]:
         raise VideoError(f"{path}: truncated or damaged after {count} frames ({error.strerror})") from error
 
 
-def _rgb(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
-    if size is None or size == (frame.height, frame.width):
-        return frame.to_ndarray(format="rgb24")
-    # Averaging while converting costs a third of converting first and then scaling down.
-    return frame.to_ndarray(format="rgb24", height=size[0], width=size[1], interpolation="AREA")
+def _rgb(path: str | Path, frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
+    """An upright frame uint8 [h, w, 3], scaled to `size` (height, width)."""
+    turns = _quarter_turns(path, frame)
+    stored = size[::-1] if size is not None and turns % 2 else size
+    guess = {}
+    if frame.colorspace == _UNSPECIFIED and min(frame.height, frame.width) >= HD_ROWS:
+        guess["src_colorspace"] = Colorspace.ITU709
+    if stored is None or stored == (frame.height, frame.width):
+        rgb = frame.to_ndarray(format="rgb24", **guess)
+    else:
+        # Averaging while converting costs a third of converting first and then scaling down.
+        rgb = frame.to_ndarray(format="rgb24", height=stored[0], width=stored[1], interpolation="AREA", **guess)
+    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb

@@ -43,7 +43,7 @@ def list_clips(data: VideoDataConfig, sampling: Sampling, count: int, team: Team
         team: the files are dealt to its processes; all of them get the same list.
 
     Raises:
-        ValueError: no folder, no videos, or none that is long enough.
+        ValueError: no folder, no videos, or none that can be read and is long enough.
     """
     if data.video_dir is None:
         raise ValueError("no videos to judge: give --video-dir FOLDER")
@@ -55,6 +55,8 @@ def list_clips(data: VideoDataConfig, sampling: Sampling, count: int, team: Team
     ranges = [shot for found in looked_at.values() if not isinstance(found, str) for shot in found]
     if sampling == "shots" and data.holdout_every:
         ranges = split_shots(ranges, data.holdout_every)[1]
+    if len(skipped) == len(paths):
+        raise ValueError(f"none of the {len(paths)} videos below {data.video_dir} can be read: {min(skipped.values())}")
     long_enough = [shot for shot in ranges if shot.num_frames >= data.num_frames]
     if not long_enough:
         longest = max((shot.num_frames for shot in ranges), default=0)
