@@ -97,7 +97,7 @@ def open_dataset(job: PlotJob, dit: LoadedDiT) -> LatentDataset:
 def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGroups) -> tuple[Tensor, int]:
     """Mean weights as `RouterWeights.mean` returns them, and the number of samples seen."""
     flags, model, diffusion = job.plot, dit.job.model, dit.job.diffusion
-    router = RouterWeights(model, pgs, job.parallel.sequence_parallel)
+    router = RouterWeights(model, job.parallel, pgs)
     null_text = pad_rows(dataset.null_text, dataset.text_length)
     total = 0
     for index, stream in enumerate(dataset.streams):

@@ -37,6 +37,11 @@ class DiTJob:
         check_stage(self.stage, self.checkpoint)
         if self.parallel.fp8_format is not None and not self.training.bf16:
             raise ValueError(f"fp8_format {self.parallel.fp8_format} needs bf16: what is not in FP8 is in bfloat16")
+        if self.logging.router_image_interval and not (self.model.layer_memory and self.model.num_layers > 1):
+            raise ValueError(
+                f"router_image_interval {self.logging.router_image_interval} draws layer memory's routers, and a model "
+                f"of {self.model.num_layers} layers with layer_memory {self.model.layer_memory} has none: set it to 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class FSAEJob:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self) -> None:
+        if self.logging.router_image_interval:
+            raise ValueError("router_image_interval is for the DiT: an autoencoder has no layer memory")
         factor = self.model.spatial_factor
         for name, side in (("resolution", self.data.resolution), ("valid_resolution", self.data.valid_side)):
             if side % factor:

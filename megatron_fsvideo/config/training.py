@@ -118,12 +118,20 @@ class LoggingConfig:
     """Iterations between log lines."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard events and metrics.jsonl; none writes neither."""
+    router_image_interval: int = 0
+    """DiT: iterations between TensorBoard pictures of where layer memory looks (paper Figure 6); 0 draws none."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s, of which MFU is a share; none looks the device's name up (a CPU has no MFU)."""
 
     def __post_init__(self) -> None:
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(f"peak_tflops must be positive, got {self.peak_tflops}")
+        if self.router_image_interval < 0:
+            raise ValueError(f"router_image_interval must not be negative, got {self.router_image_interval}")
+        if self.router_image_interval and self.tensorboard_dir is None:
+            raise ValueError(
+                f"router_image_interval {self.router_image_interval} draws into TensorBoard: name a tensorboard_dir"
+            )
 
 
 @dataclass(frozen=True)

@@ -9,31 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fsvideo.config import DiTConfig, require
+from megatron_fsvideo.config import DiTConfig, ParallelConfig, require
 from megatron_fsvideo.models.dit.layer_memory import LayerMemory
-from megatron_fsvideo.models.dit.tokens import token_grid
+from megatron_fsvideo.models.dit.tokens import round_up, token_grid
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum
 from megatron_fsvideo.parallel.sequence import local_slice
 
 KINDS = ("first frame", "other frames")
+_PADDING = len(KINDS)
 
 
 class RouterWeights:
     """Sums of routing weights over the tokens that pass through the layers of this rank.
 
-    Args:
-        sequence_parallel: whether the tensor-parallel ranks share the tokens.
-
     Raises:
         ValueError: a model without layer memory, or of one layer, has no router.
     """
 
-    def __init__(self, model: DiTConfig, pgs: ProcessGroups, sequence_parallel: bool) -> None:
+    def __init__(self, model: DiTConfig, parallel: ParallelConfig, pgs: ProcessGroups) -> None:
         if not model.layer_memory or model.num_layers < 2:
             raise ValueError("only models with layer memory and at least two layers have routing weights")
-        self._model, self._pgs, self._sequence_parallel = model, pgs, sequence_parallel
+        self._model, self._parallel, self._pgs = model, parallel, pgs
         rows, columns = model.num_layers - 1, model.num_layers
         self._sums = torch.zeros(len(KINDS), rows, columns, dtype=torch.float64, device=pgs.device)
         self._counts = torch.zeros(len(KINDS), rows, 1, dtype=torch.float64, device=pgs.device)
@@ -45,10 +44,10 @@ class RouterWeights:
         Args:
             latent_shape: latent frames, rows and columns of the samples that pass through.
         """
-        is_first = self._is_in_first_frame(latent_shape)
+        kinds = self._kinds_of_tokens(latent_shape)
 
         def record(memory: LayerMemory, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._add(memory, inputs[0].detach(), is_first)
+            self._add(memory, inputs[0].detach(), kinds)
 
         routers = [module for module in modules.modules() if isinstance(module, LayerMemory)]
         handles = [router.register_forward_hook(record) for router in routers]
@@ -71,18 +70,23 @@ class RouterWeights:
         return torch.where(is_read, sums / counts, torch.nan).float().cpu()
 
     @torch.no_grad()
-    def _add(self, memory: LayerMemory, query_source: Tensor, is_first: Tensor) -> None:
+    def _add(self, memory: LayerMemory, query_source: Tensor, kinds: Tensor) -> None:
+        # A layer that is recomputed adds its tokens twice, to sums and counts alike.
         weights = memory.weights(query_source).sum(1).double()  # (s, l)
         row, batch = memory.num_states - 2, query_source.shape[1]
-        for kind, chosen in enumerate((is_first, ~is_first)):
+        for kind in range(len(KINDS)):
+            chosen = kinds == kind
             self._sums[kind, row, : memory.num_states] += weights[chosen].sum(0)
             self._counts[kind, row] += batch * chosen.sum()
 
-    def _is_in_first_frame(self, latent_shape: tuple[int, int, int]) -> Tensor:
-        """[s] for this rank's tokens."""
+    def _kinds_of_tokens(self, latent_shape: tuple[int, int, int]) -> Tensor:
+        """Index into KINDS [s] of this rank's tokens, padded and shared as the model does it."""
         t, h, w = token_grid(latent_shape, self._model.patch_size)
-        is_first = local_slice(torch.arange(t * h * w, device=self._pgs.device) < h * w, 0, self._pgs.cp)
-        return local_slice(is_first, 0, self._pgs.tp) if self._sequence_parallel else is_first
+        kinds = local_slice((torch.arange(t * h * w, device=self._pgs.device) >= h * w).int(), 0, self._pgs.cp)
+        is_shared, multiple = self._parallel.sequence_parallel, self._parallel.token_multiple
+        length = round_up(len(kinds), multiple * (self._pgs.tp.size() if is_shared else 1))
+        kinds = F.pad(kinds, (0, length - len(kinds)), value=_PADDING)
+        return local_slice(kinds, 0, self._pgs.tp) if is_shared else kinds
 
 
 def router_figure(weights: Tensor, title: str = "") -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_fsvideo.config import LoggingConfig, require
 from megatron_fsvideo.training.flops import peak_tflops
@@ -75,6 +76,8 @@ class MetricsLogger:
         if self._bar is not None:
             self._bar.update()
         iteration = state.iteration
+        for name, image in result.images.items():
+            self.log_image(iteration, name, image)
         if result.skipped:
             self.note(f"iteration {iteration}: the optimizer step is skipped: {result.skipped}")
         elif iteration % self._interval and iteration not in (1, self._train_iters):
@@ -99,6 +102,11 @@ class MetricsLogger:
             prefix="valid",
         )
         self._say(f"iteration {state.iteration} | " + " | ".join(f"{k} {v:.4f}" for k, v in named.items()))
+
+    def log_image(self, iteration: int, name: str, image: Tensor) -> None:
+        """Show an image uint8 [h, w, 3] in TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.add_image(name, image, iteration, dataformats="HWC")
 
     def note(self, text: str) -> None:
         """One line for whoever watches the run; rank 0 prints it."""

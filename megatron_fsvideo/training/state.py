@@ -4,7 +4,9 @@ Nothing else is needed, because all randomness belongs to (seed, sample, epoch) 
 of (seed, consumed_samples): there is no generator state to save.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 
 @dataclass
@@ -35,6 +37,7 @@ class StepResult:
         num_tokens: tokens processed, over all ranks; 0 where that is no useful number.
         flops: floating-point operations of the model's forward and backward passes, over all ranks; 0 if not counted.
         data_wait: seconds spent waiting for data.
+        images: name -> picture uint8 [height, width, 3] for TensorBoard, on rank zero.
         skipped: why the weights were not changed (a loss or gradient that is not finite), with the samples' names.
     """
 
@@ -43,4 +46,5 @@ class StepResult:
     num_tokens: int = 0
     flops: float = 0.0
     data_wait: float = 0.0
+    images: dict[str, Tensor] = field(default_factory=dict)
     skipped: str | None = None

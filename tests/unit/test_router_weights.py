@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
 
-from megatron_fsvideo.config import DIT_PRESETS, DiTJob, build_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, ParallelConfig, build_job
 from megatron_fsvideo.evaluation.router_weights import RouterWeights, router_pixels
 from megatron_fsvideo.models.dit.layer_memory import LayerMemory
 
@@ -31,7 +32,7 @@ class Layers(nn.Module):
 def test_means_of_first_and_other_frames(monkeypatch):
     monkeypatch.setattr("megatron_fsvideo.evaluation.router_weights.all_reduce_sum", lambda tensor: tensor)
     torch.manual_seed(0)
-    layers, router = Layers(), RouterWeights(MODEL, ALONE, False)
+    layers, router = Layers(), RouterWeights(MODEL, ParallelConfig(), ALONE)
     batches = [torch.randn(12, 2, 8), torch.randn(12, 1, 8)]  # 3 frames of 2 x 2 tokens
     for batch in batches:
         with router.recording(layers, (3, 2, 2)):
@@ -45,3 +46,30 @@ def test_means_of_first_and_other_frames(monkeypatch):
             torch.testing.assert_close(means[kind, row, : row + 2], seen.mean(0))
     pixels = router_pixels(means)
     assert pixels.dtype == torch.uint8 and pixels.shape[-1] == 3 and pixels.float().std() > 10
+
+
+class Padded(SimpleNamespace):
+    """A layout that pads a rank's tokens to a multiple of 4."""
+
+    token_multiple = 4
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_padding_and_ranks_are_as_in_the_model(sequence_parallel):
+    """3 frames of 2 x 3 tokens on 2 context-parallel ranks: 9 each, padded to 12, or to 16 with tensor-parallel."""
+    expected = {
+        (0, 0): [0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2],
+        (1, 0): [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2],
+    }
+    if sequence_parallel:
+        expected = {
+            (0, 0): [0, 0, 0, 0, 0, 0, 1, 1],
+            (0, 1): [1, 2, 2, 2, 2, 2, 2, 2],
+            (1, 0): [1, 1, 1, 1, 1, 1, 1, 1],
+            (1, 1): [1, 2, 2, 2, 2, 2, 2, 2],
+        }
+    for (cp, tp), kinds in expected.items():
+        groups = [SimpleNamespace(size=lambda: 2, rank=lambda rank=rank: rank) for rank in (cp, tp)]
+        pgs = SimpleNamespace(cp=groups[0], tp=groups[1], device=torch.device("cpu"))
+        router = RouterWeights(MODEL, Padded(sequence_parallel=sequence_parallel), pgs)
+        assert router._kinds_of_tokens((3, 2, 3)).tolist() == kinds

@@ -39,6 +39,7 @@ from megatron_fsvideo.training.optimizer_state import (
     master_weights,
     sharded_optimizer_state,
 )
+from megatron_fsvideo.training.router_images import RouterImages
 from megatron_fsvideo.training.sharded_ema import ReplicatedEMA, ShardedEMA
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.steps.dit_batches import (
@@ -85,6 +86,7 @@ class DiTStep:
         self.scheduler = LateDecayScheduler(self.optimizer, job.optimizer, job.training)
         self.ema = self._build_ema() if job.optimizer.ema_decay else None
         self.null_text = pad_rows(self.dataset.null_text, self.dataset.text_length)
+        self.router_images = RouterImages(job, pgs)
         checkpoint = job.checkpoint
         self.writer = (
             CheckpointWriter(Path(checkpoint.save), pgs, checkpoint.keep_checkpoints, checkpoint.async_save)
@@ -105,7 +107,9 @@ class DiTStep:
         for chunk in self.wrapped:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        collected = self._run(batches, self._training_step, forward_only=False)
+        shape = tuple(batches[0].latents.shape[2:])
+        with self.router_images.watching(state.iteration + 1, self.chunks, shape):
+            collected = self._run(batches, self._training_step, forward_only=False)
         loss, mse = self._mean_over_batch(collected, len(batches))
         grad_norm, has_stepped = step_if_finite(self.optimizer, loss, self.pgs)
         # The schedule is one of iterations, whatever the size of this bucket's batch.
@@ -123,7 +127,15 @@ class DiTStep:
         image_tokens = batches[0].image.shape[1] if batches[0].image is not None else 0
         flops = num_samples * dit_training_flops(self.job.model, tokens, self.dataset.text_length, image_tokens)
         skipped = None if has_stepped else f"the loss is {loss}, the gradient norm {grad_norm}; {self._blame()}"
-        return StepResult(metrics, num_samples, num_samples * tokens, flops, self._source.data_wait, skipped)
+        return StepResult(
+            metrics,
+            num_samples,
+            num_samples * tokens,
+            flops,
+            self._source.data_wait,
+            images=self.router_images.images(),
+            skipped=skipped,
+        )
 
     def validate(self) -> dict[str, float]:
         """Velocity error in normalised latents with fixed noise, also by noise level, of the averaged weights."""
