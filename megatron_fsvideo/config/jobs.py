@@ -12,6 +12,7 @@ from megatron_fsvideo.config.training import (
     LoggingConfig,
     OptimizerConfig,
     ProfilingConfig,
+    SamplingConfig,
     StageConfig,
     TrainingConfig,
 )
@@ -29,18 +30,31 @@ class DiTJob:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     stage: StageConfig = field(default_factory=StageConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self) -> None:
         check_layout(self.model, self.parallel)
         check_stage(self.stage, self.checkpoint)
+        self._check_sampling()
         if self.parallel.fp8_format is not None and not self.training.bf16:
             raise ValueError(f"fp8_format {self.parallel.fp8_format} needs bf16: what is not in FP8 is in bfloat16")
         if self.logging.router_image_interval and not (self.model.layer_memory and self.model.num_layers > 1):
             raise ValueError(
                 f"router_image_interval {self.logging.router_image_interval} draws layer memory's routers, and a model "
                 f"of {self.model.num_layers} layers with layer_memory {self.model.layer_memory} has none: set it to 0"
+            )
+
+    def _check_sampling(self) -> None:
+        if not self.sampling.sample_interval:
+            return
+        if not self.data.valid_data_path or self.training.eval_iters == 0 or self.logging.tensorboard_dir is None:
+            raise ValueError("sample_interval needs valid_data_path, eval_iters and tensorboard_dir")
+        if self.parallel.pipeline_model_parallel_size > 1:
+            raise ValueError(
+                f"sample_interval: sampling runs whole models, not pipeline_model_parallel_size "
+                f"{self.parallel.pipeline_model_parallel_size}; generate from the checkpoints with tools/generate.py"
             )
 
 

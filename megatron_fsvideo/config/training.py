@@ -111,6 +111,29 @@ class StageConfig:
 
 
 @dataclass(frozen=True)
+class SamplingConfig:
+    """videos of validation samples, generated now and then while training goes on"""
+
+    sample_interval: int = 0
+    """Iterations between samplings; 0 samples never. They go to tensorboard_dir/videos and to TensorBoard."""
+    num_validation_videos: int = 8
+    """Validation samples whose first frame and text are used, always the same ones with the same noise."""
+    num_sampling_steps: int = 30
+    """Euler steps of each."""
+    sampling_guidance_scale: float = 1.0
+    """Guidance away from the dataset's negative prompt; 1 is one model call a step, without guidance."""
+    fsae: str | None = None
+    """The autoencoder that decodes them (a release or --save folder); none writes latents alone."""
+
+    def __post_init__(self) -> None:
+        if self.sample_interval and min(self.num_validation_videos, self.num_sampling_steps) < 1:
+            raise ValueError(
+                f"num_validation_videos {self.num_validation_videos} and num_sampling_steps {self.num_sampling_steps} "
+                "must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """what the run writes down"""
 

@@ -11,11 +11,14 @@ GAP = 4
 LABEL_HEIGHT = 16
 
 
-def write_contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], num_columns: int = 5) -> None:
+def write_contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], num_columns: int = 5) -> Tensor:
     """Write a PNG with a labelled row of equally spaced frames per clip, first and last included.
 
     Args:
         rows: (label, clip uint8 [f, h, w, 3]).
+
+    Returns:
+        the sheet, uint8 [height, width, 3].
     """
     strips = [_strip(clip, num_columns) for _, clip in rows]
     width = max(strip.shape[1] for strip in strips)
@@ -28,6 +31,7 @@ def write_contact_sheet(path: str | Path, rows: list[tuple[str, Tensor]], num_co
         top += LABEL_HEIGHT + strip.shape[0] + GAP
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path)
+    return torch.from_numpy(np.array(sheet))
 
 
 def _strip(clip: Tensor, num_columns: int) -> np.ndarray:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from megatron_fsvideo.config import DiTJob
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.video import from_unit, resize_and_crop, to_unit
 from megatron_fsvideo.diffusion.conditions import build_model_input, first_frame_condition
@@ -108,8 +109,15 @@ class ImageToVideoPipeline:
             encoded.expand(shape), self.dit.job.model.mask_channels, self.dit.job.diffusion.repeat_condition
         )
         velocity = guided(
-            self._velocity(condition, self._text_features(prompts), image),
-            self._velocity(condition, self._text_features([negative_prompt] * len(prompts)), image),
+            model_velocity(self.dit.model, self.dit.job, self.pgs, condition, self._text_features(prompts), image),
+            model_velocity(
+                self.dit.model,
+                self.dit.job,
+                self.pgs,
+                condition,
+                self._text_features([negative_prompt] * len(prompts)),
+                image,
+            ),
             sampling.guidance_scale,
         )
         noise = torch.stack([_noise(seed, shape[1:]) for seed in seeds]).to(self.pgs.device)
@@ -125,20 +133,6 @@ class ImageToVideoPipeline:
     def _fsae_dtype(self) -> torch.dtype:
         return next(self.fsae.parameters()).dtype
 
-    def _velocity(self, condition: tuple[Tensor, Tensor], text: Tensor | None, image: Tensor | None) -> Velocity:
-        """The model as a velocity of whole latents under one condition."""
-        config, diffusion = self.dit.job.model, self.dit.job.diffusion
-
-        def velocity(noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-            model_input = build_model_input(noisy_latents, *condition)
-            tokens = self.dit.model(model_input, to_timesteps(sigmas), text, image)
-            tokens = all_gather_slices(tokens, 1, self.pgs.cp)  # (b, n, c * patch volume)
-            sides = zip(noisy_latents.shape[2:], config.patch_size, strict=True)
-            prediction = unpatchify(tokens, tuple(side // patch for side, patch in sides), config.patch_size)
-            return to_velocity(prediction, noisy_latents, sigmas, diffusion.prediction_type)
-
-        return velocity
-
     def _text_features(self, prompts: Sequence[str]) -> Tensor | None:
         if not self.dit.job.model.text_embed_dim:
             return None
@@ -148,6 +142,33 @@ class ImageToVideoPipeline:
         if not self.dit.job.model.image_embed_dim:
             return None
         return self.image_encoder.encode(first_frames[:, :, 0]).to(self.pgs.device)
+
+
+def model_velocity(
+    model: nn.Module,
+    job: DiTJob,
+    pgs: ProcessGroups,
+    condition: tuple[Tensor, Tensor],
+    text: Tensor | None,
+    image: Tensor | None,
+) -> Velocity:
+    """The model as a velocity of whole latents under one condition.
+
+    Args:
+        condition: mask and condition latents.
+        text, image: features [b, l, e], [b, n, e], of models that have them.
+    """
+    patch_size = job.model.patch_size
+
+    def velocity(noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
+        model_input = build_model_input(noisy_latents, *condition)
+        tokens = model(model_input, to_timesteps(sigmas), text, image)
+        tokens = all_gather_slices(tokens, 1, pgs.cp)  # (b, n, c * patch volume)
+        sides = zip(noisy_latents.shape[2:], patch_size, strict=True)
+        prediction = unpatchify(tokens, tuple(side // patch for side, patch in sides), patch_size)
+        return to_velocity(prediction, noisy_latents, sigmas, job.diffusion.prediction_type)
+
+    return velocity
 
 
 def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:

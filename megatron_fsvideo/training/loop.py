@@ -45,11 +45,13 @@ def train(
     logger: MetricsLogger,
     any_rank: AnyRank = list,
     profiler: IterationProfiler = NO_PROFILE,
+    after_iteration: Callable[[TrainState], None] | None = None,
 ) -> None:
     """Run from `state` to `training.train_iters`, or until the run is asked to leave; then it saves and returns.
 
     Args:
         any_rank: which flags any rank has set, `ProcessGroups.any_rank`; the default is for a single process.
+        after_iteration: called on every rank after each iteration and its validation, before it is saved.
 
     Raises:
         ValueError: too many optimizer steps in a row were skipped, or a checkpoint could not be written.
@@ -77,6 +79,8 @@ def train(
             is_last = state.iteration == training.train_iters
             if training.eval_iters > 0 and (is_last or _due(state.iteration, training.eval_interval)):
                 logger.log_validation(state, step.validate())
+            if after_iteration is not None:
+                after_iteration(state)
             if checkpoint.save and (is_last or _due(state.iteration, checkpoint.save_interval)):
                 step.save(state)
                 saved = state.iteration

@@ -1,6 +1,7 @@
 """The DiT's step: flow matching on latents with Megatron's schedule, optimizer and checkpoints (paper section 3)."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +143,8 @@ class DiTStep:
         assert self.valid_dataset is not None, "checked when the job was made"
         source = self._batches(self.valid_dataset, 0, shuffle=False)
         sums = torch.zeros(3, NUM_SIGMA_BINS, dtype=torch.float64, device=self.pgs.device)
-        self._set_training(False)
-        if self.ema is not None:
-            with self.ema.applied():
-                self._validate_batches(source, sums)
-        else:
+        with self.averaged():
             self._validate_batches(source, sums)
-        self._set_training(True)
         errors, bounds, counts = self._sum_over_ranks(sums)
         metrics = {
             "velocity_mse": (errors.sum() / counts.sum()).item(),
@@ -159,6 +155,16 @@ class DiTStep:
                 low, high = k / NUM_SIGMA_BINS, (k + 1) / NUM_SIGMA_BINS
                 metrics[f"velocity_mse_sigma_{low:.2f}_{high:.2f}"] = (errors[k] / counts[k]).item()
         return metrics
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the model evaluates, with the averaged weights if there are any."""
+        self._set_training(False)
+        try:
+            with self.ema.applied() if self.ema is not None else nullcontext():
+                yield
+        finally:
+            self._set_training(True)
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint into `--save`."""

@@ -1,0 +1,122 @@
+"""Videos of a few validation samples while training goes on: the same first frames, texts and noise every time.
+
+Each data-parallel rank generates, decodes and writes its share, one video after another; after each the ranks meet, so
+that none waits longer than one video takes.
+"""
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from megatron_fsvideo.config import DiTJob
+from megatron_fsvideo.data.batch import Batch, collate
+from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.data.video import from_unit, write_video
+from megatron_fsvideo.diffusion.conditions import first_frame_condition
+from megatron_fsvideo.diffusion.guidance import guided
+from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
+from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
+from megatron_fsvideo.inference.loading import load_autoencoder
+from megatron_fsvideo.inference.pipeline import model_velocity
+from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.parallel.groups import ProcessGroups, gather_objects
+from megatron_fsvideo.parallel.seeds import sample_generator
+
+SHEET_COLUMNS = 5
+LABEL_LENGTH = 60
+
+# Label, error, and the frames that the sheet shows uint8 [n, h, w, 3], if it was decoded.
+Made = tuple[str, float, Tensor | None]
+
+
+class ValidationVideos:
+    """Generates them with a model that is being trained.
+
+    Args:
+        model: this rank's, without pipeline stages.
+        dataset: the validation data.
+
+    Raises:
+        ValueError: the autoencoder is missing, or not the one of the latents.
+    """
+
+    def __init__(self, job: DiTJob, model: nn.Module, dataset: LatentDataset, pgs: ProcessGroups) -> None:
+        self.job, self.model, self.dataset, self.pgs = job, model, dataset, pgs
+        self.folder = Path(job.logging.tensorboard_dir) / "videos"
+        everything = [(k, place) for k, stream in enumerate(dataset.streams) for place in range(stream.num_samples)]
+        number = min(job.sampling.num_validation_videos, len(everything))
+        self.chosen = [everything[k * len(everything) // number] for k in range(number)]
+        self._writes = pgs.tp_rank == pgs.cp_rank == 0  # all ranks of one sample have the same
+        self.fsae: FSAE | None = None
+        if job.sampling.fsae is not None and self._writes:
+            dtype = torch.bfloat16 if job.training.bf16 else torch.float32
+            self.fsae = load_autoencoder(dataset.description(), job.sampling.fsae, torch.device("cpu"), dtype)
+
+    @torch.no_grad()
+    def write(self, iteration: int) -> tuple[float, Tensor | None]:
+        """Generate all videos; every rank calls this.
+
+        Returns:
+            the mean squared error of the latents, normalised, to the samples'; on rank 0 the contact sheet uint8
+            [h, w, 3] if they are decoded.
+        """
+        folder = self.folder / f"iter_{iteration:07d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.fsae is not None:
+            self.fsae.to(self.pgs.device)
+        made: list[Made] = []
+        for begin in range(0, len(self.chosen), self.pgs.dp_size):
+            index = begin + self.pgs.dp_rank
+            mine = self._make(index, folder) if index < len(self.chosen) else None
+            made += [one for one in gather_objects(mine if self._writes else None) if one is not None]
+        if self.fsae is not None:
+            self.fsae.to("cpu")  # training wants the memory
+        made.sort(key=lambda one: one[0])
+        error = sum(one[1] for one in made) / len(made)
+        rows = [(label, frames) for label, _, frames in made if frames is not None]
+        if not rows or not self.pgs.is_rank_zero:
+            return error, None
+        return error, write_contact_sheet(folder / "contact_sheet.png", rows, SHEET_COLUMNS)
+
+    def _make(self, index: int, folder: Path) -> Made:
+        sample = self.dataset.read(*self.chosen[index])
+        batch = collate([sample], [0], self.dataset.normalization, self.dataset.text_length).to(self.pgs.device)
+        latents = self._sample(batch)
+        error = (latents - batch.latents).square().mean().item()
+        label = f"{index:02d} {batch.captions[0]}"[:LABEL_LENGTH]
+        if not self._writes:
+            return label, error, None
+        mean, std = (torch.tensor(v, device=latents.device)[:, None, None, None] for v in self.dataset.normalization)
+        restored = latents * std + mean
+        if self.fsae is None:
+            tensors = {"latents": restored[0].bfloat16().cpu().contiguous()}
+            safetensors.torch.save_file(tensors, folder / f"{index:02d}.safetensors")
+            return label, error, None
+        dtype = next(self.fsae.parameters()).dtype
+        video = from_unit(self.fsae.decode(restored.to(dtype)))[0].cpu()  # (f, h, w, 3)
+        write_video(folder / f"{index:02d}.mp4", video, sample.record["fps"])
+        shown = torch.linspace(0, len(video) - 1, min(SHEET_COLUMNS, len(video))).round().long()
+        return label, error, video[shown]
+
+    def _sample(self, batch: Batch) -> Tensor:
+        """Normalised latents [1, c, t, h, w] from the sample's first frame, if it is a video, and its text."""
+        job, model = self.job, self.job.model
+        is_image = batch.latents.shape[2] == 1
+        hidden = torch.full((1,), is_image, device=batch.latents.device)
+        condition = first_frame_condition(batch.latents, model.mask_channels, job.diffusion.repeat_condition, hidden)
+        image = None
+        if model.image_embed_dim:
+            image = torch.zeros_like(batch.image) if is_image else batch.image
+        negative = torch.zeros_like(batch.text)
+        negative[0, : len(self.dataset.negative_text)] = self.dataset.negative_text.to(negative)
+        with_text, without = (text if model.text_embed_dim else None for text in (batch.text, negative))
+        velocity = guided(
+            model_velocity(self.model, job, self.pgs, condition, with_text, image),
+            model_velocity(self.model, job, self.pgs, condition, without, image),
+            job.sampling.sampling_guidance_scale,
+        )
+        generator = sample_generator(job.training.seed, int(batch.sample_ids[0]), 0, "generation")
+        noise = torch.randn(batch.latents.shape[1:], generator=generator)[None].to(batch.latents.device)
+        return euler_sample(velocity, noise, euler_sigmas(job.sampling.num_sampling_steps, job.diffusion.sigma_shift))
