@@ -74,13 +74,15 @@ def smoothed(losses: list[float], window: int) -> list[float]:
 def compare(flags: CompareFlags) -> None:
     """Train every pair, then plot and tabulate."""
     pyplot = require("matplotlib.pyplot", "eval")
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    figure, (axis, change_axis) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6.5), height_ratios=(3, 2))
     table = []
     for seed in range(flags.num_seeds):
         row: dict[str, float] = {"seed": seed}
+        curves = []
         for (name, switch), color in zip(SWITCHES.items(), ("tab:red", "tab:blue"), strict=True):
             losses, validation = read_curve(train(flags, seed, switch))
             curve = smoothed(losses, flags.smoothing)
+            curves.append(curve)
             label = name if seed == 0 else None
             axis.plot(range(flags.smoothing, len(losses) + 1), curve, color=color, alpha=0.7, label=label)
             row |= {f"loss, {name}": round(curve[-1], 5), f"validation, {name}": round(validation, 5)}
@@ -88,8 +90,13 @@ def compare(flags: CompareFlags) -> None:
             on, off = (row[f"{kind}, {name}"] for name in SWITCHES)
             row[f"{kind}, change by layer memory"] = round(on / off - 1, 4)
         table.append(row)
-    axis.set(xlabel="iteration", ylabel=f"training loss, mean of {flags.smoothing} iterations", yscale="log")
+        changes = [100 * (on / off - 1) for on, off in zip(*curves, strict=True)]
+        change_axis.plot(range(flags.smoothing, len(changes) + flags.smoothing), changes, label=f"seed {seed}")
+    axis.set(ylabel=f"training loss, mean of {flags.smoothing} iterations", yscale="log")
     axis.legend()
+    change_axis.axhline(0, color="black", linewidth=0.5)
+    change_axis.set(xlabel="iteration", ylabel="change by layer memory, %")
+    change_axis.legend()
     figure.tight_layout()
     figure.savefig(Path(flags.output_dir) / "losses.png", dpi=150)
     (Path(flags.output_dir) / "comparison.json").write_text(json.dumps(table, indent=1) + "\n")
