@@ -1,6 +1,6 @@
 """A job is everything a run was asked to do. It is stored as JSON with every checkpoint."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_fsvideo.config.data import DataConfig, VideoDataConfig
 from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
@@ -35,6 +35,8 @@ class DiTJob:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self) -> None:
+        # One spelling from here on, also in checkpoints: the layers of a chunk say nothing without those of the model.
+        object.__setattr__(self, "parallel", count_virtual_stages(self.model, self.parallel))
         check_layout(self.model, self.parallel)
         check_stage(self.stage, self.checkpoint)
         self._check_sampling()
@@ -130,12 +132,39 @@ def check_stage(stage: StageConfig, checkpoint: CheckpointConfig) -> None:
         )
 
 
+def count_virtual_stages(model: DiTConfig, parallel: ParallelConfig) -> ParallelConfig:
+    """`num_layers_per_virtual_pipeline_stage`, if given, as the `num_virtual_stages_per_pipeline_rank` that it means.
+
+    Raises:
+        ValueError: the layers do not come out even.
+    """
+    layers, pp = parallel.num_layers_per_virtual_pipeline_stage, parallel.pipeline_model_parallel_size
+    if layers is None:
+        return parallel
+    if model.num_layers % (pp * layers):
+        raise ValueError(
+            f"num_layers_per_virtual_pipeline_stage {layers} x pipeline_model_parallel_size {pp} = {pp * layers} does "
+            f"not divide num_layers {model.num_layers}"
+        )
+    chunks = model.num_layers // (pp * layers)
+    return replace(
+        parallel,
+        num_layers_per_virtual_pipeline_stage=None,
+        num_virtual_stages_per_pipeline_rank=chunks if chunks > 1 else None,
+    )
+
+
 def check_layout(model: DiTConfig, parallel: ParallelConfig) -> None:
     """Refuse a parallel layout that the model's sizes do not allow (dit_spec 1.7's table).
 
     Raises:
         ValueError: naming both numbers.
     """
+    if parallel.num_layers_per_virtual_pipeline_stage is not None:
+        raise ValueError(
+            f"num_layers_per_virtual_pipeline_stage {parallel.num_layers_per_virtual_pipeline_stage}: this job runs "
+            "one model chunk per rank; leave the flag out"
+        )
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     if model.num_attention_heads % tp:
         raise ValueError(

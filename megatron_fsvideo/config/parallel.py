@@ -28,6 +28,8 @@ class ParallelConfig:
     """Layers of the last stage, when stages are uneven; none shares all layers evenly."""
     num_virtual_stages_per_pipeline_rank: int | None = None
     """Model chunks per pipeline rank: smaller bubbles, more messages; none is one."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """The same by the layers of a chunk, instead of the number of chunks; the stages are then even."""
     use_distributed_optimizer: bool = False
     """Share the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
@@ -77,11 +79,34 @@ class ParallelConfig:
                 f"num_virtual_stages_per_pipeline_rank {virtual} with pipeline_model_parallel_size "
                 f"{self.pipeline_model_parallel_size}: both must be at least 2, or leave the first out"
             )
+        self._check_layers_per_chunk()
         self._check_transformer_impl()
         if self.recompute_num_layers < 1:
             raise ValueError(f"recompute_num_layers must be at least 1, got {self.recompute_num_layers}")
         if unknown := set(self.recompute_modules) - {"core_attn", "mlp"}:
             raise ValueError(f"recompute_modules takes core_attn and mlp, got {' '.join(sorted(unknown))}")
+
+    def _check_layers_per_chunk(self) -> None:
+        layers = self.num_layers_per_virtual_pipeline_stage
+        if layers is None:
+            return
+        if self.num_virtual_stages_per_pipeline_rank is not None:
+            raise ValueError(
+                f"num_layers_per_virtual_pipeline_stage {layers} and num_virtual_stages_per_pipeline_rank "
+                f"{self.num_virtual_stages_per_pipeline_rank} say the same thing in two ways: give one of them"
+            )
+        if layers < 1 or self.pipeline_model_parallel_size < 2:
+            raise ValueError(
+                f"num_layers_per_virtual_pipeline_stage {layers} with pipeline_model_parallel_size "
+                f"{self.pipeline_model_parallel_size}: at least 1 and 2, or leave the first out"
+            )
+        ends = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
+        if any(end is not None for end in ends):
+            raise ValueError(
+                f"num_layers_per_virtual_pipeline_stage {layers} is for even pipeline stages: with "
+                "num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage give "
+                "num_virtual_stages_per_pipeline_rank"
+            )
 
     def _check_transformer_impl(self) -> None:
         if self.transformer_impl == "local":

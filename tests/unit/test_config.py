@@ -128,6 +128,43 @@ def test_pipeline_stages_that_do_not_fit_are_named(pp, first, last, words):
         check_layout(DiTConfig(num_layers=41), parallel)
 
 
+def test_layers_of_a_virtual_stage_are_another_spelling_of_their_number():
+    def parallel(*flags):
+        argv = "--num-layers 24 --pipeline-model-parallel-size 4".split()
+        return parse_job(DiTJob, None, [*argv, *flags]).parallel
+
+    by_layers = parallel("--num-layers-per-virtual-pipeline-stage", "2")
+    assert by_layers == parallel("--num-virtual-stages-per-pipeline-rank", "3") and by_layers.num_chunks == 3
+    assert parallel("--num-layers-per-virtual-pipeline-stage", "6") == parallel()  # one chunk
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("-layers-per-virtual-pipeline-stage 2 --num-virtual-stages-per-pipeline-rank 3", "give one of them"),
+        ("-layers-per-virtual-pipeline-stage 0", "0 with pipeline_model_parallel_size 4: at least 1 and 2"),
+        ("-layers-per-virtual-pipeline-stage 2 --pipeline-model-parallel-size 1", "parallel_size 1: at least 1 and 2"),
+        (
+            "-layers-per-virtual-pipeline-stage 4",
+            "4 x pipeline_model_parallel_size 4 = 16 does not divide num_layers 24",
+        ),
+        ("-layers-per-virtual-pipeline-stage 2 --num-layers-in-first-pipeline-stage 3", "for even pipeline stages"),
+    ],
+)
+def test_virtual_stages_that_make_no_sense_are_refused(flags, words, capsys):
+    argv = "--num-layers 24 --pipeline-model-parallel-size 4 --num"
+    with pytest.raises(SystemExit):
+        parse_job(DiTJob, None, (argv + flags).split())
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
+
+
+def test_a_job_that_cannot_count_virtual_stages_refuses_them():
+    parallel = ParallelConfig(pipeline_model_parallel_size=4, num_layers_per_virtual_pipeline_stage=2)
+    with pytest.raises(ValueError, match="num_layers_per_virtual_pipeline_stage 2: this job runs one model chunk"):
+        check_layout(DiTConfig(), parallel)
+
+
 def test_tokens_that_the_ranks_cannot_share_are_named():
     parallel = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=4, sequence_parallel=True)
     with pytest.raises(ValueError, match="bucket 5x32x32: its 36 tokens .* 4 x .* 2 .* = 8 ranks"):
