@@ -40,7 +40,7 @@ def test_one_dimension():
     assert frechet_distance(a, b) == pytest.approx((1 - 3) ** 2 + (std_a - std_b) ** 2, rel=1e-6)
 
 
-def test_equal_sets_shifts_and_symmetry():
+def test_property_31_frechet_of_equal_sets_and_of_shifts():
     a, b = samples(300, 20, 1), samples(200, 20, 2)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert frechet_distance(a + 3, a) == pytest.approx(9 * 20, rel=1e-9)

@@ -26,7 +26,7 @@ def random_videos(side: int = 16, num_frames: int = 2) -> tuple[Tensor, Tensor]:
     return video, video + 0.2 * torch.randn(video.shape, generator=generator)
 
 
-def test_psnr_is_per_frame_on_clamped_values() -> None:
+def test_property_31_psnr_is_per_frame_on_clamped_values() -> None:
     video, noisy = random_videos()
     expected = np.empty((2, 2))
     for b in range(2):
@@ -38,7 +38,7 @@ def test_psnr_is_per_frame_on_clamped_values() -> None:
     assert psnr(video, video).min() > 79  # the epsilon's ceiling
 
 
-def test_ssim_is_the_windowed_formula() -> None:
+def test_property_31_ssim_is_the_windowed_formula() -> None:
     video, noisy = random_videos()
     x, y = ((v.clamp(-1, 1).double().numpy() + 1) / 2 for v in (noisy, video))
     offsets = np.arange(11) - 5

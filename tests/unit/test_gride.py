@@ -23,7 +23,7 @@ def gaussian(dimension: int, count: int, features: int = 48, seed: int = 0) -> T
 
 
 @pytest.mark.parametrize("dimension", (2, 5))
-def test_gaussians_of_known_dimension_at_all_scales(dimension):
+def test_property_32_gaussians_of_known_dimension_at_all_scales(dimension):
     estimates = intrinsic_dimension(gaussian(dimension, 4000))
     assert [estimate.neighbors for estimate in estimates] == [2, 4, 8, 16, 32, 64]
     for estimate in estimates:
@@ -135,7 +135,7 @@ def test_table_row_reads_like_table_1():
 
 
 @pytest.mark.parametrize(("dimension", "count"), ((1, 500), (2, 500), (5, 2000), (10, 1000)))
-def test_equals_dadapy(dimension, count):
+def test_property_32_equals_dadapy(dimension, count):
     dadapy = pytest.importorskip("dadapy", exc_type=ImportError)
     points = gaussian(dimension, count)
     data = dadapy.Data(coordinates=points.numpy(), verbose=False)
