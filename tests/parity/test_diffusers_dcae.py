@@ -1,8 +1,10 @@
 """DC-AE weights inflated to an FSAE equal diffusers' AutoencoderDC on images and static clips (properties 7, 9, 34)."""
 
 import re
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import AutoencoderDC
 from diffusers.loaders.single_file_utils import convert_autoencoder_dc_checkpoint_to_diffusers
@@ -11,6 +13,7 @@ from torch import Tensor
 from megatron_fsvideo.checkpoint.dcae_names import dcae_config, start_from_dcae, to_diffusers_names
 from megatron_fsvideo.config import FSAEConfig
 from megatron_fsvideo.models.fsae import FSAE, resampling
+from tools.convert_fsae import ConvertFlags, ConvertJob, convert
 
 SANA = {
     "latent_channels": 32,
@@ -247,6 +250,58 @@ def test_f64c128_starts_what_fits() -> None:
     x = torch.randn(1, 64, 3, 2)
     up = model.decoder.up_blocks[5][0]
     assert error(fsae.decoder.ups[0](x.unsqueeze(2)), up(x).unsqueeze(2)) < 1e-5
+
+
+def test_files_in_both_layouts_of_f64c128_make_the_same_autoencoder(tmp_path: Path) -> None:
+    model = theirs(**F64C128)
+    layouts = {"mit": in_mit_names(model), "diffusers": model.state_dict()}
+    config = FSAEConfig(
+        widths=(4, 8, 16, 16, 32, 32, 64),
+        attention_stages=4,
+        latent_channels=16,
+        attention_head_dim=8,
+        upsampling="sub-pixel",
+    )
+    found = {}
+    for name, state in layouts.items():
+        (tmp_path / name).mkdir()
+        safetensors.torch.save_file(
+            {key: tensor.contiguous() for key, tensor in state.items()}, tmp_path / name / "model.safetensors"
+        )
+        found[name] = convert(ConvertJob(ConvertFlags(str(tmp_path / name), "unused"), config))
+    (fsae, *lists), (reference, *expected_lists) = found["mit"], found["diffusers"]
+    assert lists == expected_lists and lists[0] and len(lists[0]) < len(fsae.state_dict()) / 2
+    video = torch.rand(1, 3, 5, 64, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        latents, expected = (m.eval().encode(video) for m in (fsae, reference))
+        decoded = [m.decode(expected) for m in (fsae, reference)]
+    assert error(latents, expected) <= 1e-5 and error(*decoded) <= 1e-5
+    with pytest.raises(ValueError, match="not a DC-AE with blocks at full resolution"):
+        convert(ConvertJob(ConvertFlags(str(tmp_path / "mit"), "unused", match_dc_ae=True), config))
+
+
+def test_what_the_published_f64c128_starts() -> None:
+    published = {
+        "latent_channels": 128,
+        "attention_head_dim": 32,
+        "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024, 2048),
+        "decoder_block_out_channels": (128, 256, 512, 512, 1024, 1024, 2048),
+        "encoder_layers_per_block": (0, 4, 8, 2, 2, 2, 2),
+        "decoder_layers_per_block": (0, 5, 10, 2, 2, 2, 2),
+    }
+    with torch.device("meta"):
+        model = AutoencoderDC(**F64C128 | published)
+        fsae = FSAE(FSAEConfig(upsampling="sub-pixel"))
+    state = fsae.state_dict()
+    fresh, _ = start_from_dcae(fsae, to_diffusers_names(in_mit_names(model)))
+    share = {
+        side: sum(state[name].numel() for name in state if name.startswith(side) and name not in fresh)
+        / sum(state[name].numel() for name in state if name.startswith(side))
+        for side in ("encoder", "decoder")
+    }
+    # Downs, batch norms, the third block of stages that have two, and the second scale of attention start fresh.
+    assert share == pytest.approx({"encoder": 0.541, "decoder": 0.856}, abs=1e-3)
+    assert not [name for name in fresh if "stages.4.0.mlp" in name or name.startswith("encoder.conv_out")]
 
 
 def test_the_papers_start_adds_a_seventh_stage() -> None:
