@@ -89,6 +89,14 @@ LAYOUTS = [
     layout("dp2", 2),
     layout("pp2_dp2_distributed_optimizer", 4, pp=2, use_distributed_optimizer=True),
     layout(
+        "pp2_dp2_overlap_distributed_optimizer_mixed_batches",
+        4,
+        batches="mixed",
+        pp=2,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+    ),
+    layout(
         "large_embedders_pp2_dp2_distributed_optimizer",
         4,
         LARGE_EMBEDDERS,
@@ -97,7 +105,9 @@ LAYOUTS = [
         num_layers_in_last_pipeline_stage=1,
         use_distributed_optimizer=True,
     ),
+    layout("tp2_cp2", 4, tp=2, cp=2),
     layout("tp2_sp_cp2", 4, tp=2, cp=2, sequence_parallel=True),
+    layout("tp2_sp_cp2_images", 4, batches="image", tp=2, cp=2, sequence_parallel=True),
     layout("tp2_sp_pp2", 4, tp=2, pp=2, sequence_parallel=True),
     layout("pp4", 4, pp=4),
     layout("pp2_uneven", 2, pp=2, **UNEVEN),
@@ -105,6 +115,7 @@ LAYOUTS = [
     layout("tp2_recompute_block", 2, tp=2, recompute_method="block", recompute_num_layers=2, **FULL),
     layout("pp2_recompute", 2, pp=2, **FULL),
     layout("cp2_recompute_selective", 2, cp=2, **SELECTIVE),
+    layout("tp2_sp_pp2_recompute_selective", 4, tp=2, pp=2, sequence_parallel=True, **SELECTIVE),
     layout("without_memory_pp2_recompute_two_layers", 2, WITHOUT_MEMORY, pp=2, recompute_num_layers=2, **FULL),
     layout("pp2_virtual2", 2, pp=2, num_virtual_stages_per_pipeline_rank=2),
     layout("pp2_virtual2_recompute", 2, pp=2, num_virtual_stages_per_pipeline_rank=2, **FULL),
@@ -131,19 +142,17 @@ LAYOUTS = [
     layout("pp2_images", 2, batches="image", pp=2),
     layout("pp2_uneven_mixed_batches", 2, batches="mixed", pp=2, **UNEVEN),
     layout("tp2_sp_mixed_batches", 2, batches="mixed", tp=2, sequence_parallel=True),
+    layout("tp4", 4, tp=4),
     layout("tp4_sp", 4, tp=4, sequence_parallel=True),
     layout("normalized_pp2", 2, NORMALIZED, pp=2),
-    pytest.param(
-        layout(
-            "pp2_tp2_sp_dp2_overlap_distributed_optimizer",
-            8,
-            pp=2,
-            tp=2,
-            sequence_parallel=True,
-            use_distributed_optimizer=True,
-            overlap_grad_reduce=True,
-        ),
-        marks=pytest.mark.slow,
+    layout(
+        "pp2_tp2_sp_dp2_overlap_distributed_optimizer",
+        8,
+        pp=2,
+        tp=2,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
     ),
     layout("dp2_overlap_distributed_optimizer", 2, use_distributed_optimizer=True, overlap_grad_reduce=True),
     layout("normalized_patch2_tp2_sp", 2, NORMALIZED, tp=2, sequence_parallel=True),
@@ -305,6 +314,14 @@ def test_layout_equals_one_process(case):
             assert error < 1e-4, f"{name} after {NUM_STEPS} steps: {error:.2e}"
 
 
+def assert_no_bit_differs(found, kept):
+    assert found["losses"] == kept["losses"] and found["norms"] == kept["norms"]
+    for what in ("gradients", "weights"):
+        assert found[what].keys() == kept[what].keys()
+        for name, tensor in kept[what].items():
+            assert torch.equal(found[what][name], tensor), f"{what} of {name}"
+
+
 @pytest.mark.parametrize(
     "recompute",
     [FULL, FULL | {"recompute_method": "block", "recompute_num_layers": 3}, SELECTIVE],
@@ -314,7 +331,14 @@ def test_layout_equals_one_process(case):
 def test_recomputation_changes_no_bit(model, recompute):
     kept = reference(Layout("one process", 1, ParallelConfig(), model))
     found = run_workers(train, 1, Layout("recomputed", 1, ParallelConfig(**recompute), model))[0]
-    assert found["losses"] == kept["losses"] and found["norms"] == kept["norms"]
-    for what in ("gradients", "weights"):
-        for name, tensor in kept[what].items():
-            assert torch.equal(found[what][name], tensor), f"{what} of {name}"
+    assert_no_bit_differs(found, kept)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tp": 2, "sequence_parallel": True}, {"pp": 2}], ids=lambda sizes: "tp2_sp" if "tp" in sizes else "pp2"
+)
+def test_recomputation_changes_no_bit_on_two_processes(sizes):
+    kept = run_workers(train, 2, layout("kept", 2, **sizes))
+    found = run_workers(train, 2, layout("recomputed", 2, **sizes, **FULL))
+    for rank, expected in zip(found, kept, strict=True):
+        assert_no_bit_differs(rank, expected)
