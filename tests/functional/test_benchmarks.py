@@ -1,11 +1,15 @@
 """The benchmark scripts at sizes of a second: what they count and what they write down, not how fast anything is."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_fsvideo.kernels import torch_mixing
 from tests.functional.cli import ROOT, run_cli
 
 SIZES = ["--preset", "dit_debug", "--bf16", "--image-length", "5"]
@@ -47,3 +51,83 @@ def test_contenders_of_equal_size(tmp_path, resident):
         "ours / ours_without_memory",
         "ours / diffusers",
     }
+
+
+LAYER_MEMORY = [
+    "--hidden-size",
+    "16",
+    "--tokens",
+    "12",
+    "--micro-batch-size",
+    "2",
+    "--num-layers",
+    "3",
+    "--rounds",
+    "2",
+]
+
+
+def test_kernels_of_layer_memory(tmp_path):
+    result = run_cli(
+        "tools/benchmark_layer_memory.py", [*LAYER_MEMORY, "--json", tmp_path / "a.json"], tmp_path / "log"
+    )
+    assert result.code == 0, result.stderr
+    figures = json.loads((tmp_path / "a.json").read_text())
+    state, row, channels = 12 * 2 * 16 * 2, 12 * 2 * 4, 2 * 16 * 4  # bytes
+    # Layers 2 and 3 read 2 and 3 states, write output and mix; logits, weights, mean and rstd belong to a row.
+    mix = (5 + 2 * 2) * state + (2 * 5 + 2 * 2) * row + 2 * 2 * channels
+    # gradient, mix and the mix's gradient beside the states; logits' gradient, weights, mean and rstd.
+    backward = (5 + 2 * 3) * state + (2 * 5 + 2 * 2) * row + 2 * 3 * channels
+    # X_2 and X_1 .. X_0 get gradients of 1, 2 and 2 reads, one from elsewhere, and are written.
+    pull = (1 + 2 + 2 + 2 * 3) * state + 5 * row
+    moved = {"mix": mix, "mix_backward": backward, "pull": pull, "forward": mix, "backward": backward + pull}
+    assert figures["sizes"]["state_bytes"] == state
+    assert figures["copy"]["bytes"] == 2 * 3 * state
+    assert {name: found["bytes"] for name, found in figures["results"]["torch"].items()} == moved
+    assert {name: found["bytes"] for name, found in figures["results"]["einsum"].items()} == {
+        name: moved[name] for name in ("forward", "backward")
+    }
+    for found in figures["results"].values():
+        for figure in found.values():
+            assert len(figure["seconds_by_round"]) == 2
+            assert figure["bytes_per_second"] == pytest.approx(figure["bytes"] / figure["seconds"])
+            assert figure["of_copy"] == pytest.approx(figure["bytes_per_second"] / figures["copy"]["bytes_per_second"])
+    assert {"device", "cpu", "versions", "command", "commit"} <= set(figures["measurement"])
+
+
+@pytest.mark.parametrize("norm", ["raw", "normalized"])
+def test_contenders_of_layer_memory_compute_the_same(norm):
+    tool = load_script("tools/benchmark_layer_memory.py")
+    flags = tool.BenchmarkFlags(
+        hidden_size=16, tokens=12, micro_batch_size=2, num_layers=4, dtype="fp32", layer_memory_norm=norm
+    )
+    device = torch.device("cpu")
+    case, watch = tool.make_case(flags, device), tool.Stopwatch(device)
+    ours, gradients = tool.run_mixer(torch_mixing, case, flags.settings, watch)
+    theirs, expected = tool.run_einsum(case, flags.settings, watch)
+    assert len(gradients) == len(expected) == 4
+    for found, other in zip([ours, *gradients], [theirs, *expected], strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-5)
+    assert set(watch.seconds()) == {"forward", "mix", "backward", "mix_backward", "pull"}
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--num-layers", "1"], "num_layers 1 at least 2"),
+        (["--implementations", "stack"], "there is no implementation stack"),
+        (["--implementations", "triton"], "need a CUDA device"),
+    ],
+)
+def test_sizes_that_measure_nothing_are_refused(argv, message, tmp_path):
+    if "triton" in argv and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    result = run_cli("tools/benchmark_layer_memory.py", argv, tmp_path / "log")
+    assert result.code == 2 and message in result.last_line
+
+
+def load_script(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
