@@ -9,7 +9,7 @@
 All have the same parameters. Where a frame is missing in time, its neighbour is repeated; space is padded with zeros.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -136,21 +136,22 @@ class GroupCausalConv3d(VideoConv3d):
         before = None
         if stream is not None:
             x, before = stream.look_back(self, x, 1)
-        if at_start(stream):
-            first, x, before = x[:, :, :1], x[:, :, 1:], x[:, :, :1]
-            y = self._single_frame(first)
-            return torch.cat([y, self._groups(before, x)], dim=2) if x.shape[2] else y
-        return self._groups(x[:, :, :1] if before is None else before, x)
+        if not at_start(stream):
+            parts = self._groups(x[:, :, :1] if before is None else before, x)
+        elif x.shape[2] == 1:
+            parts = [self._single_frame(x)]
+        else:
+            parts = [self._single_frame(x[:, :, :1]), *self._groups(x[:, :, :1], x[:, :, 1:])]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def _groups(self, before: Tensor, x: Tensor) -> Tensor:
-        """Whole groups after the frame `before` them."""
+    def _groups(self, before: Tensor, x: Tensor) -> Sequence[Tensor]:
+        """Whole groups after the frame `before` them -> outputs [b, c, t, h, w], one after the other in time."""
         if self.group == 1:
             # Taps 1 and 2 both see the frame itself.
             weight = torch.stack([self.weight[:, :, 0], self.weight[:, :, 1] + self.weight[:, :, 2]], dim=2)
-            return self._convolve(torch.cat([before, x], dim=2), weight)
-        groups = x.unflatten(2, (-1, self.group))  # (b, c, n, group, h, w)
+            return [self._convolve(torch.cat([before, x], dim=2), weight)]
+        groups = x.unflatten(2, (-1, self.group)).transpose(1, 2)  # (b, n, c, group, h, w)
         last = groups[:, :, :, -1:]
-        left = torch.cat([before.unsqueeze(3), last[:, :, :-1]], dim=2)
-        padded = torch.cat([left, groups, last], dim=3).transpose(1, 2)  # (b, n, c, group + 2, h, w)
-        y = self._convolve(padded.flatten(0, 1)).unflatten(0, (x.shape[0], -1))
-        return y.transpose(1, 2).flatten(2, 3)
+        left = torch.cat([before.unsqueeze(1), last[:, :-1]], dim=1)
+        padded = torch.cat([left, groups, last], dim=3)  # (b, n, c, group + 2, h, w)
+        return self._convolve(padded.flatten(0, 1)).unflatten(0, padded.shape[:2]).unbind(1)

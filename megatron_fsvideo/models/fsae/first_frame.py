@@ -81,7 +81,9 @@ class FirstFrameAttention(nn.Module):
         """[b, c, t, h, w] to [b or 1, c, 1, h', w']."""
         b = q.shape[0]
         heads = [x.expand(b, -1, -1, -1, -1).unflatten(1, (-1, self.head_dim)).flatten(3) for x in (q, k, v)]
-        attended = F.scaled_dot_product_attention(*(x.transpose(-1, -2) for x in heads))  # (b, heads, positions, d)
+        # Without contiguous heads torch has no fused kernel, and holds a matrix of positions x positions.
+        heads = [x.transpose(-1, -2).contiguous() for x in heads]  # (b, heads, positions, d)
+        attended = F.scaled_dot_product_attention(*heads)
         return attended.transpose(-1, -2).reshape(q.shape)
 
 

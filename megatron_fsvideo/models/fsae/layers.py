@@ -28,11 +28,12 @@ class PixelNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, c, ...] -> the same shape and type; computed in at least fp32."""
-        wide = x if x.dtype == torch.float64 else x.float()
-        y = wide * torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + self.epsilon)
+        # One name and one operation for gain and bias: these maps are the largest there are, twice as wide as x.
+        y = x if x.dtype == torch.float64 else x.float()
+        y = y * torch.rsqrt(y.square().mean(dim=1, keepdim=True) + self.epsilon)
         if self.weight is not None:
-            shape = (-1,) + (1,) * (x.ndim - 2)
-            y = y * self.weight.view(shape) + self.bias.view(shape)
+            weight, bias = (p.to(y.dtype).view(-1, *(1,) * (x.ndim - 2)) for p in (self.weight, self.bias))
+            y = torch.addcmul(bias, y, weight)
         return y.to(x.dtype)
 
 

@@ -82,7 +82,8 @@ class SubPixelUp(nn.Module):
         """[b, c, t, h, w] -> [b, out_channels, t', 2h, 2w]."""
         y = self.conv(x, stream)
         if self.shortcut:
-            y = y + repeat_channels(x, y.shape[1])
+            # Each channel of x, repeated without a copy.
+            y = (y.unflatten(1, (x.shape[1], -1)) + x.unsqueeze(2)).flatten(1, 2)
         y = channels_to_space(y, self.factor)
         return y[:, :, 1:] if self.factor[0] == 2 and at_start(stream) else y
 
