@@ -77,6 +77,4 @@ def test_the_warm_start_changes_a_trained_models_loss_by_less_than_one_percent()
         changes = {weight: found[norm, weight] / after - 1 for weight in (1.0, 0.99, 0.5)}
         assert changes[1.0] == 0
         assert 0 < abs(changes[0.99]) < 0.01
-        assert changes[0.5] > 0.05, (
-            "this model hardly heeds what keys and values read: the test would prove nothing"
-        )
+        assert changes[0.5] > 0.05, "this model hardly heeds what keys and values read: the test would prove nothing"
