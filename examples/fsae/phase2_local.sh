@@ -15,9 +15,12 @@ VGG16=${VGG16:-vgg16_lpips.safetensors}
 PREVIOUS=${PREVIOUS:-runs/fsae_phase1}
 SAVE=${SAVE:-runs/fsae_phase2}
 NUM_PROCESSES=${NUM_PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+# GPUs that share the frames of one clip, 2 for 61 x 512 x 512 on 80 GB; it must divide NUM_PROCESSES.
+CONTEXT_PARALLEL=${CONTEXT_PARALLEL:-2}
 
 torchrun --nproc-per-node "$((NUM_PROCESSES > 0 ? NUM_PROCESSES : 1))" pretrain_fsae.py \
   --preset fsae_phase2 \
+  --context-parallel-size "$CONTEXT_PARALLEL" \
   --video-dir "$VIDEO_DIR" \
   --holdout-every 50 \
   --perceptual-trunk-path "$VGG16" \

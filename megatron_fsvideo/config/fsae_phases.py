@@ -18,6 +18,7 @@ _COMMON: Preset = {
     "lr_warmup_iters": 2000,
     "weight_decay": 0.0,
     "ema_decay": 0.999,
+    "use_distributed_optimizer": True,
     "image_fraction": 0.2,
     # Of validation, whatever the training's shapes are: the paper's protocol.
     "num_frames": 17,
@@ -71,6 +72,9 @@ PHASES: dict[int, Preset] = {
     2: _COMMON
     | {
         "buckets": _lengths(_SHAPES_512, 61, 1),
+        # 61x512x512 takes 123 GB on one process.
+        "context_parallel_size": 2,
+        "encoder_tile": 256,
         "perceptual_frames": 16,
         "recompute_activations": True,
         "lr": 5e-5,

@@ -41,13 +41,13 @@ class Adversary:
         """The adversarial loss of reconstructions [b, 3, f, h, w], whose gradient passes through the frozen weights."""
         self.model.requires_grad_(False)
         with self._autocast():
-            return generator_loss(self.model(reconstruction))
+            return generator_loss(self.model(_wide(reconstruction)))
 
     def backward(self, video: Tensor, reconstruction: Tensor, iteration: int, weight: float) -> dict[str, Tensor]:
         """Add the discriminator's gradients of one micro-batch, weighted; returns the parts of its loss."""
         self.model.requires_grad_(True)
         with self._autocast():
-            fake = self.model(reconstruction.detach())
+            fake = self.model(_wide(reconstruction.detach()))
             if self.config.r1_gamma == 0 or iteration % self.config.r1_interval:
                 loss = discriminator_loss(self.model(video), fake)
                 (loss * weight).backward()
@@ -105,3 +105,8 @@ class Adversary:
         all_reduce_sum(flat, self.pgs.dp_cp)
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient) / self.pgs.dp_cp_size)
+
+
+def _wide(video: Tensor) -> Tensor:
+    """At least fp32: a bf16 decoder's video meets fp32 weights where there is no autocast."""
+    return video.to(torch.promote_types(video.dtype, torch.float32))

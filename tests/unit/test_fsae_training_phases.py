@@ -144,9 +144,10 @@ def test_the_discriminators_gradients_are_exact_in_bf16_runs() -> None:
         adversary = Adversary(phase_job(2, bf16=bf16), ONE_PROCESS)
         for _ in range(3):  # memory that was used before: an uninitialised gradient shows
             adversary.optimizer.discard()
-            adversary.backward(video, reconstruction, 1, 1.0)
+            adversary.backward(video, reconstruction.bfloat16() if bf16 else reconstruction, 1, 1.0)
         gradients.append(torch.cat([p.grad.flatten() for p in adversary.model.parameters()]))
     assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+    assert adversary.generator_loss(reconstruction.bfloat16()).isfinite()
 
 
 @pytest.mark.parametrize("kind", ["downscale", "upscale", "eq-vae"])
