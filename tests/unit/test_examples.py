@@ -31,8 +31,12 @@ OWN_JOBS = {
     "examples/quickstart/report.py": "ReportJob",
     "examples/quickstart/make_pans.py": "PanJob",
     "examples/quickstart/fetch_clips.py": "FetchJob",
+    "examples/fsae/all_phases.py": "AllPhasesJob",
+    "examples/fsae/all_phases_report.py": "ReportJob",
+    "tools/account_fsae_memory.py": "AccountJob",
     "examples/layer_memory/compare.py": "CompareJob",
 }
+PRESETS_OF_TOOLS = {"tools/account_fsae_memory.py": FSAE_PRESETS}
 
 
 def parser_of(script: str):
@@ -43,7 +47,7 @@ def parser_of(script: str):
     # The parser reads the help texts from the source of the module that a class names.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    return make_parser(getattr(module, OWN_JOBS[script]))
+    return make_parser(getattr(module, OWN_JOBS[script]), PRESETS_OF_TOOLS.get(script))
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:

@@ -1,0 +1,133 @@
+"""All six training phases of the autoencoder on a laptop's CPU, for real and small: about 25 minutes on two cores.
+
+    python examples/fsae/all_phases.py --output-dir runs/fsae_all_phases [--video-dir YOUR_VIDEOS]
+
+Every phase is a command that you could type; it is printed before it runs. Finished phases are skipped when you run
+this again, an interrupted one goes on from its newest checkpoint; remove the folder to start over. At the end it holds
+report.json, report.md and reconstructions.png.
+
+Where the paper has weights that are not at hand here, a small ImageNet network that comes as a package stands in:
+EfficientNet-Lite0 for VGG16 in the perceptual loss, and for DINOv2 in phase 4. Figures are not the paper's.
+"""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_fsvideo.config import FSAE_PRESETS, parse_job, run_script
+
+PRESET = "fsae_quickstart"
+ITERATIONS = {1: 660, 2: 160, 3: 160, 4: 100, 5: 200, 6: 200}
+SHORTEST = 4  # iterations of a phase, however small --scale is
+
+_PERCEPTUAL = "--perceptual-weight 0.1 --perceptual-trunk efficientnet-lite0"
+_ADVERSARY = (
+    "--gan-weight 0.1 --discriminator-width 16 --discriminator-scales 2 --discriminator-layers 2 --image-warmup-iters 0"
+)
+# Shapes of about as many pixels; large frames are encoded in tiles and decoded on 96 of 128 pixels, as phase 3 does.
+_MIXED = "--buckets 9x128x128 17x64x64 33x64x64 --micro-batch-size 1 --encoder-tile 64 --patch-rows 12"
+_MIXED += " --patch-columns 12 --perceptual-frames 8 --recompute-activations"
+_FINETUNE = "--muon-lr 0.005 --lr 5e-4"
+# As the paper's phases: the decoder alone, with attention to the first frame and noise.
+_DECODER = "--latent-noise 0 --muon-lr 0.01 --lr 1e-3 --first-frame-head-dim 32"
+
+FLAGS = {
+    1: _PERCEPTUAL,
+    2: f"{_PERCEPTUAL} {_ADVERSARY} {_FINETUNE}",
+    3: f"{_PERCEPTUAL} {_ADVERSARY} {_FINETUNE} {_MIXED}",
+    4: f"{_PERCEPTUAL} {_ADVERSARY} {_FINETUNE} {_MIXED} --vf-encoder-path efficientnet-lite0 --vf-grid 8",
+    5: f"{_PERCEPTUAL} {_ADVERSARY} {_DECODER} {_MIXED} --decoder standard",
+    6: f"{_PERCEPTUAL} {_ADVERSARY} {_DECODER} {_MIXED} --decoder lite --decoder-widths 16 32 64 128",
+}
+
+
+@dataclass(frozen=True)
+class AllPhasesFlags:
+    """what to run"""
+
+    output_dir: str = "runs/fsae_all_phases"
+    """Everything goes here."""
+    video_dir: str | None = None
+    """Your own films instead of the fetched ones; several shots each, of 33 frames or more."""
+    scale: float = 1.0
+    """Iterations of each phase, as a multiple; 0.01 only shows that every phase runs."""
+
+
+@dataclass(frozen=True)
+class AllPhasesJob:
+    """Train the autoencoder through its six phases, small, and judge it after each."""
+
+    phases: AllPhasesFlags = field(default_factory=AllPhasesFlags)
+
+
+class Commands:
+    """Runs commands in order, prints and times them, and remembers in a file which are done."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "phases.json"
+        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def run(self, name: str, *command: str | Path) -> None:
+        """Run one; stop with its exit code if it fails."""
+        if name in self.seconds:
+            print(f"\n== {name}: done before, in {self.seconds[name]:.0f} s", flush=True)
+            return
+        words = [str(word) for word in command]
+        print(f"\n== {name}\n$ python {shlex.join(words)}", flush=True)
+        started = time.monotonic()
+        environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "TOKENIZERS_PARALLELISM": "false"} | os.environ
+        if code := subprocess.run([sys.executable, *words], env=environment).returncode:
+            raise SystemExit(f"stopped in {name} (exit code {code}); run it again to go on from there")
+        self.seconds[name] = round(time.monotonic() - started, 1)
+        self.path.write_text(json.dumps(self.seconds, indent=1))
+
+
+def all_phases(flags: AllPhasesFlags) -> None:
+    """Fetch films, train the phases, judge them all."""
+    out = Path(flags.output_dir)
+    commands = Commands(out)
+    videos = Path(flags.video_dir) if flags.video_dir else out / "videos"
+    if flags.video_dir is None:
+        commands.run("fetch", "examples/quickstart/fetch_clips.py", "--output-dir", videos)
+    for phase in FLAGS:
+        commands.run(f"train phase {phase}", *training(phase, out, videos, flags.scale))
+    commands.run("report", *report(out, videos))
+    print(f"\nLook at {out / 'report.md'} and {out / 'reconstructions.png'}.")
+
+
+def training(phase: int, out: Path, videos: Path, scale: float) -> list[str | Path]:
+    """The command that trains a phase from the one before."""
+    folder = out / f"phase{phase}"
+    iterations = max(SHORTEST, round(scale * ITERATIONS[phase]))
+    command = ["pretrain_fsae.py", "--preset", PRESET, "--phase", str(phase), "--video-dir", videos, "--save", folder]
+    command += ["--load", folder, "--save-interval", "50", "--keep-checkpoints", "1"]
+    command += ["--tensorboard-dir", out / "logs" / f"phase{phase}"]
+    command += ["--train-iters", str(iterations), *FLAGS[phase].split()]
+    if phase == 1:
+        images = FSAE_PRESETS[PRESET]["image_warmup_iters"]
+        command += ["--image-warmup-iters", str(min(iterations - 2, max(2, round(scale * images))))]
+    if phase == 2:
+        command += ["--discriminator-warmup-iters", str(iterations // 8)]
+    if phase > 1:
+        command += ["--init-from", out / f"phase{phase - 1}"]
+    return command
+
+
+def report(out: Path, videos: Path) -> list[str | Path]:
+    """The command that judges all phases on held-out shots."""
+    return ["examples/fsae/all_phases_report.py", "--folder", out, "--video-dir", videos]
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    all_phases(parse_job(AllPhasesJob).phases)
+
+
+if __name__ == "__main__":
+    run_script(main)
