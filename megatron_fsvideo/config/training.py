@@ -141,10 +141,10 @@ class LoggingConfig:
     """Iterations between log lines."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard events and metrics.jsonl; none writes neither."""
-    router_image_interval: int = 0
-    """DiT: iterations between TensorBoard pictures of where layer memory looks (paper Figure 6); 0 draws none."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s, of which MFU is a share; none looks the device's name up (a CPU has no MFU)."""
+    router_image_interval: int = 0
+    """DiT: iterations between TensorBoard pictures of where layer memory looks (paper Figure 6); 0 draws none."""
 
     def __post_init__(self) -> None:
         if self.peak_tflops is not None and self.peak_tflops <= 0:
