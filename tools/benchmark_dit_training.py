@@ -13,7 +13,6 @@ gradient clipping, and no moving average. docs/benchmarks.md says how to read th
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,12 +36,12 @@ from megatron_fsvideo.config import (
     require,
     run_script,
 )
+from megatron_fsvideo.training.contenders import Contender, answer, ratio
 from megatron_fsvideo.training.flops import Rows, hardware_flops, peak_tflops, total, training_flops
 from megatron_fsvideo.training.machine import describe_measurement, device_name
 
 OURS, WITHOUT_MEMORY, DIFFUSERS = "ours", "ours_without_memory", "diffusers"
 CONTENDERS = (OURS, WITHOUT_MEMORY, DIFFUSERS)
-ANSWER = "BENCHMARK "
 
 # What diffusers keeps in fp32 when it loads a model in bf16.
 DIFFUSERS_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -254,9 +253,9 @@ def work(job: BenchmarkJob) -> None:
         model, step = our_step(replace(job, model=replace(job.model, layer_memory=has_memory)))
     for _ in range(flags.warmup_iterations):
         step()
-    _answer({"num_parameters": sum(p.numel() for p in model.parameters())})
+    answer({"num_parameters": sum(p.numel() for p in model.parameters())})
     for line in sys.stdin:
-        _answer({"seconds": [_timed(step) for _ in range(int(line))], "peak_memory_bytes": _peak_memory()})
+        answer({"seconds": [_timed(step) for _ in range(int(line))], "peak_memory_bytes": _peak_memory()})
 
 
 def _timed(step: Step) -> float:
@@ -278,37 +277,6 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _answer(values: dict[str, Any]) -> None:
-    print(ANSWER + json.dumps(values), flush=True)
-
-
-class Contender:
-    """A contender's process, seen from outside. It computes only between a question and its answer."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        command = [sys.executable, "-W", "ignore::UserWarning", *sys.argv, "--worker", name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.num_parameters = self._read()["num_parameters"]
-
-    def run(self, iterations: int) -> dict[str, Any]:
-        """Seconds of each iteration, and the peak of memory so far."""
-        self._process.stdin.write(f"{iterations}\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        for line in self._process.stdout:
-            if line.startswith(ANSWER):
-                return json.loads(line.removeprefix(ANSWER))
-        raise ValueError(f"the process of {self.name} ended with exit code {self._process.wait()}; its error is above")
-
-
 def measure(job: BenchmarkJob) -> dict[str, Any]:
     """Let the contenders take turns; the figures."""
     flags = job.benchmark
@@ -320,10 +288,10 @@ def measure(job: BenchmarkJob) -> dict[str, Any]:
     for index in range(flags.rounds):
         for name in flags.contenders:
             contender = resident[name] if flags.resident else Contender(name)
-            answer = contender.run(flags.iterations)
+            answer = contender.ask(str(flags.iterations))
             seconds[name].append(answer["seconds"])
             known[name] = {
-                "num_parameters": contender.num_parameters,
+                "num_parameters": contender.facts["num_parameters"],
                 "peak_memory_bytes": max(answer["peak_memory_bytes"], known[name].get("peak_memory_bytes", 0)),
             }
             print(f"round {index + 1}: {name:20} {statistics.median(answer['seconds']):.4f} s", flush=True)
@@ -353,15 +321,13 @@ def figures(job: BenchmarkJob, name: str, seconds: list[list[float]]) -> dict[st
 
 
 def ratios(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, float]]:
-    """Step times by one another: the ratio of the medians, and its least and greatest in a round."""
-    medians = {name: [statistics.median(turn) for turn in turns] for name, turns in seconds.items()}
-    found = {}
-    for above, below in ((WITHOUT_MEMORY, DIFFUSERS), (OURS, WITHOUT_MEMORY), (OURS, DIFFUSERS)):
-        if above in medians and below in medians:
-            by_round = [a / b for a, b in zip(medians[above], medians[below], strict=True)]
-            whole = statistics.median(sum(seconds[above], [])) / statistics.median(sum(seconds[below], []))
-            found[f"{above} / {below}"] = {"median": whole, "min": min(by_round), "max": max(by_round)}
-    return found
+    """Step times by one another."""
+    pairs = ((WITHOUT_MEMORY, DIFFUSERS), (OURS, WITHOUT_MEMORY), (OURS, DIFFUSERS))
+    return {
+        f"{above} / {below}": ratio(seconds[above], seconds[below])
+        for above, below in pairs
+        if above in seconds and below in seconds
+    }
 
 
 def sizes(job: BenchmarkJob) -> dict[str, Any]:
@@ -391,8 +357,8 @@ def show(result: dict[str, Any]) -> None:
             f"{name:20} {row['step_seconds']:9.4f} {row['tokens_per_second']:11.1f} {row['model_tflops']:9.3f} "
             f"{mfu:>7} {row['peak_memory_bytes'] / 1e9:8.2f}"
         )
-    for name, ratio in result["ratios"].items():
-        print(f"{name}: {ratio['median']:.3f} (rounds {ratio['min']:.3f} to {ratio['max']:.3f})")
+    for name, found in result["ratios"].items():
+        print(f"{name}: {found['median']:.3f} (rounds {found['min']:.3f} to {found['max']:.3f})")
 
 
 def main() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from megatron_fsvideo.kernels import torch_mixing
+from megatron_fsvideo.training.peak_memory import peak_allocation
 from tests.functional.cli import ROOT, run_cli
+from tools.benchmark_fsae import CONTENDERS, BenchmarkFlags, contender_subject, count
 
 SIZES = ["--preset", "dit_debug", "--bf16", "--image-length", "5"]
 
@@ -131,3 +133,57 @@ def load_script(path):
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.slow  # each contender imports torch and diffusers
+def test_autoencoders_on_the_same_clip(tmp_path):
+    argv = ["--size", "debug", "--clip", "9", "64", "64", "--dtype", "fp32", "--rounds", "2", "--num-threads", "1"]
+    argv += ["--contenders", "lite_tiled", "wan", "--tile-rows", "4", "--tile-columns", "4"]
+    command = [sys.executable, str(ROOT / "tools" / "benchmark_fsae.py"), *argv, "--json", str(tmp_path / "a.json")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads((tmp_path / "a.json").read_text())
+    ours, theirs = (figures["results"][name] for name in ("lite_tiled", "wan"))
+    assert (ours["latent"], theirs["latent"]) == ([1, 4, 3, 8, 8], [1, 4, 3, 8, 8])
+    for row in (ours, theirs):
+        for phase in ("encode", "decode"):
+            found = row[phase]
+            assert [len(turn) for turn in found["seconds_by_round"]] == [1, 1]
+            assert found["frames_per_second"] == pytest.approx(9 / found["seconds"])
+            assert found["tflops"] == pytest.approx(found["flops"] / found["seconds"] / 1e12)
+            assert found["weight_bytes"] == 4 * row["parameters"][phase]
+            # The clip is 0.4 MB; activations are more, and the process holds them, the weights and libraries.
+            assert 4e5 < found["activation_bytes"] < found["peak_memory_bytes"]
+    ratio = figures["ratios"]["lite_tiled / wan"]["decode"]
+    assert ratio["flops"] == pytest.approx(ours["decode"]["flops"] / theirs["decode"]["flops"])
+    assert ratio["seconds"]["min"] <= ratio["seconds"]["max"]
+    assert {"device", "cpu", "versions", "command", "commit"} <= set(figures["measurement"])
+
+
+def test_what_the_autoencoders_benchmark_counts():
+    # A copy of 4 MB and its double, of which one is freed: 8 MB at the worst moment.
+    x = torch.ones(1 << 20)
+    assert peak_allocation(lambda: (x + 1).mul(2).sum(), torch.device("cpu"))[1] == pytest.approx(8 << 20, rel=1e-3)
+    a, b = torch.ones(4, 8), torch.ones(8, 16)
+    assert count(lambda: a @ b, torch.device("cpu"), (4, 16))["flops"] == 2 * 4 * 8 * 16
+    with pytest.raises(ValueError, match=r"made \[4, 16\] instead of finite numbers \[4, 17\]"):
+        count(lambda: a @ b, torch.device("cpu"), (4, 17))
+
+
+def test_the_autoencoders_benchmark_refuses_what_does_not_fit_all():
+    with pytest.raises(ValueError, match=r"8k\+1 frames and sides that are multiples of 64, got \(13, 256, 256\)"):
+        BenchmarkFlags(clip=(13, 256, 256))
+    with pytest.raises(ValueError, match="contenders are standard, .* got other"):
+        BenchmarkFlags(contenders=("lite", "other"))
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_every_autoencoder_makes_the_whole_clip(name):
+    flags = BenchmarkFlags(size="debug", clip=(9, 64, 64), dtype="fp32", tile_rows=4, tile_columns=4, tile_latents=2)
+    subject = contender_subject(flags, name, torch.device("cpu"))
+    clip = torch.rand(1, 3, *flags.clip) * 2 - 1
+    with torch.no_grad():
+        latents = subject.encode(clip)
+        features = None if subject.first_frame is None else subject.first_frame(clip[:, :, :1])
+        assert latents.shape == subject.latent_shape(flags.clip)
+        assert subject.decode(latents, features).shape == clip.shape

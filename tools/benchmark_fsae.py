@@ -1,0 +1,389 @@
+"""Time video autoencoders on the same clip: FSAE-Standard, FSAE-Lite, and diffusers' Wan and LTX-Video VAEs.
+
+    python tools/benchmark_fsae.py --size debug --clip 9 64 64 --dtype fp32 --rounds 1 --json runs/fsae.json
+
+    python tools/benchmark_fsae.py --clip 17 256 256 --tile-rows 2 --tile-columns 2 --tile-overlap 1 \
+        --json docs/benchmarks/fsae_cpu.json
+
+Random weights at the published sizes. Each contender runs in a process of its own; they take turns, so that a machine
+that slows down slows down all. Each encodes the clip and decodes latents of its own shape to all frames of the clip.
+docs/benchmarks.md says how to read the figures.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job, parse_job, require, run_script
+from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, encode_frames
+from megatron_fsvideo.training.contenders import Contender, answer, ratio
+from megatron_fsvideo.training.machine import describe_measurement
+from megatron_fsvideo.training.peak_memory import peak_allocation, process_peak, reset_process_peak
+
+OURS = ("standard", "standard_tiled", "lite", "lite_streamed", "lite_tiled")
+WAN, LTX = "wan", "ltx"
+CONTENDERS = (*OURS, WAN, LTX)
+PHASES = ("encode", "first_frame", "decode")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# The classes' defaults are the published sizes: Wan 2.1's VAE, and LTX-Video 0.9.0's.
+PAPER_SIZES: dict[str, dict[str, Any]] = {WAN: {}, LTX: {}}
+DEBUG_SIZES: dict[str, dict[str, Any]] = {
+    WAN: {"base_dim": 8, "z_dim": 4},
+    LTX: {
+        "latent_channels": 8,
+        "block_out_channels": (8, 16, 16, 16),
+        "decoder_block_out_channels": (8, 16, 16, 16),
+        "layers_per_block": (1, 1, 1, 1, 1),
+        "decoder_layers_per_block": (1, 1, 1, 1, 1),
+    },
+}
+
+
+@dataclass(frozen=True)
+class BenchmarkFlags:
+    """what is measured"""
+
+    contenders: tuple[str, ...] = CONTENDERS
+    """Who takes part, of standard, standard_tiled, lite, lite_streamed, lite_tiled, wan and ltx."""
+    phases: tuple[str, ...] = PHASES
+    """What is timed, of encode, first_frame (its features, once a video) and decode."""
+    size: Literal["paper", "debug"] = "paper"
+    """Published sizes, or tiny ones to try the script."""
+    clip: tuple[int, int, int] = (17, 256, 256)
+    """Frames, height and width: 8k+1 frames and sides that are multiples of 64 fit all contenders."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations."""
+    stream_latents: int = 1
+    """Latent frames that lite_streamed and lite_tiled take at a time."""
+    tile_latents: int = 16
+    """Latent frames of a tile of standard_tiled; a quarter of them is shared by two tiles."""
+    tile_rows: int = 8
+    """Rows of latents of a spatial tile (standard_tiled, lite_tiled): 8 are 512 pixels."""
+    tile_columns: int = 8
+    """Columns of latents of a spatial tile."""
+    tile_overlap: int = 2
+    """Rows and columns that two spatial tiles share."""
+    rounds: int = 3
+    """Turns of each contender."""
+    iterations: int = 1
+    """Timed repetitions in a turn."""
+    resident: bool = True
+    """Keep all contenders in memory between their turns; off, each turn starts and warms up a new process."""
+    num_threads: int = 0
+    """Threads of a process on a CPU; 0 takes torch's default."""
+    seed: int = 1
+    """Seed of weights, clip and latents."""
+    json: str | None = None
+    """File for the figures."""
+    worker: str | None = None
+    """Be this contender's process (the script starts itself so)."""
+
+    def __post_init__(self) -> None:
+        for what, known in (("contenders", CONTENDERS), ("phases", PHASES)):
+            if unknown := set(getattr(self, what)) - set(known):
+                raise ValueError(f"{what} are {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        if min(self.rounds, self.iterations) < 1:
+            raise ValueError(f"rounds and iterations must be at least 1, got {self.rounds} and {self.iterations}")
+        frames, height, width = self.clip
+        if frames % 8 != 1 or height % 64 or width % 64 or min(self.clip) < 1:
+            raise ValueError(
+                f"a clip for all contenders has 8k+1 frames and sides that are multiples of 64, got {self.clip}"
+            )
+
+
+@dataclass(frozen=True)
+class BenchmarkJob:
+    """Time video autoencoders on the same clip."""
+
+    benchmark: BenchmarkFlags = field(default_factory=BenchmarkFlags)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An autoencoder on its device.
+
+    Attributes:
+        factors: (frames, pixels) per latent position.
+        latent_channels: of the latents.
+        parts: what encodes, and what decodes.
+        encode: video -> latents.
+        first_frame: first frame -> features for the decoder; None without such.
+        decode: (latents, features) -> video.
+    """
+
+    factors: tuple[int, int]
+    latent_channels: int
+    parts: tuple[nn.Module, nn.Module]
+    encode: Callable[[Tensor], Tensor]
+    first_frame: Callable[[Tensor], list[Tensor]] | None
+    decode: Callable[[Tensor, list[Tensor] | None], Tensor]
+
+    def latent_shape(self, clip: tuple[int, int, int]) -> tuple[int, ...]:
+        """[1, c, t, h, w] of a clip's (frames, height, width)."""
+        frames, side = self.factors
+        return 1, self.latent_channels, (clip[0] - 1) // frames + 1, clip[1] // side, clip[2] // side
+
+
+def contender_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subject:
+    """One of CONTENDERS with random weights on `device`."""
+    return (our_subject if name in OURS else foreign_subject)(flags, name, device)
+
+
+def our_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subject:
+    """FSAE-Standard or FSAE-Lite, whole, streamed or tiled."""
+    kind, _, way = name.partition("_")
+    preset = FSAE_PRESETS[f"fsae_{kind}" + ("_debug" if flags.size == "debug" else "")]
+    with torch.device("meta"):
+        fsae = FSAE(build_job(FSAEJob, preset).model)
+    fill(fsae, flags, device)
+    facts = ((fsae.temporal_factor, fsae.spatial_factor), fsae.latent_channels, (fsae.encoder, fsae.decoder))
+    if not way:
+        return Subject(*facts, fsae.encode, fsae.first_frame_features, fsae.decode)
+    latents = flags.tile_latents if kind == "standard" else flags.stream_latents
+    tiling = Tiling(latents, latents // 4)
+    if way == "tiled":
+        tiling = Tiling(latents, latents // 4, flags.tile_rows, flags.tile_columns, flags.tile_overlap)
+
+    def encode(video: Tensor) -> Tensor:
+        return torch.cat(list(encode_frames(fsae, [video], tiling)), dim=2)
+
+    def decode(latents: Tensor, features: list[Tensor] | None) -> Tensor:
+        return torch.cat(list(decode_frames(fsae, [latents], features, tiling=tiling)), dim=2)
+
+    return Subject(*facts, encode, fsae.first_frame_features, decode)
+
+
+def foreign_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subject:
+    """A VAE of diffusers as it is called there: Wan goes through time in slices by itself, LTX-Video does not."""
+    diffusers = require("diffusers", "eval")
+    sizes = (PAPER_SIZES if flags.size == "paper" else DEBUG_SIZES)[name]
+    with torch.device("meta"):
+        vae = (diffusers.AutoencoderKLWan if name == WAN else diffusers.AutoencoderKLLTXVideo)(**sizes)
+    fill(vae, flags, device)
+    if name == WAN:
+        channels, factors = vae.config.z_dim, (2 ** sum(vae.config.temperal_downsample), vae.spatial_compression_ratio)
+    else:
+        channels = vae.config.latent_channels
+        factors = (vae.temporal_compression_ratio, vae.spatial_compression_ratio)
+    return Subject(
+        factors,
+        channels,
+        (vae.encoder, vae.decoder),
+        lambda video: vae.encode(video).latent_dist.mode(),
+        None,
+        lambda latents, features: vae.decode(latents).sample,
+    )
+
+
+@torch.no_grad()
+def fill(model: nn.Module, flags: BenchmarkFlags, device: torch.device) -> None:
+    """Random weights for a model on the meta device, which keep the size of signals."""
+    model.to(DTYPES[flags.dtype]).to_empty(device=device).eval().requires_grad_(False)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim > 1:
+            tensor.uniform_(-1, 1).mul_((3 / tensor[0].numel()) ** 0.5)
+        else:
+            tensor.fill_(0.5)
+
+
+@torch.no_grad()
+def work(flags: BenchmarkFlags) -> None:
+    """A contender's process: warm up and count, then take the turns that the lines on stdin ask for."""
+    if flags.num_threads:
+        torch.set_num_threads(flags.num_threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(flags.seed)
+    device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[flags.dtype]
+    subject = contender_subject(flags, flags.worker, device)
+    clip = (torch.rand(1, 3, *flags.clip, device=device) * 2 - 1).to(dtype)
+    features = None if subject.first_frame is None else subject.first_frame(clip[:, :, :1])
+    latents = torch.randn(subject.latent_shape(flags.clip), device=device).to(dtype)
+    calls = {
+        "encode": lambda: subject.encode(clip),
+        "first_frame": lambda: subject.first_frame(clip[:, :, :1]),
+        "decode": lambda: subject.decode(latents, features),
+    }
+    if subject.first_frame is None:
+        del calls["first_frame"]
+    calls = {phase: call for phase, call in calls.items() if phase in flags.phases}
+    shapes = {"encode": latents.shape, "decode": clip.shape}
+    counted = {phase: count(call, device, shapes.get(phase)) for phase, call in calls.items()}
+    numbers = [sum(p.numel() for p in part.parameters()) for part in subject.parts]
+    sizes = {"latent": list(latents.shape), "parameters": dict(zip(("encode", "decode"), numbers, strict=True))}
+    answer({"phases": counted, "bytes_per_number": dtype.itemsize, **sizes})
+    runnable = {phase: call for phase, call in calls.items() if counted[phase] is not None}
+    for line in sys.stdin:
+        answer({phase: turn(call, int(line), device) for phase, call in runnable.items()})
+
+
+def count(call: Callable[[], Any], device: torch.device, shape: Sequence[int] | None) -> dict[str, int] | None:
+    """One call's operations and allocated bytes, by counting while it runs; None where memory runs out.
+
+    Raises:
+        ValueError: a result of another shape than `shape`, or one that is not finite.
+    """
+    try:
+        with FlopCounterMode(display=False) as counter:
+            result, allocated = peak_allocation(call, device)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None
+    if shape is not None and (result.shape != shape or not result.isfinite().all()):
+        raise ValueError(f"made {list(result.shape)} instead of finite numbers {list(shape)}")
+    return {"flops": counter.get_total_flops(), "activation_bytes": allocated}
+
+
+def turn(call: Callable[[], Any], iterations: int, device: torch.device) -> dict[str, Any]:
+    """Seconds of each call, and the most memory that the process held meanwhile."""
+    seconds = []
+    reset_process_peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(iterations):
+        _wait_for(device)
+        started = time.perf_counter()
+        call()
+        _wait_for(device)
+        seconds.append(time.perf_counter() - started)
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else process_peak()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the others need it
+    return {"seconds": seconds, "peak_memory_bytes": peak}
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(flags: BenchmarkFlags) -> dict[str, Any]:
+    """Let the contenders take turns; the figures."""
+    if flags.num_threads:
+        torch.set_num_threads(flags.num_threads)  # for the record; the contenders' processes set theirs
+    resident = {name: Contender(name) for name in flags.contenders} if flags.resident else {}
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in flags.contenders}
+    facts: dict[str, dict[str, Any]] = {}
+    for index in range(flags.rounds):
+        for name in flags.contenders:
+            contender = resident[name] if flags.resident else Contender(name)
+            facts[name] = contender.facts
+            turns[name].append(contender.ask(str(flags.iterations)))
+            spent = {phase: f"{statistics.median(row['seconds']):.3f} s" for phase, row in turns[name][-1].items()}
+            print(f"round {index + 1}: {name:15} {spent}", flush=True)
+            if not flags.resident:
+                contender.close()
+    for contender in resident.values():
+        contender.close()
+    results = {name: figures(flags, facts[name], turns[name]) for name in flags.contenders}
+    return {
+        "measurement": describe_measurement(),
+        "clip": list(flags.clip),
+        "dtype": flags.dtype,
+        "size": flags.size,
+        "results": results,
+        "ratios": ratios(results),
+    }
+
+
+def figures(flags: BenchmarkFlags, facts: dict[str, Any], turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One contender's figures by phase; None for one that memory did not suffice for."""
+    row: dict[str, Any] = {"parameters": facts["parameters"], "latent": facts["latent"]}
+    for phase, counted in facts["phases"].items():
+        if counted is None:
+            row[phase] = None
+            continue
+        by_round = [turn[phase]["seconds"] for turn in turns]
+        seconds = statistics.median(second for turn in by_round for second in turn)
+        weights = facts["bytes_per_number"] * facts["parameters"]["decode" if phase == "decode" else "encode"]
+        row[phase] = {
+            "seconds": seconds,
+            "seconds_by_round": by_round,
+            "frames_per_second": (1 if phase == "first_frame" else flags.clip[0]) / seconds,
+            "flops": counted["flops"],
+            "tflops": counted["flops"] / seconds / 1e12,
+            "weight_bytes": weights,
+            "activation_bytes": counted["activation_bytes"],
+            "peak_memory_bytes": max(turn[phase]["peak_memory_bytes"] for turn in turns),
+        }
+    return row
+
+
+def ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Ours by theirs: seconds (with the least and the greatest of a round), FLOPs and bytes of each phase of both.
+
+    "first frame + decode" is a decoder's whole work for a video whose first frame is given as pixels.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for ours in (name for name in results if name in OURS):
+        for theirs in (name for name in results if name not in OURS):
+            pair = found[f"{ours} / {theirs}"] = {}
+            for phase in ("encode", "decode"):
+                a, b = results[ours].get(phase), results[theirs].get(phase)
+                if a is None or b is None:
+                    continue
+                pair[phase] = {"seconds": ratio(a["seconds_by_round"], b["seconds_by_round"])}
+                for what in ("flops", "activation_bytes", "peak_memory_bytes"):
+                    pair[phase][what] = a[what] / b[what]
+                both = [row["weight_bytes"] + row["activation_bytes"] for row in (a, b)]
+                pair[phase]["weight_and_activation_bytes"] = both[0] / both[1]
+            first, decode = (results[ours].get(phase) for phase in ("first_frame", "decode"))
+            other = results[theirs].get("decode")
+            if None not in (first, decode, other):
+                pair["first frame + decode"] = {"seconds": ratio(_added(first, decode), other["seconds_by_round"])}
+    return found
+
+
+def _added(*phases: dict[str, Any]) -> list[list[float]]:
+    rounds = zip(*(phase["seconds_by_round"] for phase in phases), strict=True)
+    return [[sum(calls) for calls in zip(*turns, strict=True)] for turns in rounds]
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table."""
+    print(
+        f"\n{'contender':15} {'phase':12} {'seconds':>9} {'frames/s':>9} {'TFLOP':>9} {'TFLOP/s':>8} "
+        f"{'weights GB':>11} {'activations GB':>15} {'peak GB':>8}"
+    )
+    for name, row in result["results"].items():
+        for phase in (phase for phase in PHASES if phase in row):
+            if (found := row[phase]) is None:
+                print(f"{name:15} {phase:12} out of memory")
+                continue
+            print(
+                f"{name:15} {phase:12} {found['seconds']:9.3f} {found['frames_per_second']:9.2f} "
+                f"{found['flops'] / 1e12:9.3f} {found['tflops']:8.3f} {found['weight_bytes'] / 1e9:11.3f} "
+                f"{found['activation_bytes'] / 1e9:15.3f} {found['peak_memory_bytes'] / 1e9:8.2f}"
+            )
+    for pair, phases in result["ratios"].items():
+        for phase, found in phases.items():
+            seconds = found["seconds"]
+            line = f"{pair}, {phase}: time {seconds['median']:.3f} ({seconds['min']:.3f} to {seconds['max']:.3f})"
+            others = [f"{what} {value:.3f}" for what, value in found.items() if what != "seconds"]
+            print(", ".join([line, *others]))
+
+
+def main() -> None:
+    """Parse, measure, show, write."""
+    flags = parse_job(BenchmarkJob).benchmark
+    if flags.worker:
+        return work(flags)
+    result = measure(flags)
+    show(result)
+    if flags.json:
+        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(flags.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main)
