@@ -16,7 +16,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -30,6 +29,7 @@ from megatron_fsvideo.checkpoint.release import (
     save_fsae,
 )
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEConfig, from_dict, parse_job, run_script
+from megatron_fsvideo.evaluation.weight_files import read_weight_file
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.phases import inherit
 
@@ -39,7 +39,8 @@ class ConvertFlags:
     """what to convert"""
 
     load: str
-    """Release folder or --save folder of an FSAE, or a DC-AE: a safetensors file, or a folder of them."""
+    """Release folder or --save folder of an FSAE, or a DC-AE in diffusers' or MIT's names: a safetensors file, a
+    folder of them, or a torch file that holds tensors only."""
     save: str
     """Release folder to write."""
     match_dc_ae: bool = False
@@ -87,7 +88,7 @@ def convert(job: ConvertJob) -> tuple[FSAE, list[str], list[str]]:
         fsae = FSAE(job.model)
         fresh = inherit(fsae, before, weights)
         return fsae, fresh, sorted(set(weights) - set(fsae.state_dict()))
-    state = to_diffusers_names(read_safetensors(source))
+    state = to_diffusers_names(read_tensors(source))
     fsae = FSAE(dcae_config(state) if job.convert.match_dc_ae else job.model)
     fresh, unused = start_from_dcae(fsae, state)
     if len(fresh) == len(fsae.state_dict()):
@@ -95,21 +96,18 @@ def convert(job: ConvertJob) -> tuple[FSAE, list[str], list[str]]:
     return fsae, fresh, unused
 
 
-def read_safetensors(source: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or of those in a folder.
+def read_tensors(source: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, of those in a folder, or of a torch file, of which no code is run.
 
     Raises:
-        ValueError: none there, or a damaged one.
+        ValueError: none there, a damaged one, or a torch file with more than tensors in it.
     """
     files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
     if not files or not files[0].is_file():
-        raise ValueError(f"{source} is neither a safetensors file nor a folder with some")
+        raise ValueError(f"{source} is neither a file of tensors nor a folder with safetensors files")
     tensors: dict[str, Tensor] = {}
     for file in files:
-        try:
-            tensors |= safetensors.torch.load_file(file)
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+        tensors |= read_weight_file("--load", str(file))
     return tensors
 
 

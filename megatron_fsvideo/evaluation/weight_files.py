@@ -1,4 +1,4 @@
-"""Weights of judging networks from files that users bring: tensors only, never code."""
+"""Weights from files that users bring: tensors only, never code."""
 
 import pickle
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def read_weight_file(flag: str, path: str) -> dict[str, Tensor]:
-    """Name -> tensor of a safetensors file, or of a torch file that holds nothing else.
+    """Name -> tensor of a safetensors file, or of a torch file that holds nothing else, or that under "state_dict".
 
     Args:
         flag: what the user calls the file, for messages.
@@ -27,8 +27,10 @@ def read_weight_file(flag: str, path: str) -> dict[str, Tensor]:
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"{flag} {path} is damaged or holds more than tensors (TorchScript and pickled models are programs, which "
-            f"are not run here): save its state_dict as safetensors ({str(error).splitlines()[0]})"
+            f"are not run here): save its state_dict as safetensors ({(str(error) or repr(error)).splitlines()[0]})"
         ) from error
+    if isinstance(weights, dict) and isinstance(weights.get("state_dict"), dict):
+        weights = weights["state_dict"]
     if not isinstance(weights, dict) or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise ValueError(f"{flag} {path} is no dictionary of tensors: save the state_dict alone")
     return dict(weights)

@@ -280,6 +280,56 @@ def test_files_in_both_layouts_of_f64c128_make_the_same_autoencoder(tmp_path: Pa
         convert(ConvertJob(ConvertFlags(str(tmp_path / "mit"), "unused", match_dc_ae=True), config))
 
 
+SEVEN_STAGES = {
+    "latent_channels": 16,
+    "attention_head_dim": 32,
+    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 4,
+    "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 4,
+    "encoder_block_out_channels": (4, 8, 16, 32, 32, 32, 64),
+    "decoder_block_out_channels": (4, 8, 16, 32, 32, 32, 64),
+    "encoder_layers_per_block": (1, 2, 1, 1, 1, 2, 1),
+    "decoder_layers_per_block": (1, 1, 2, 1, 2, 1, 1),
+    "encoder_qkv_multiscales": ((),) * 3 + ((5,),) * 4,
+    "decoder_qkv_multiscales": ((),) * 3 + ((5,),) * 4,
+}
+
+
+@pytest.mark.parametrize("layout", ["mit.safetensors", "mit.pt", "mit_state_dict.ckpt", "diffusers.safetensors"])
+def test_files_of_seven_stages_in_both_layouts_equal_diffusers(layout: str, tmp_path: Path) -> None:
+    """f64c128's widths and names on sana's operators, of which every tensor has its place."""
+    model = theirs(**SANA | SEVEN_STAGES)
+    state = model.state_dict() if layout.startswith("diffusers") else in_mit_names(model)
+    file = tmp_path / layout
+    if file.suffix == ".safetensors":
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+    else:
+        torch.save({"state_dict": state} if "state_dict" in layout else state, file)
+    fsae, fresh, unused = convert(ConvertJob(ConvertFlags(str(file), "unused", match_dc_ae=True)))
+    assert not fresh and not unused and fsae.config.spatial_factor == 64
+    with torch.no_grad():
+        found = errors(model, fsae.eval(), 128)
+    assert max(found.values()) <= 1e-5, found
+
+
+def test_files_with_more_than_tensors_are_refused(tmp_path: Path) -> None:
+    model = theirs(**SANA | TINY_WIDTHS)
+    torch.save(model, tmp_path / "model.pt")
+    torch.save({"state_dict": model.state_dict() | {"epoch": 3}}, tmp_path / "number.pt")
+    (tmp_path / "text.ckpt").write_text("no tensors here")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    cut = tmp_path / "model.pt"
+    (tmp_path / "cut.pt").write_bytes(cut.read_bytes()[:2000])
+    for name, message in {
+        "model.pt": "holds more than tensors",
+        "text.ckpt": "damaged or holds more than tensors",
+        "empty.pt": "damaged or holds more than tensors",
+        "cut.pt": "damaged or holds more than tensors",
+        "number.pt": "is no dictionary of tensors: save the state_dict alone",
+    }.items():
+        with pytest.raises(ValueError, match=f"--load .*{name} .*{message}"):
+            convert(ConvertJob(ConvertFlags(str(tmp_path / name), "unused", match_dc_ae=True)))
+
+
 def test_what_the_published_f64c128_starts() -> None:
     published = {
         "latent_channels": 128,

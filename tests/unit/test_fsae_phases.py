@@ -127,7 +127,7 @@ def test_tool_moves_phases(tmp_path: Path) -> None:
 
     lite, fresh, unused = convert(ConvertJob(ConvertFlags(str(tmp_path / "standard"), ""), model["lite"]))
     assert fresh and not unused and lite.config.decoder == "lite"
-    with pytest.raises(ValueError, match="neither a safetensors file nor a folder"):
+    with pytest.raises(ValueError, match="neither a file of tensors nor a folder"):
         convert(ConvertJob(ConvertFlags(str(tmp_path / "nowhere"), ""), model["lite"]))
     safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="neither an FSAE release nor a DC-AE"):
