@@ -8,9 +8,10 @@ Prints the mean PSNR of the frames.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, repeat
 from typing import Literal
 
 import numpy as np
@@ -20,7 +21,7 @@ from tqdm import tqdm
 
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import parse_job, run_script
-from megatron_fsvideo.data.video import VideoInfo, from_unit, iterate_frames, probe, to_unit, write_frames
+from megatron_fsvideo.data.video import VideoReader, from_unit, iterate_frames, to_unit, write_frames
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, encode_frames, pad_to_grid
@@ -40,6 +41,9 @@ class ReconstructFlags:
     """Give a Standard or Lite decoder the first frame's features, as image-to-video generation does."""
     noise_seed: int = 0
     """Which noise a Standard or Lite decoder adds."""
+    fps: float | None = None
+    """Frames per second, from the nearest times of the file; none takes every frame (of a file with variable frame
+    rate, the mean rate)."""
     quality: int = 18
     """x264's constant rate factor: 0 is lossless, 28 small."""
     device: str = "cpu"
@@ -96,47 +100,63 @@ def reconstruct(fsae: FSAE, source: str, target: str, flags: ReconstructFlags, t
     Raises:
         ValueError: a damaged file, or one of odd sides (H.264 stores colour at half resolution).
     """
-    info = probe(source)
+    if flags.fps is not None and flags.fps <= 0:
+        raise ValueError(f"fps must be positive, got {flags.fps}")
+    with VideoReader(source) as reader:
+        info, timeline = reader.info, reader.timeline
     if info.height % 2 or info.width % 2:
         raise ValueError(f"{source} is {info.height}x{info.width}: H.264 video needs even sides, crop it first")
+    fps = flags.fps or info.fps
+    evenly = flags.fps is None and timeline.seconds is None
+    numbers = list(range(info.num_frames)) if evenly else timeline.clip_indices(0, None, fps)
     psnrs: list[float] = []
     size = (info.height, info.width * (2 if flags.side_by_side else 1))
-    frames = _reconstructed(fsae, source, info, flags, tiling, psnrs)
-    write_frames(target, frames, size, info.fps, flags.quality)
+    write_frames(target, _reconstructed(fsae, source, numbers, flags, tiling, psnrs), size, fps, flags.quality)
     return float(np.mean(psnrs))
 
 
 def _reconstructed(
-    fsae: FSAE, source: str, info: VideoInfo, flags: ReconstructFlags, tiling: Tiling, psnrs: list[float]
+    fsae: FSAE, source: str, numbers: list[int], flags: ReconstructFlags, tiling: Tiling, psnrs: list[float]
 ) -> Iterator[Tensor]:
-    """Frames uint8 [h, w, 3 or two of them] of the video to write; adds the PSNR of each to `psnrs`."""
+    """Frames uint8 [h, w, 3 or two of them] of the video to write; adds the PSNR of each to `psnrs`.
+
+    Args:
+        numbers: of the file's frames to take, in rising order, some perhaps more than once.
+    """
     features = None
     if flags.first_frame:
-        features = fsae.first_frame_features(next(_chunks(fsae, source, 1)))
-    latents = encode_frames(fsae, _chunks(fsae, source, fsae.temporal_factor), tiling)
+        features = fsae.first_frame_features(next(_chunks(fsae, source, numbers, 1)))
+    latents = encode_frames(fsae, _chunks(fsae, source, numbers, fsae.temporal_factor), tiling)
     decoded = decode_frames(fsae, latents, features, flags.noise_seed, tiling)
-    originals = iterate_frames(source)
+    originals = _frames(source, numbers)
     # The last latent's frames may be more than there are.
-    with tqdm(total=info.num_frames, unit="frame", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(numbers), unit="frame", disable=not sys.stderr.isatty()) as bar:
         for chunk in decoded:
-            frames = from_unit(chunk[0, ..., : info.height, : info.width].clamp(-1, 1))
-            for frame in frames:
+            for frame in from_unit(chunk[0].clamp(-1, 1)):
                 original = next(originals, None)
                 if original is None:
                     return
                 expected = torch.from_numpy(original)
+                frame = frame[: expected.shape[0], : expected.shape[1]].cpu()
                 psnrs.append(float(psnr_per_frame(to_unit(frame[None])[None], to_unit(expected[None])[None])))
-                yield torch.cat([expected, frame.cpu()], dim=1) if flags.side_by_side else frame.cpu()
+                yield torch.cat([expected, frame], dim=1) if flags.side_by_side else frame
                 bar.update()
 
 
-def _chunks(fsae: FSAE, source: str, size: int) -> Iterator[Tensor]:
-    """The file's frames as [1, 3, size or fewer, h, w] in [-1, 1], sides on the autoencoder's grid."""
+def _chunks(fsae: FSAE, source: str, numbers: list[int], size: int) -> Iterator[Tensor]:
+    """The frames as [1, 3, size or fewer, h, w] in [-1, 1], sides on the autoencoder's grid."""
     weight = next(fsae.parameters())
-    frames = iterate_frames(source)
+    frames = _frames(source, numbers)
     while taken := list(islice(frames, size)):
         video = to_unit(torch.from_numpy(np.stack(taken))).unsqueeze(0)
         yield pad_to_grid(video, fsae.spatial_factor).to(weight.device, weight.dtype)
+
+
+def _frames(source: str, numbers: list[int]) -> Iterator[np.ndarray]:
+    """Each numbered frame of the file, as often as it is named."""
+    times = Counter(numbers)
+    for number, frame in enumerate(iterate_frames(source)):
+        yield from repeat(frame, times[number])
 
 
 if __name__ == "__main__":
