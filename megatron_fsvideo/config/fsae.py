@@ -26,6 +26,8 @@ class FSAEConfig:
     sub-pixel convolves to four times the channels. The two that double time are sub-pixel always."""
     noise_weight: float = 0.05
     """Weight of the noise in each residual block of a standard or lite decoder (paper: 0.05); 0 adds none."""
+    noise_shape: Literal["spatial", "full"] = "spatial"
+    """spatial: one map of noise for all channels and frames, which cannot flicker; full: each number has its own."""
     first_frame_head_dim: int = 64
     """Width of one head of the attention to the first frame."""
     first_frame_window: int = 32

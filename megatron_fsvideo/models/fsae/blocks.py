@@ -23,12 +23,17 @@ def resample_factor(stage: int) -> Factor:
     return (2 if stage < TEMPORAL_STAGES else 1, 2, 2)
 
 
+def frames_per_latent(stage: int) -> int:
+    """Frames that a latent after the first has at a stage: 4, 2, 1, 1, ..."""
+    return 2 ** max(0, TEMPORAL_STAGES - stage)
+
+
 def decoder_conv(config: FSAEConfig, stage: int) -> ConvKind:
     """The decoder's convolution at a stage. Lite's groups are the frames that one latent has there: 1, 2 or 4."""
     if config.decoder == "standard":
         return CenterConv3d
     if config.decoder == "lite":
-        return partial(GroupCausalConv3d, group=2 ** max(0, TEMPORAL_STAGES - stage))
+        return partial(GroupCausalConv3d, group=frames_per_latent(stage))
     return CausalConv3d
 
 

@@ -65,3 +65,18 @@ class DecodeContext:
             frame = torch.randn(1, 1, 1, window.frame_height, window.frame_width, generator=generator)
             kept[key] = window.crop(frame, height, width).to(like.device, like.dtype)
         return kept[key]
+
+    def noise_volume(self, site: str, window: Window, like: Tensor, frames_per_latent: int) -> Tensor:
+        """Standard Gaussian noise [1, c, t, h, w] for `like` [b, c, t, h, w], another one in each frame of the video.
+
+        Each frame is drawn by its number and for the whole frame, so that slices and tiles see the noise of the whole.
+        """
+        latents = 0 if self.stream is None else self.stream.first_latent
+        first = max(0, frames_per_latent * (latents - 1) + 1)
+        channels, num_frames, height, width = like.shape[1:]
+        frames = []
+        for number in range(first, first + num_frames):
+            generator = torch.Generator().manual_seed(derive_seed(self.noise_seed, "decoder_noise", site, number))
+            frame = torch.randn(channels, window.frame_height, window.frame_width, generator=generator)
+            frames.append(window.crop(frame, height, width).to(like.device, like.dtype))
+        return torch.stack(frames, dim=1).unsqueeze(0)

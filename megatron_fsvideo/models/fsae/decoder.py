@@ -20,6 +20,7 @@ from megatron_fsvideo.models.fsae.blocks import (
     build_stage,
     build_up,
     decoder_conv,
+    frames_per_latent,
     is_residual_stage,
     plain_norm,
     resample_factor,
@@ -55,6 +56,7 @@ class Decoder(nn.Module):
         self.stage_numbers = list(range(len(widths) - 1, self.last_stage - 1, -1))
         self.num_outer = min(OUTER_STAGES, len(widths) - 1) - self.last_stage
         noise_weight = config.noise_weight if config.decoder != "causal" else 0.0
+        self.noise_shape = config.noise_shape
         self.noisy_stages = [s for s in self.stage_numbers if noise_weight and is_residual_stage(config, s)]
 
         deepest = self.stage_numbers[0]
@@ -112,5 +114,8 @@ class Decoder(nn.Module):
         noise = None
         if stage in self.noisy_stages:
             sites = [f"stage {stage}, block {n}" for n in range(len(self.stages[k]))]
-            noise = [context.noise_map(site, window, x) for site in sites]
+            if self.noise_shape == "spatial":
+                noise = [context.noise_map(site, window, x) for site in sites]
+            else:
+                noise = [context.noise_volume(site, window, x, frames_per_latent(stage)) for site in sites]
         return self.stages[k](x, context.stream, noise)

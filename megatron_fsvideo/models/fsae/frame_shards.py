@@ -30,6 +30,19 @@ class FrameShards(Stream):
 
     group: ProcessGroup | None = None
 
+    @property
+    def first_latent(self) -> int:
+        """As `Stream.first_latent`, which is not known here: `position` is a rank.
+
+        Raises:
+            ValueError: on all processes but the first.
+        """
+        if self.group.rank() == 0:
+            return 0
+        raise ValueError(
+            "noise_shape full draws by frame, and processes that share a clip do not know theirs: use spatial"
+        )
+
     def look_back(self, module: nn.Module, frames: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
         """As `Stream.look_back`; the frames come from the process before."""
         frames, before, _ = exchange_frames(frames, length, 0, self.group)

@@ -29,6 +29,11 @@ class Stream:
         """Whether calls change it, so that a call cannot be repeated in a backward pass."""
         return False
 
+    @property
+    def first_latent(self) -> int:
+        """Latent frames before those that a decoder is given."""
+        return self.position
+
     def look_back(self, module: nn.Module, frames: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
         """`frames` [b, c, t, h, w], to be used from here on, and the `length` frames before them if known.
 
