@@ -30,6 +30,8 @@ EXTRAS = {
     "encoders": ["transformers", "sentencepiece"],
     # Needs torch first: pip install torch && pip install --no-build-isolation .[gpu]
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "flash-attn"],
+    # Comes with torch where that is built for CUDA; elsewhere its interpreter can run the kernels' tests.
+    "kernels": ["triton>=3.3"],
     "eval": ["matplotlib", "diffusers"],
     "ui": ["gradio"],
     # Our Gride is tested against it. It holds numpy below 2 and brings jax: an environment of its own is better.

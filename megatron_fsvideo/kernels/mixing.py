@@ -99,7 +99,7 @@ def mixer_for(implementation: str, device: torch.device) -> Mixer:
         implementation = "triton" if device.type == "cuda" else "torch"
     if implementation == "torch":
         return torch_mixing
-    require("triton", "gpu")
+    require("triton", "kernels")
     from megatron_fsvideo.kernels import triton_mixing
 
     return triton_mixing

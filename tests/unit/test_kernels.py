@@ -56,17 +56,30 @@ def test_the_mix_is_local_to_the_token():
     assert changed.nonzero().tolist() == [[4, 1]]
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("norms_states", ["raw", "normalized"])
-@pytest.mark.parametrize("name", CHECKS)
-def test_triton_kernels(name, norms_states):
-    """In a process of its own: Triton reads the variable when it is imported, which Megatron may have done here."""
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+
+def run_module(*words, **environment):
+    """In a process of its own: Triton reads the variables when it is imported, which Megatron may have done here."""
     result = subprocess.run(
-        [sys.executable, "-m", "tests.unit.triton_interpreter", name, norms_states],
+        [sys.executable, "-W", "ignore", "-m", *words],
         cwd=Path(__file__).parents[2],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("norms_states", ["raw", "normalized"])
+@pytest.mark.parametrize("name", CHECKS)
+def test_triton_kernels(name, norms_states):
+    run_module("tests.unit.triton_interpreter", name, norms_states, TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.parametrize("norms_states", ["raw", "normalized"])
+def test_triton_kernels_load_whole_words_ahead_on_an_h100(norms_states, tmp_path):
+    run_module("tests.unit.triton_compilation", norms_states, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

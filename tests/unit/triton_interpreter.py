@@ -9,9 +9,8 @@ from tests.unit.mixing_cases import EPSILON, by_mixer, check, make_case, relativ
 
 
 def equals_autograd(mixer, norms_states):
-    """All numbers of states; 24 channels are no power of two, 33 tokens no multiple of a program's 32."""
-    for num_states in range(2, 41):
-        tokens = 33 if num_states in (2, 7) else 1
+    """24 channels are no power of two, 33 tokens no multiple of a program's 32."""
+    for num_states, tokens in ((2, 33), (3, 1), (4, 1), (5, 3), (13, 1), (16, 1), (17, 1), (40, 1)):
         check(mixer, make_case(num_states, (tokens, 2, 24), seed=num_states), norms_states, 2e-5)
 
 
@@ -36,8 +35,8 @@ def pulls_as_torch_does(mixer, norms_states):
 
 
 def mixes_one_state_to_itself(mixer, norms_states):
-    """Weight 1 on the last state gives the norm of that state alone, to the bit."""
-    logits, states, shift, scale, _ = make_case(5, (3, 2, 24), torch.float16)
+    """Weight 1 on the last state gives the norm of that state alone, to the bit. 7 channels leave rows unaligned."""
+    logits, states, shift, scale, _ = make_case(5, (3, 2, 7), torch.float16)
     logits[:] = 0
     logits[..., -1] = 200.0
     settings = MixSettings(norms_states, EPSILON)
