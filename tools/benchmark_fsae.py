@@ -60,8 +60,9 @@ class BenchmarkFlags:
     """What is timed, of encode, first_frame (its features, once a video) and decode."""
     size: Literal["paper", "debug"] = "paper"
     """Published sizes, or tiny ones to try the script."""
-    clip: tuple[int, int, int] = (17, 256, 256)
-    """Frames, height and width: 8k+1 frames and sides that are multiples of 64 fit all contenders."""
+    clip: tuple[int, int, int] | None = None
+    """Frames, height and width: 8k+1 frames and sides that are multiples of 64 fit all contenders; without it
+    17 256 256 on a CPU, 121 768 1280 on a GPU."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations."""
     stream_latents: int = 1
@@ -95,11 +96,16 @@ class BenchmarkFlags:
                 raise ValueError(f"{what} are {', '.join(known)}, got {', '.join(sorted(unknown))}")
         if min(self.rounds, self.iterations) < 1:
             raise ValueError(f"rounds and iterations must be at least 1, got {self.rounds} and {self.iterations}")
-        frames, height, width = self.clip
-        if frames % 8 != 1 or height % 64 or width % 64 or min(self.clip) < 1:
+        frames, height, width = self.clip_shape
+        if frames % 8 != 1 or height % 64 or width % 64 or min(self.clip_shape) < 1:
             raise ValueError(
                 f"a clip for all contenders has 8k+1 frames and sides that are multiples of 64, got {self.clip}"
             )
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int]:
+        """Frames, height and width of the clip on this machine."""
+        return self.clip or ((121, 768, 1280) if torch.cuda.is_available() else (17, 256, 256))
 
 
 @dataclass(frozen=True)
@@ -206,9 +212,9 @@ def work(flags: BenchmarkFlags) -> None:
     torch.manual_seed(flags.seed)
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[flags.dtype]
     subject = contender_subject(flags, flags.worker, device)
-    clip = (torch.rand(1, 3, *flags.clip, device=device) * 2 - 1).to(dtype)
+    clip = (torch.rand(1, 3, *flags.clip_shape, device=device) * 2 - 1).to(dtype)
     features = None if subject.first_frame is None else subject.first_frame(clip[:, :, :1])
-    latents = torch.randn(subject.latent_shape(flags.clip), device=device).to(dtype)
+    latents = torch.randn(subject.latent_shape(flags.clip_shape), device=device).to(dtype)
     calls = {
         "encode": lambda: subject.encode(clip),
         "first_frame": lambda: subject.first_frame(clip[:, :, :1]),
@@ -245,21 +251,22 @@ def count(call: Callable[[], Any], device: torch.device, shape: Sequence[int] | 
 
 
 def turn(call: Callable[[], Any], iterations: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of each call, and the most memory that the process held meanwhile."""
-    seconds = []
+    """Seconds of each call, on the clock and of this process's threads, and the most memory it held meanwhile."""
+    seconds, cpu_seconds = [], []
     reset_process_peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for _ in range(iterations):
         _wait_for(device)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         call()
         _wait_for(device)
         seconds.append(time.perf_counter() - started)
+        cpu_seconds.append(time.process_time() - cpu_started)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else process_peak()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the others need it
-    return {"seconds": seconds, "peak_memory_bytes": peak}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_memory_bytes": peak}
 
 
 def _wait_for(device: torch.device) -> None:
@@ -288,7 +295,7 @@ def measure(flags: BenchmarkFlags) -> dict[str, Any]:
     results = {name: figures(flags, facts[name], turns[name]) for name in flags.contenders}
     return {
         "measurement": describe_measurement(),
-        "clip": list(flags.clip),
+        "clip": list(flags.clip_shape),
         "dtype": flags.dtype,
         "size": flags.size,
         "results": results,
@@ -309,7 +316,8 @@ def figures(flags: BenchmarkFlags, facts: dict[str, Any], turns: Sequence[dict[s
         row[phase] = {
             "seconds": seconds,
             "seconds_by_round": by_round,
-            "frames_per_second": (1 if phase == "first_frame" else flags.clip[0]) / seconds,
+            "cpu_seconds_by_round": [turn[phase]["cpu_seconds"] for turn in turns],
+            "frames_per_second": (1 if phase == "first_frame" else flags.clip_shape[0]) / seconds,
             "flops": counted["flops"],
             "tflops": counted["flops"] / seconds / 1e12,
             "weight_bytes": weights,
@@ -322,6 +330,7 @@ def figures(flags: BenchmarkFlags, facts: dict[str, Any], turns: Sequence[dict[s
 def ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Ours by theirs: seconds (with the least and the greatest of a round), FLOPs and bytes of each phase of both.
 
+    CPU seconds are without what other programs took; with one thread and no GPU, the time on an idle machine.
     "first frame + decode" is a decoder's whole work for a video whose first frame is given as pixels.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -332,7 +341,9 @@ def ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
                 a, b = results[ours].get(phase), results[theirs].get(phase)
                 if a is None or b is None:
                     continue
-                pair[phase] = {"seconds": ratio(a["seconds_by_round"], b["seconds_by_round"])}
+                pair[phase] = {
+                    what: ratio(a[f"{what}_by_round"], b[f"{what}_by_round"]) for what in ("seconds", "cpu_seconds")
+                }
                 for what in ("flops", "activation_bytes", "peak_memory_bytes"):
                     pair[phase][what] = a[what] / b[what]
                 both = [row["weight_bytes"] + row["activation_bytes"] for row in (a, b)]
@@ -367,10 +378,13 @@ def show(result: dict[str, Any]) -> None:
             )
     for pair, phases in result["ratios"].items():
         for phase, found in phases.items():
-            seconds = found["seconds"]
-            line = f"{pair}, {phase}: time {seconds['median']:.3f} ({seconds['min']:.3f} to {seconds['max']:.3f})"
-            others = [f"{what} {value:.3f}" for what, value in found.items() if what != "seconds"]
-            print(", ".join([line, *others]))
+            print(f"{pair}, {phase}: " + ", ".join(_ratio_words(what, value) for what, value in found.items()))
+
+
+def _ratio_words(what: str, value: float | dict[str, float]) -> str:
+    if isinstance(value, dict):
+        return f"{what} {value['median']:.3f} ({value['min']:.3f} to {value['max']:.3f})"
+    return f"{what} {value:.3f}"
 
 
 def main() -> None:
