@@ -22,7 +22,7 @@ from pathlib import Path
 from megatron_fsvideo.config import FSAE_PRESETS, parse_job, run_script
 
 PRESET = "fsae_quickstart"
-ITERATIONS = {1: 660, 2: 160, 3: 160, 4: 100, 5: 200, 6: 200}
+ITERATIONS = {1: 660, 2: 96, 3: 56, 4: 32, 5: 160, 6: 120}
 SHORTEST = 4  # iterations of a phase, however small --scale is
 
 _PERCEPTUAL = "--perceptual-weight 0.1 --perceptual-trunk efficientnet-lite0"
