@@ -63,6 +63,21 @@ def test_property_31_ssim_is_the_windowed_formula() -> None:
     assert torch.allclose(ssim(video, video), torch.ones(2))
 
 
+@pytest.mark.parametrize("side", [24, 40])
+def test_property_31_psnr_and_ssim_are_those_of_skimage(side: int) -> None:
+    metrics = pytest.importorskip("skimage.metrics")
+    video, noisy = random_videos(side)
+    x, y = ((v.clamp(-1, 1).double().numpy() + 1) / 2 for v in (noisy, video))
+    options = {"data_range": 1.0, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    for b in range(2):
+        frames = [(x[b, :, f], y[b, :, f]) for f in range(2)]
+        similarity = [metrics.structural_similarity(ours, theirs, channel_axis=0, **options) for ours, theirs in frames]
+        ratio = [metrics.peak_signal_noise_ratio(theirs, ours, data_range=1.0) for ours, theirs in frames]
+        assert ssim(noisy, video)[b].item() == pytest.approx(np.mean(similarity), abs=1e-5)
+        # Ours has an epsilon of 1e-8 under the logarithm.
+        assert psnr(noisy, video)[b].item() == pytest.approx(np.mean(ratio), abs=1e-4)
+
+
 def test_metrics_refuse_what_they_cannot_measure() -> None:
     video, _ = random_videos()
     with pytest.raises(ValueError, match="of one shape"):
