@@ -3,7 +3,8 @@
     python tools/reconstruct.py IN.mp4 OUT.mp4 --load runs/fsae --side-by-side
 
 Videos of any length: a causal or Lite decoder needs the memory of one slice; a Standard decoder blends tiles and keeps
-the latents. Videos of any size: the last row and column are repeated up to the autoencoder's grid and cropped again.
+the latents. Videos of any size: the last row and column are repeated up to the autoencoder's grid and cropped again
+(up to even sides, without which H.264 players show nothing).
 Prints the mean PSNR of the frames.
 """
 
@@ -98,20 +99,21 @@ def reconstruct(fsae: FSAE, source: str, target: str, flags: ReconstructFlags, t
     """Write the reconstruction of a file; returns the mean PSNR in dB.
 
     Raises:
-        ValueError: a damaged file, or one of odd sides (H.264 stores colour at half resolution).
+        ValueError: a damaged file, or an fps of nothing.
     """
     if flags.fps is not None and flags.fps <= 0:
         raise ValueError(f"fps must be positive, got {flags.fps}")
     with VideoReader(source) as reader:
         info, timeline = reader.info, reader.timeline
-    if info.height % 2 or info.width % 2:
-        raise ValueError(f"{source} is {info.height}x{info.width}: H.264 video needs even sides, crop it first")
     fps = flags.fps or info.fps
     evenly = flags.fps is None and timeline.seconds is None
     numbers = list(range(info.num_frames)) if evenly else timeline.clip_indices(0, None, fps)
     psnrs: list[float] = []
-    size = (info.height, info.width * (2 if flags.side_by_side else 1))
-    write_frames(target, _reconstructed(fsae, source, numbers, flags, tiling, psnrs), size, fps, flags.quality)
+    frames = _reconstructed(fsae, source, numbers, flags, tiling, psnrs)
+    width = info.width * (2 if flags.side_by_side else 1)
+    # H.264 stores colour at half resolution.
+    size = (info.height + info.height % 2, width + width % 2)
+    write_frames(target, (_padded(frame, 2) for frame in frames), size, fps, flags.quality)
     return float(np.mean(psnrs))
 
 
@@ -124,7 +126,7 @@ def _reconstructed(
         numbers: of the file's frames to take, in rising order, some perhaps more than once.
     """
     features = None
-    if flags.first_frame:
+    if flags.first_frame and fsae.config.decoder != "causal":
         features = fsae.first_frame_features(next(_chunks(fsae, source, numbers, 1)))
     latents = encode_frames(fsae, _chunks(fsae, source, numbers, fsae.temporal_factor), tiling)
     decoded = decode_frames(fsae, latents, features, flags.noise_seed, tiling)
@@ -150,6 +152,11 @@ def _chunks(fsae: FSAE, source: str, numbers: list[int], size: int) -> Iterator[
     while taken := list(islice(frames, size)):
         video = to_unit(torch.from_numpy(np.stack(taken))).unsqueeze(0)
         yield pad_to_grid(video, fsae.spatial_factor).to(weight.device, weight.dtype)
+
+
+def _padded(frame: Tensor, factor: int) -> Tensor:
+    """[h, w, 3] with its last row and column repeated to multiples of `factor`."""
+    return pad_to_grid(frame.movedim(-1, 0)[:, None], factor)[:, 0].movedim(0, -1)
 
 
 def _frames(source: str, numbers: list[int]) -> Iterator[np.ndarray]:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import pytest
 import torch
 
@@ -56,3 +57,49 @@ def test_command_line(tmp_path: Path) -> None:
     assert "PSNR" in result.stdout and read_video(tmp_path / "out.mp4").shape == (6, 36, 50, 3)
     result = subprocess.run([*tool, str(source), "--load", "x"], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 1 and result.stderr.startswith("error: usage: reconstruct.py IN.mp4 OUT.mp4")
+
+
+@pytest.mark.parametrize("kind, calls", [("causal", 0), ("standard", 1), ("lite", 1)])
+def test_the_first_frame_is_encoded_once(
+    kind: str, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many slices and tiles attend to it; a causal decoder has no use for it."""
+    fsae, source, seen = build(config(kind)).float(), film(tmp_path, 9), []
+    whole = fsae.encoder.stage_outputs
+
+    def counted(*arguments):
+        seen.append(arguments[0])
+        return whole(*arguments)
+
+    monkeypatch.setattr(fsae.encoder, "stage_outputs", counted)
+    tiling = Tiling(frames=2, overlap_frames=1, rows=4, columns=4, overlap=1)
+    reconstruct(fsae, str(source), str(tmp_path / "out.mp4"), ReconstructFlags(), tiling)
+    assert len(seen) == calls
+    first = pad_to_grid(to_unit(read_video(source)[:1]).unsqueeze(0), 8)
+    assert all(torch.equal(frame, first) for frame in seen)
+    reconstruct(fsae, str(source), str(tmp_path / "out.mp4"), ReconstructFlags(first_frame=False), tiling)
+    assert len(seen) == calls
+
+
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_odd_sides(side_by_side: bool, tmp_path: Path) -> None:
+    """H.264's frames have even sides: those written have one row and column more, copies of the last."""
+    frames = read_video(film(tmp_path, 6))[:, :35, :49].contiguous()
+    source, fsae = tmp_path / "odd.mkv", build(config()).float()
+    with av.open(str(source), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.height, stream.width, stream.pix_fmt = 35, 49, "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
+        container.mux(stream.encode())
+    flags = ReconstructFlags(quality=0, side_by_side=side_by_side)
+    psnr = reconstruct(fsae, str(source), str(tmp_path / "out.mp4"), flags, Tiling(1, 0))
+    written = read_video(tmp_path / "out.mp4").float()
+    assert written.shape == (6, 36, 98 if side_by_side else 50, 3)
+    video = to_unit(torch.cat([frames, frames[-1:].expand(3, -1, -1, -1)])).unsqueeze(0)
+    expected = from_unit(fsae.decode(fsae.encode(pad_to_grid(video, 8)))[0, :, :6, :35, :49])
+    luma = torch.tensor([0.299, 0.587, 0.114])
+    assert (((written[:, :35, -49:] if side_by_side else written[:, :35, :49]) - expected) @ luma).abs().mean() < 6
+    assert ((written[:, 35] - written[:, 34]) @ luma).abs().mean() < 6
+    error = (to_unit(expected) - video[0, :, :6]).square().mean(dim=(0, 2, 3)) / 4
+    assert psnr == pytest.approx(float((-10 * error.log10()).mean()), abs=0.2), "of the frames, not of what was added"
