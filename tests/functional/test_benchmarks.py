@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_fsvideo.kernels import torch_mixing
 from megatron_fsvideo.training.peak_memory import peak_allocation
@@ -190,3 +191,27 @@ def test_every_autoencoder_makes_the_whole_clip(name):
         features = None if subject.first_frame is None else subject.first_frame(clip[:, :, :1])
         assert latents.shape == subject.latent_shape(flags.clip)
         assert subject.decode(latents, features).shape == clip.shape
+
+
+@pytest.mark.parametrize(
+    "name, millions, teraflops",
+    [
+        ("lite", (494.7, 542.1), (8.11, 4.81)),
+        ("wan", (53.6, 73.3), (5.69, 9.57)),
+        ("ltx", (180.4, 238.8), (0.95, 1.02)),
+    ],
+)
+def test_autoencoders_of_published_sizes(name, millions, teraflops):
+    flags, meta = BenchmarkFlags(clip=(17, 256, 256)), torch.device("meta")
+    subject = contender_subject(flags, name, meta)
+    clip = torch.empty(1, 3, *flags.clip, device=meta, dtype=torch.bfloat16)
+    features = None if subject.first_frame is None else subject.first_frame(clip[:, :, :1])
+    latents = torch.empty(subject.latent_shape(flags.clip), device=meta, dtype=torch.bfloat16)
+    counts = []
+    for call in (lambda: subject.encode(clip), lambda: subject.decode(latents, features)):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        counts.append(counter.get_total_flops() / 1e12)
+    assert counts == pytest.approx(teraflops, abs=0.01)
+    numbers = [sum(p.numel() for p in part.parameters()) / 1e6 for part in subject.parts]
+    assert numbers == pytest.approx(millions, abs=0.05)
