@@ -15,6 +15,7 @@ from megatron_fsvideo.config.flags import (
 from megatron_fsvideo.config.fsae import FSAEConfig, FSAETrainingConfig
 from megatron_fsvideo.config.fsae_losses import AdversaryConfig, AlignmentConfig
 from megatron_fsvideo.config.jobs import DiTJob, FSAEJob, check_layout, check_token_count
+from megatron_fsvideo.config.latent_upsampler import LatentUpsamplerConfig, LatentUpsamplingLossConfig
 from megatron_fsvideo.config.parallel import ParallelConfig
 from megatron_fsvideo.config.presets import DIT_PRESETS, FSAE_PRESETS
 from megatron_fsvideo.config.require import require
@@ -39,6 +40,8 @@ __all__ = [
     "FSAEConfig",
     "FSAEJob",
     "FSAETrainingConfig",
+    "LatentUpsamplerConfig",
+    "LatentUpsamplingLossConfig",
     "LoggingConfig",
     "OptimizerConfig",
     "ParallelConfig",
