@@ -17,14 +17,18 @@ def expected_mix(logits, states, shift, scale, norms_states):
     return normed * (1 + scale) + shift
 
 
-def make_case(num_states, shape=(7, 2, 24), dtype=torch.float32, seed=0):
+def make_case(num_states, shape=(7, 2, 24), dtype=torch.float32, seed=0, device="cpu"):
     """Logits, states, shift, scale and the output's gradient, of which the modulation and logits are fp32."""
     tokens, batch, hidden = shape
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(tokens, batch, num_states, generator=generator)
-    states = [(torch.randn(shape, generator=generator) * (1 + k) + 0.3 * k).to(dtype) for k in range(num_states)]
-    shift, scale = (0.5 * torch.randn(batch, hidden, generator=generator) for _ in range(2))
-    gradient = torch.randn(shape, generator=generator).to(dtype)
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator, device=device)
+
+    logits = draw(tokens, batch, num_states)
+    states = [(draw(*shape) * (1 + k) + 0.3 * k).to(dtype) for k in range(num_states)]
+    shift, scale = (0.5 * draw(batch, hidden) for _ in range(2))
+    gradient = draw(*shape).to(dtype)
     return logits, states, shift, scale, gradient
 
 
@@ -34,6 +38,14 @@ def reference(case, norms_states):
     leaves = [tensor.double().requires_grad_() for tensor in (logits, *states, shift, scale)]
     output = expected_mix(leaves[0], leaves[1:-2], leaves[-2], leaves[-1], norms_states)
     return output.detach(), torch.autograd.grad(output, leaves, gradient.double())
+
+
+def slices_of_tokens(case, number):
+    """The case in parts of so many tokens, which do not depend on one another."""
+    logits, states, shift, scale, gradient = case
+    for start in range(0, len(logits), number):
+        part = slice(start, start + number)
+        yield part, (logits[part], [state[part] for state in states], shift, scale, gradient[part])
 
 
 def by_mixer(mixer, case, norms_states):
