@@ -184,6 +184,8 @@ def test_property_33_pairs_come_from_the_clip_and_its_half(fsae: FSAE) -> None:
     assert torch.allclose(SCALE.restore(pair.low), fsae.encode(half_sized(video)))
     for ours, theirs in zip(pair.first_frame_features, fsae.first_frame_features(video[:, :, :1]), strict=True):
         assert torch.equal(ours, theirs)
+    decoded = decode_upsampled(fsae, pair.high, SCALE, pair.first_frame_features, noise_seed=3)
+    assert torch.allclose(decoded, fsae.decode(fsae.encode(video), pair.first_frame_features, 3))
     with pytest.raises(ValueError, match="multiples of 16.*multiples of 8: got 24x16; crop to 16x16"):
         encode_pair(fsae, video[..., :24, :], SCALE)
 
