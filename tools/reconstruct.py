@@ -85,11 +85,11 @@ def main() -> None:
         raise ValueError(USAGE)
     job = parse_job(ReconstructJob, argv=arguments[2:] if paths else arguments)
     flags, tiling = job.reconstruct, job.tiling
-    tiles = Tiling(
-        tiling.slice_frames, tiling.overlap_frames, tiling.tile_rows, tiling.tile_columns, tiling.tile_overlap
-    )
     dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
     fsae = load_fsae(flags.load, flags.device, dtype)
+    # Slices of a decoder that streams do not overlap, and may be one latent.
+    overlap = 0 if fsae.decoder.streams else tiling.overlap_frames
+    tiles = Tiling(tiling.slice_frames, overlap, tiling.tile_rows, tiling.tile_columns, tiling.tile_overlap)
     psnr = reconstruct(fsae, paths[0], paths[1], flags, tiles)
     print(f"{paths[1]}: PSNR {psnr:.2f} dB in the mean of its frames")
 

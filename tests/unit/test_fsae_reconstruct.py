@@ -52,6 +52,7 @@ def test_command_line(tmp_path: Path) -> None:
     source = film(tmp_path, 6)
     tool = [sys.executable, str(ROOT / "tools" / "reconstruct.py")]
     command = [*tool, str(source), str(tmp_path / "out.mp4"), "--load", str(tmp_path / "release"), "--tile-rows", "4"]
+    command += ["--slice-frames", "1"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "PSNR" in result.stdout and read_video(tmp_path / "out.mp4").shape == (6, 36, 50, 3)
