@@ -24,7 +24,8 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    "test": ["pytest", "ruff", "diffusers", "matplotlib"],
+    # einops: megatron-core makes the groups of a2a+p2p with it; Transformer Engine brings it along.
+    "test": ["pytest", "ruff", "diffusers", "matplotlib", "einops"],
     # Already among the requirements; named for the messages of `require`.
     "train": ["tensorboard", "tqdm"],
     "encoders": ["transformers", "sentencepiece"],

@@ -41,7 +41,7 @@ def train_steps(job: FSAEJob) -> tuple[list[float], list[float], torch.Tensor]:
 
 def test_two_processes_are_one(video_dir: Path) -> None:
     values = {"video_dir": str(video_dir), "train_iters": 4, "image_warmup_iters": 2, "image_batch_size": 4}
-    values |= {"micro_batch_size": 1, "global_batch_size": 4, "lr": 1e-3, "adam_eps": 1e-4, "ema_decay": 0.0}
+    values |= {"micro_batch_size": 1, "global_batch_size": 4, "lr": 2e-4, "adam_eps": 1e-4, "ema_decay": 0.0}
     job = build_job(FSAEJob, FSAE_PRESETS["fsae_debug"] | values)
     ((losses, norms, weights),) = run_workers(train_steps, 1, job)
     for other_losses, other_norms, other_weights in run_workers(train_steps, 2, job):
