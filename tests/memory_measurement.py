@@ -1,11 +1,7 @@
 """What a training step of a planned case really takes: this rank's bytes from the allocator and bytes sent."""
 
-import gc
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_fsvideo.config import OptimizerConfig, TrainingConfig
@@ -15,19 +11,7 @@ from megatron_fsvideo.parallel.pipeline import run_schedule
 from megatron_fsvideo.parallel.sequence import local_slice
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.training.optimizer import build_optimizer, step_if_finite, wrap_ddp
-
-
-def allocated(function: Callable) -> tuple[object, int, int]:
-    """What `function` returns, and the bytes that it left allocated and that it had allocated at most."""
-    gc.collect()  # what earlier cases left must not be freed meanwhile
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    current = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        current += event.nbytes()
-        peak = max(peak, current)
-    return result, current, peak
+from megatron_fsvideo.training.peak_memory import profiled_allocation
 
 
 class CountMessages(TorchDispatchMode):
@@ -67,9 +51,9 @@ def measure(case: Case, grid: tuple[int, int, int]) -> dict[str, float]:
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     settings = OptimizerConfig()
     training = TrainingConfig(case.micro_batch_size, case.global_batch_size, bf16=case.bf16)
-    model, weights, _ = allocated(lambda: build_dit(case.model, case.parallel, pgs, params_dtype=dtype))
-    wrapped, gradients, _ = allocated(lambda: wrap_ddp(model, case.parallel, pgs))
-    optimizer, master, _ = allocated(lambda: build_optimizer(wrapped, settings, case.parallel, training, pgs))
+    model, weights, _ = profiled_allocation(lambda: build_dit(case.model, case.parallel, pgs, params_dtype=dtype))
+    wrapped, gradients, _ = profiled_allocation(lambda: wrap_ddp(model, case.parallel, pgs))
+    optimizer, master, _ = profiled_allocation(lambda: build_optimizer(wrapped, settings, case.parallel, training, pgs))
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
     batches = [random_batch(case, grid) for _ in range(case.num_microbatches)]
@@ -94,11 +78,11 @@ def measure(case: Case, grid: tuple[int, int, int]) -> dict[str, float]:
         assert step_if_finite(optimizer, 0.0, pgs)[1]
 
     step()
-    _, moments, _ = allocated(update)
+    _, moments, _ = profiled_allocation(update)
     # The profiler sees no freeing in gloo's threads, and on a busy machine one of them may be the last to let go of a
     # message's buffer: such bytes count twice. The least of several steps is free of them.
-    peak = min(allocated(step)[2] for _ in range(4))
-    _, _, update_peak = allocated(update)
+    peak = min(profiled_allocation(step)[2] for _ in range(4))
+    _, _, update_peak = profiled_allocation(update)
     with CountMessages() as messages:
         step()
         update()

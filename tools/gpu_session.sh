@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Everything that waits for a GPU, in one command: the gpu tests, then each benchmark's figures as JSON.
 #
-#   tools/gpu_session.sh docs/benchmarks            # one H100 or H200, about 25 minutes
+#   tools/gpu_session.sh docs/benchmarks            # one H100 or H200
 #   SIZES=debug tools/gpu_session.sh /tmp/figures   # the same commands at sizes of seconds, on any machine
 #
-# A part that fails does not stop the others; the exit code is the number of those that did. $PYTHON (python) has this
+# A part that fails, or takes longer than $LIMIT seconds (600), does not stop the others; the exit code is the number of those that did. $PYTHON (python) has this
 # package installed. Parts: PARTS="tests memory" runs some of them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 OUT=${1:?usage: tools/gpu_session.sh FOLDER}
 SIZES=${SIZES:-paper}
 PYTHON=${PYTHON:-python}
+LIMIT=${LIMIT:-600}
 PARTS=${PARTS:-tests memory training fp8 inference fsae}
 mkdir -p "$OUT"
 
@@ -38,7 +39,7 @@ part() { # name, command ...
   shift
   [[ " $PARTS " == *" $name "* ]] || return 0
   echo "== $name: $*"
-  if "$@" 2>&1 | tee "$OUT/gpu_$name.log"; then echo "== $name: done in ${SECONDS} s"; else FAILED+=("$name"); fi
+  if timeout "$LIMIT" "$@" 2>&1 | tee "$OUT/gpu_$name.log"; then echo "== $name: done in ${SECONDS} s"; else FAILED+=("$name"); fi
 }
 
 part tests "$PYTHON" -m pytest -q -m gpu

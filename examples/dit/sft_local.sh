@@ -4,7 +4,7 @@
 #
 #   make quickstart && examples/dit/sft_local.sh
 #
-# After stage3_local.sh. Run it again after a stop: encoding and training go on where they were. Half a minute.
+# After stage3_local.sh. Run it again after a stop: encoding and training go on where they were.
 set -euo pipefail
 
 QUICKSTART=${QUICKSTART:-runs/quickstart}

@@ -4,7 +4,7 @@
 #
 #   make quickstart && examples/dit/stage2_local.sh
 #
-# After stage1_local.sh. Run it again after a stop: encoding and training go on where they were. A minute.
+# After stage1_local.sh. Run it again after a stop: encoding and training go on where they were.
 set -euo pipefail
 
 QUICKSTART=${QUICKSTART:-runs/quickstart}

@@ -4,7 +4,7 @@
 #
 #   make quickstart && examples/dit/stage3_local.sh
 #
-# After stage2_local.sh. Run it again after a stop: encoding and training go on where they were. Two minutes.
+# After stage2_local.sh. Run it again after a stop: encoding and training go on where they were.
 set -euo pipefail
 
 QUICKSTART=${QUICKSTART:-runs/quickstart}

@@ -33,6 +33,19 @@ def iteration_folder(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}"
 
 
+def check_save_folder(save: str | None, load: str | None) -> None:
+    """Refuse a run that starts anew in a folder that holds another's checkpoints.
+
+    Raises:
+        ValueError: saying how to continue that one.
+    """
+    if save is not None and load is None and latest_iteration(Path(save)) is not None:
+        raise ValueError(
+            f"--save {save} holds a checkpoint, which this run would overwrite: add --load {save} to continue it, or "
+            "save into another folder"
+        )
+
+
 def latest_iteration(folder: Path) -> int | None:
     """Iteration of the newest complete checkpoint, or None if there is none.
 

@@ -56,6 +56,13 @@ def test_the_next_phase_starts_from_the_one_before(runs):
     assert all(row["discriminator"] > 0 for row in runs.metrics("phase2")), runs.metrics("phase2")
 
 
+def test_a_run_does_not_overwrite_anothers_checkpoints(runs):
+    videos, save = runs.folder / "videos", runs.folder / "phase1"
+    result = run_cli("pretrain_fsae.py", [*SMALL, "--video-dir", videos, "--save", save], runs.folder / "again.log")
+    assert result.code == 1 and "holds a checkpoint, which this run would overwrite" in result.last_line, result.stderr
+    assert len(runs.metrics("phase1")) == 3
+
+
 def test_wrong_input_ends_with_one_line(runs):
     result = runs.train("wrong", "--num-frames", 6)
     assert result.code == 2 and "got 6" in result.last_line and "Traceback" not in result.stderr, result.stderr

@@ -21,18 +21,6 @@ def video_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_large_film(tmp_path_factory.mktemp("videos"))
 
 
-@pytest.fixture(scope="module")
-def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
-    )
-    folder = tmp_path_factory.mktemp("dino")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return folder
-
-
 class TinyTrunk(nn.Module):
     """A perceptual network that costs nothing."""
 

@@ -52,18 +52,6 @@ def test_two_processes_are_one(video_dir: Path) -> None:
         assert (other_weights - weights).norm() / weights.norm() < 1e-4
 
 
-@pytest.fixture(scope="module")
-def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
-    )
-    folder = tmp_path_factory.mktemp("dino")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return folder
-
-
 def train_both(job: FSAEJob) -> tuple[list[dict[str, float]], torch.Tensor, torch.Tensor, list[int]]:
     """Metrics, all weights of autoencoder and projection, of the discriminator, and how many have moments here."""
     pgs = groups.initialize(ParallelConfig())

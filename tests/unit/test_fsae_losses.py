@@ -231,18 +231,6 @@ def test_property_24_pooling_leaves_the_first_frame() -> None:
         pool_features(features[:, :, :8])
 
 
-@pytest.fixture(scope="module")
-def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
-    )
-    folder = tmp_path_factory.mktemp("dino")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return folder
-
-
 def test_property_24_vf_trains_the_encoder_and_not_dino(dino_folder: Path) -> None:
     dino = load_dinov2(dino_folder, CPU, grid=4)
     fsae = FSAE(build_job(FSAEJob, FSAE_PRESETS["fsae_debug"]).model)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
 from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.training.peak_memory import peak_allocation
 from tests.unit.fsae_large_clips import CUTS, large_job
 from tools.account_fsae_memory import ByteCounter, CountedStep, account
 
@@ -25,16 +25,13 @@ def test_the_counter_follows_tensors() -> None:
 
 def measured_peak(job: FSAEJob, clip: Bucket) -> int:
     """Bytes that torch's allocator had given out at most, of two steps."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def two_steps() -> None:
         step = CountedStep(job, ByteCounter(), None)
         for _ in range(2):
             step.run(clip)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+
+    return peak_allocation(two_steps, torch.device("cpu"))[1]
 
 
 @pytest.mark.parametrize("phase, changes", [(3, {}), (3, CUTS), (5, CUTS)])

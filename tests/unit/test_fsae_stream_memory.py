@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames
+from megatron_fsvideo.training.peak_memory import peak_allocation
 
 
 def streamed_peak(fsae: FSAE, num_frames: int, side: int) -> int:
@@ -23,14 +23,11 @@ def streamed_peak(fsae: FSAE, num_frames: int, side: int) -> int:
 
     with torch.no_grad():
         features = fsae.first_frame_features(torch.rand(1, 3, 1, side, side) * 2 - 1)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            decoded = sum(part.shape[2] for part in decode_frames(fsae, latents(), features, tiling=Tiling(frames=10)))
+        decoded, peak = peak_allocation(
+            lambda: sum(part.shape[2] for part in decode_frames(fsae, latents(), features, tiling=Tiling(frames=10))),
+            torch.device("cpu"),
+        )
     assert decoded == num_frames
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
     return peak
 
 

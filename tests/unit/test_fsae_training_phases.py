@@ -34,18 +34,6 @@ def video_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_film(tmp_path_factory.mktemp("videos"))
 
 
-@pytest.fixture(scope="module")
-def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14, mlp_ratio=2
-    )
-    folder = tmp_path_factory.mktemp("dino")
-    transformers.Dinov2Model(config).save_pretrained(folder)
-    return folder
-
-
 def phase_job(phase: int, **changes) -> FSAEJob:
     values = {"phase": phase, "train_iters": 5, "micro_batch_size": 1, "global_batch_size": 2, "image_batch_size": 2}
     values |= TINY_ADVERSARY | {"image_fraction": 0.3, "ema_decay": 0.9, "vf_grid": 4, "lr": 1e-3}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from megatron_fsvideo.checkpoint.agreement import check_agreement
 from megatron_fsvideo.checkpoint.distributed import (
+    check_save_folder,
     latest_iteration,
     load_checkpoint,
     newest_good_iteration,
@@ -259,11 +260,7 @@ class DiTStep:
             for name, is_set in (("new_stage", self.job.stage.new_stage), ("finetune", checkpoint.finetune)):
                 if is_set:
                     raise ValueError(f"{name} begins with an earlier run's state: give its --save folder as --load")
-            if has_saved:
-                raise ValueError(
-                    f"--save {checkpoint.save} holds a checkpoint, which this run would overwrite: add "
-                    f"--load {checkpoint.save} to continue it, or save into another folder"
-                )
+            check_save_folder(checkpoint.save, checkpoint.load)
             return None, False
         if has_saved:
             # A run that began from another folder, was stopped and is started again by the same command.

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron_fsvideo.checkpoint.distributed import iteration_folder, newest_good_iteration, read_record
+from megatron_fsvideo.checkpoint.distributed import (
+    check_save_folder,
+    iteration_folder,
+    newest_good_iteration,
+    read_record,
+)
 from megatron_fsvideo.checkpoint.writer import CheckpointWriter
 from megatron_fsvideo.config import FSAEJob, differences, from_dict, to_dict
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
@@ -166,8 +171,10 @@ class FSAEStep:
         """Continue from the newest undamaged checkpoint in `--load`; without one start from `--init-from`, or anew.
 
         Raises:
-            ValueError: all checkpoints are damaged, or the newest is of another architecture or of another phase.
+            ValueError: all checkpoints are damaged, or the newest is of another architecture or of another phase; or
+                `--save` holds one that would be overwritten.
         """
+        check_save_folder(self.job.checkpoint.save, self.job.checkpoint.load)
         folder = self.job.checkpoint.load
         iteration = newest_good_iteration(Path(folder), self.pgs, lambda source: None) if folder else None
         if iteration is None:
