@@ -7,19 +7,23 @@ samples.
 How it works. A stream (one folder, one bucket) is an endless row of its samples, shuffled anew for each epoch. Round r
 of the blend takes each stream's next `share` samples, mixes the streams of one bucket into that bucket's queue, cuts
 the queues into batches (what does not fill a batch waits for the next round: nothing is dropped) and shuffles the
-batches. All positions have closed forms, so any round can be entered directly.
+batches. All positions have closed forms, so any round can be entered directly, and shuffles are computed place by place
+(bijection.py): memory does not grow with the number of samples.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import floor
 
 import numpy as np
 
+from megatron_fsvideo.data.bijection import shuffled_positions
 from megatron_fsvideo.data.buckets import Bucket, bucket_batch_size
 from megatron_fsvideo.data.latent_dataset import Stream
 from megatron_fsvideo.parallel.seeds import derive_seed
+
+# Batches of a round whose order is computed at once.
+_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -64,15 +68,11 @@ class BucketSampler:
         self.batch_sizes = dict(batch_sizes)
         self.seed = seed
         self.shuffle = shuffle
-        # Bound methods are cached per object, or the cache would keep every sampler alive.
-        self._round_queue = lru_cache(maxsize=4 * len(self.buckets))(self._make_round_queue)
-        self._round_batches = lru_cache(maxsize=2)(self._make_round_batches)
-        self._permutation = lru_cache(maxsize=2 * len(self.streams))(self._make_permutation)
 
     def batches(self, consumed_samples: int = 0) -> Iterator[GlobalBatch]:
         """Global batches from `consumed_samples` on, without end.
 
-        When `consumed_samples` lies inside a batch (the batch size was changed), that batch is the first.
+        When `consumed_samples` lies inside a batch, that batch is the first.
         """
         round_index = self._round_of(consumed_samples)
         consumed = self._consumed_before(round_index)
@@ -115,17 +115,18 @@ class BucketSampler:
                 high = middle
         return low
 
-    def _make_round_batches(self, round_index: int) -> list[tuple[Bucket, int]]:
+    def _round_batches(self, round_index: int) -> Iterator[tuple[Bucket, int]]:
         """(bucket, number of the batch in the bucket's queue) of a round, in the order they are used."""
-        batches = [
-            (bucket, k)
-            for bucket in self.buckets
-            for k in range(self._batches_before(bucket, round_index), self._batches_before(bucket, round_index + 1))
-        ]
-        if not self.shuffle:
-            return batches
-        order = _generator(self.seed, "batches", round_index).permutation(len(batches))
-        return [batches[k] for k in order]
+        firsts = [self._batches_before(bucket, round_index) for bucket in self.buckets]
+        ends = [self._batches_before(bucket, round_index + 1) for bucket in self.buckets]
+        offsets = np.cumsum([0] + [end - first for first, end in zip(firsts, ends, strict=True)])
+        total = int(offsets[-1])
+        for begin in range(0, total, _CHUNK):
+            places = np.arange(begin, min(begin + _CHUNK, total))
+            positions = self._shuffled(places, total, "batches", round_index)
+            indices = np.searchsorted(offsets, positions, side="right") - 1
+            for index, position in zip(indices.tolist(), positions.tolist(), strict=True):
+                yield self.buckets[index], firsts[index] + position - int(offsets[index])
 
     def _batch(self, bucket: Bucket, batch_index: int) -> tuple[SampleRef, ...]:
         size = self.batch_sizes[bucket]
@@ -133,9 +134,8 @@ class BucketSampler:
         position = batch_index * size
         round_index = self._queue_round(bucket, position)
         while len(samples) < size:
-            queue = self._round_queue(bucket, round_index)
             begin = position + len(samples) - self._queue_start(bucket, round_index)
-            samples += queue[begin : begin + size - len(samples)]
+            samples += self._queue_samples(bucket, round_index, begin, size - len(samples))
             round_index += 1
         return tuple(samples)
 
@@ -153,29 +153,38 @@ class BucketSampler:
                 high = middle
         return low
 
-    def _make_round_queue(self, bucket: Bucket, round_index: int) -> list[SampleRef]:
-        """What a round adds to a bucket's queue, in order."""
-        added = []
-        for k, stream in enumerate(self.streams):
-            if stream.bucket == bucket:
-                begin, end = self._stream_start(k, round_index), self._stream_start(k, round_index + 1)
-                added += [self._stream_sample(k, number) for number in range(begin, end)]
-        if not self.shuffle:
-            return added
+    def _queue_samples(self, bucket: Bucket, round_index: int, begin: int, count: int) -> list[SampleRef]:
+        """`count` samples, or as many as there are, from place `begin` on of what a round adds to a bucket's queue."""
+        members = [k for k, stream in enumerate(self.streams) if stream.bucket == bucket]
+        starts = [self._stream_start(k, round_index) for k in members]
+        ends = [self._stream_start(k, round_index + 1) for k in members]
+        offsets = np.cumsum([0] + [end - start for start, end in zip(starts, ends, strict=True)])
+        total = int(offsets[-1])
         # The streams are in shuffled order already; this mixes the streams of one bucket.
-        order = _generator(self.seed, "queue", str(bucket), round_index).permutation(len(added))
-        return [added[k] for k in order]
+        places = np.arange(begin, min(begin + count, total))
+        positions = self._shuffled(places, total, "queue", str(bucket), round_index)
+        owners = np.searchsorted(offsets, positions, side="right") - 1
+        samples: dict[int, SampleRef] = {}
+        for owner, (stream_index, start) in enumerate(zip(members, starts, strict=True)):
+            (mine,) = np.nonzero(owners == owner)
+            found = self._stream_samples(stream_index, start + positions[mine] - offsets[owner])
+            samples.update(zip(mine.tolist(), found, strict=True))
+        return [samples[place] for place in range(len(samples))]
 
-    def _stream_sample(self, stream_index: int, number: int) -> SampleRef:
-        epoch, place = divmod(number, self.streams[stream_index].num_samples)
-        return SampleRef(stream_index, int(self._permutation(stream_index, epoch)[place]), epoch)
-
-    def _make_permutation(self, stream_index: int, epoch: int) -> np.ndarray:
+    def _stream_samples(self, stream_index: int, numbers: np.ndarray) -> list[SampleRef]:
+        """The samples that a stream gives as numbers `numbers` of its endless row."""
         stream = self.streams[stream_index]
-        if not self.shuffle:
-            return np.arange(stream.num_samples)
-        generator = _generator(self.seed, "epoch", stream.folder_index, str(stream.bucket), epoch)
-        return generator.permutation(stream.num_samples)
+        epochs, places = np.divmod(numbers, stream.num_samples)
+        positions = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            role = ("epoch", stream.folder_index, str(stream.bucket), epoch)
+            positions[epochs == epoch] = self._shuffled(places[epochs == epoch], stream.num_samples, *role)
+        pairs = zip(positions.tolist(), epochs.tolist(), strict=True)
+        return [SampleRef(stream_index, position, epoch) for position, epoch in pairs]
+
+    def _shuffled(self, places: np.ndarray, size: int, *role: int | str) -> np.ndarray:
+        """What stands at these places of the shuffle that (seed, role) chooses; the places themselves without one."""
+        return shuffled_positions(places, size, derive_seed(self.seed, *role)) if self.shuffle else places
 
 
 def deal(
@@ -237,8 +246,3 @@ def bucket_sizes(
         micro_batch = max(1, tokens_per_micro_batch // count) if tokens_per_micro_batch else micro_batch_size
         sizes[bucket] = BucketSizes(micro_batch, bucket_batch_size(budget, 1, count, micro_batch * dp_size))
     return sizes
-
-
-def _generator(seed: int, *role: int | str) -> np.random.Generator:
-    """Random numbers that belong to (seed, role) alone."""
-    return np.random.Generator(np.random.Philox(derive_seed(seed, *role)))
