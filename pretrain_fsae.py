@@ -8,7 +8,7 @@ The --save folder can be given to tools/preprocess_latents.py and tools/evaluate
 the phases do: docs/fsae_training.md; presets: megatron_fsvideo/config/presets.py.
 """
 
-from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, ParallelConfig, parse_job, run_script
+from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, parse_job, run_script
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.training.logging import MetricsLogger
 from megatron_fsvideo.training.loop import train
@@ -19,10 +19,9 @@ from megatron_fsvideo.training.watchdog import Watchdog
 
 def pretrain(job: FSAEJob) -> None:
     """Build everything, continue from a checkpoint if there is one, train."""
-    parallel = ParallelConfig(context_parallel_size=job.losses.context_parallel_size)
-    pgs = groups.initialize(parallel)
+    pgs = groups.initialize(job.parallel)
     profiler = IterationProfiler(job.profiling, profile_folder(job.logging, job.checkpoint), pgs.rank)
-    with Watchdog(pgs, 60 * parallel.distributed_timeout_minutes) as watchdog:
+    with Watchdog(pgs, 60 * job.parallel.distributed_timeout_minutes) as watchdog:
         step = FSAEStep(job, pgs)
         state = watchdog.state = step.load()
         logger = MetricsLogger(

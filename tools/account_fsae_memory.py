@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from megatron_fsvideo.config import FSAE_PRESETS, AlignmentConfig, FSAEJob, parse_job, run_script
+from megatron_fsvideo.config import FSAE_PRESETS, AlignmentConfig, FSAEJob, parse_job, run_script, to_dict
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, VGG16Trunk
 from megatron_fsvideo.models.fsae import FSAE
@@ -114,12 +114,13 @@ class CountedStep:
 
     def __init__(self, job: FSAEJob, counter: ByteCounter, group: dist.ProcessGroup | None) -> None:
         self.job, self.counter, self.group = job, counter, group
-        losses, device = job.losses, torch.device("cpu")
+        losses, memory, device = job.losses, job.memory, torch.device("cpu")
         with counter.part("weights"):
             self.fsae = FSAE(job.model)
-        self.fsae.recompute(losses.recompute_activations, outer_encoder=not losses.encoder_tile)
+        recomputes = job.parallel.recompute_granularity == "full"
+        self.fsae.recompute(recomputes, outer_encoder=not memory.encoder_tile)
         self.trainee = FSAETrainee(
-            self.fsae, losses.trains_encoder, tile=losses.encoder_tile, slice_latents=losses.encoder_slice
+            self.fsae, job.phase.trains_encoder, tile=memory.encoder_tile, slice_latents=memory.encoder_slice
         )
         with counter.part("moving average"):
             self.ema = EMA(self.fsae, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
@@ -171,7 +172,7 @@ class CountedStep:
 
     def _shared_out(self, parameters: list[Tensor]) -> list[Tensor]:
         """Those whose moments this rank keeps; more data-parallel ranks than share a clip would leave it fewer."""
-        if self.group is None or not self.job.losses.use_distributed_optimizer:
+        if self.group is None or not self.job.parallel.use_distributed_optimizer:
             return parameters
         owners = deal_out(parameters, self.group.size())
         return [parameter for parameter in parameters if owners[parameter] == self.group.rank()]
@@ -183,7 +184,7 @@ def account(job: FSAEJob, clip: Bucket, *, fake: bool = True) -> dict[str, Any]:
     Returns:
         peak_gb and its part; and per part what it leaves allocated and its own peak, in GB.
     """
-    group = _fake_group(job.losses.context_parallel_size)
+    group = _fake_group(job.parallel.context_parallel_size)
     counter = ByteCounter()
     with FakeTensorMode() if fake else nullcontext(), counter:
         step = CountedStep(job, counter, group)
@@ -224,10 +225,14 @@ def main() -> None:
     job = parse_job(AccountJob, FSAE_PRESETS)
     flags = job.account
     report = account(job, Bucket.parse(flags.clip))
-    losses = job.losses
-    settings = ("phase", "context_parallel_size", "encoder_tile", "encoder_slice", "recompute_activations")
-    settings += ("patch_latents", "patch_rows", "patch_columns", "perceptual_frames")
-    report = {"clip": flags.clip, **{name: getattr(losses, name) for name in settings}, **report}
+    settings = {
+        "phase": job.phase.phase,
+        "context_parallel_size": job.parallel.context_parallel_size,
+        "recompute_granularity": job.parallel.recompute_granularity,
+        **to_dict(job.memory),
+        **to_dict(job.perceptual),
+    }
+    report = {"clip": flags.clip, **settings, **report}
     for name, values in report["parts"].items():
         print(f"{name:32} then allocated {values['live_gb']:8.2f} GB   at most {values['peak_gb']:8.2f} GB")
     print(f"peak {report['peak_gb']:.2f} GB of {flags.limit_gb:g} GB, in the {report['peak_in']}")

@@ -24,8 +24,8 @@ from megatron_fsvideo.config import (
     DIT_PRESETS,
     DiffusionConfig,
     DiTConfig,
+    DiTParallelConfig,
     LoggingConfig,
-    ParallelConfig,
     TrainingConfig,
     check_token_count,
     parse_job,
@@ -82,7 +82,7 @@ class BenchmarkJob:
 
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: DiTParallelConfig = field(default_factory=DiTParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     benchmark: BenchmarkFlags = field(default_factory=BenchmarkFlags)

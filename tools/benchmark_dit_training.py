@@ -27,9 +27,9 @@ from megatron_fsvideo.config import (
     DIT_PRESETS,
     DiffusionConfig,
     DiTConfig,
+    DiTParallelConfig,
     LoggingConfig,
     OptimizerConfig,
-    ParallelConfig,
     TrainingConfig,
     parse_job,
     presets_for,
@@ -83,7 +83,7 @@ class BenchmarkJob:
 
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: DiTParallelConfig = field(default_factory=DiTParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from megatron_fsvideo.checkpoint.conversion import Conversion, plan_conversion, write_target
 from megatron_fsvideo.checkpoint.conversion_source import open_source
 from megatron_fsvideo.checkpoint.safetensors_shards import parse_size
-from megatron_fsvideo.config import DIT_PRESETS, DiTJob, ParallelConfig, build_job, parse_job, run_script
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job, parse_job, run_script
 from megatron_fsvideo.parallel import groups
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -90,7 +90,7 @@ def convert(flags: ConvertFlags) -> None:
     """Check everything, write, report."""
     start, max_shard_size = start_job(flags), parse_size(flags.max_shard_size)
     source = open_source(Path(flags.input), flags.input_format, flags.use_ema)
-    pgs = groups.initialize(ParallelConfig())
+    pgs = groups.initialize(DiTParallelConfig())
     conversion = plan_conversion(source, start, DTYPES[flags.dtype], pgs, flags.seed)
     with tqdm(total=len(conversion.infos), desc="converting", unit="weight", disable=None) as bar:
         write_target(conversion, flags.output_format, Path(flags.output), max_shard_size, bar.update)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_fsvideo.checkpoint.distributed import JOB_FILE
 from megatron_fsvideo.checkpoint.release import load_fsae, resolve_release
-from megatron_fsvideo.config import FSAEJob, VideoDataConfig, from_dict, parse_job, run_script
+from megatron_fsvideo.config import VideoDataConfig, from_dict, parse_job, run_script
 from megatron_fsvideo.data.shots import Shot
 from megatron_fsvideo.evaluation.autoencoders import (
     Autoencoder,
@@ -154,7 +154,7 @@ def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
     job_file = resolve_release(flags.load).parent / JOB_FILE
     trained = VideoDataConfig()
     if job_file.is_file():
-        trained = from_dict(FSAEJob, json.loads(job_file.read_text())["job"]).data
+        trained = from_dict(VideoDataConfig, json.loads(job_file.read_text())["job"]["data"])
     given = {
         name: getattr(flags, name)
         for name in ("num_frames", "short_side", "holdout_every")

@@ -23,7 +23,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from megatron_fsvideo.config import ParallelConfig, parse_job, run_script
+from megatron_fsvideo.config import DiTParallelConfig, parse_job, run_script
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.video import write_video
 from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
@@ -79,7 +79,7 @@ class GenerateJob:
     """Generate video from an image and a prompt."""
 
     generate: GenerateFlags
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: DiTParallelConfig = field(default_factory=DiTParallelConfig)
 
 
 @dataclass(frozen=True)

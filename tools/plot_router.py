@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fsvideo.config import ParallelConfig, parse_job, run_script
+from megatron_fsvideo.config import DiTParallelConfig, parse_job, run_script
 from megatron_fsvideo.data.batch import read_batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.sampler import SampleRef
@@ -59,7 +59,7 @@ class PlotJob:
     """Plot where layer memory looks."""
 
     plot: PlotFlags
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: DiTParallelConfig = field(default_factory=DiTParallelConfig)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ _ADVERSARY = (
 )
 # Shapes of about as many pixels; large frames are encoded in tiles and decoded on 96 of 128 pixels, as phase 3 does.
 _MIXED = "--buckets 9x128x128 17x64x64 33x64x64 --micro-batch-size 1 --encoder-tile 64 --patch-rows 12"
-_MIXED += " --patch-columns 12 --perceptual-frames 8 --recompute-activations"
+_MIXED += " --patch-columns 12 --perceptual-frames 8 --recompute-granularity full"
 _FINETUNE = "--muon-lr 0.005 --lr 5e-4"
 # As the paper's phases: the decoder alone, with attention to the first frame and noise.
 _DECODER = "--latent-noise 0 --muon-lr 0.01 --lr 1e-3 --first-frame-head-dim 32"

@@ -24,7 +24,7 @@ from megatron_fsvideo.checkpoint.release import CONFIG_FILE
 from megatron_fsvideo.checkpoint.safetensors_shards import TensorInfo, write_shards
 from megatron_fsvideo.checkpoint.wan_config import config_to_diffusers, config_to_wan
 from megatron_fsvideo.checkpoint.wan_names import DIFFUSERS, WAN, their_name, their_value
-from megatron_fsvideo.config import DiTConfig, DiTJob, ParallelConfig, to_dict
+from megatron_fsvideo.config import DiTConfig, DiTJob, DiTParallelConfig, to_dict
 from megatron_fsvideo.models.dit import build_dit
 from megatron_fsvideo.models.dit.weights import initial_value, named_global_parameters
 from megatron_fsvideo.parallel.groups import ProcessGroups
@@ -110,7 +110,7 @@ def _target_record(source: Source, job: DiTJob, fresh: tuple[str, ...]) -> DiTRe
 
 def whole_weights(config: DiTConfig, params_dtype: torch.dtype, pgs: ProcessGroups) -> dict[str, Tensor]:
     """Every weight of the model on "meta": its shape, and its number format where the others are in `params_dtype`."""
-    model = build_dit(config, ParallelConfig(), pgs, params_dtype=params_dtype, device=torch.device("meta"))
+    model = build_dit(config, DiTParallelConfig(), pgs, params_dtype=params_dtype, device=torch.device("meta"))
     return {name: parameter.detach() for name, parameter in named_global_parameters(model)}
 
 

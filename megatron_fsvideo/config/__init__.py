@@ -12,11 +12,16 @@ from megatron_fsvideo.config.flags import (
     presets_for,
     to_dict,
 )
-from megatron_fsvideo.config.fsae import FSAEConfig, FSAETrainingConfig
-from megatron_fsvideo.config.fsae_losses import AdversaryConfig, AlignmentConfig
+from megatron_fsvideo.config.fsae import FSAEConfig, FSAEMemoryConfig, FSAEPhaseConfig
+from megatron_fsvideo.config.fsae_losses import (
+    AdversaryConfig,
+    AlignmentConfig,
+    PerceptualLossConfig,
+    ReconstructionLossConfig,
+)
 from megatron_fsvideo.config.jobs import DiTJob, FSAEJob, check_layout, check_token_count
 from megatron_fsvideo.config.latent_upsampler import LatentUpsamplerConfig, LatentUpsamplingLossConfig
-from megatron_fsvideo.config.parallel import ParallelConfig
+from megatron_fsvideo.config.parallel import DiTParallelConfig, GroupSizes, ParallelConfig
 from megatron_fsvideo.config.presets import DIT_PRESETS, FSAE_PRESETS
 from megatron_fsvideo.config.require import require
 from megatron_fsvideo.config.training import (
@@ -36,16 +41,21 @@ __all__ = [
     "DataConfig",
     "DiTConfig",
     "DiTJob",
+    "DiTParallelConfig",
     "DiffusionConfig",
     "FSAEConfig",
     "FSAEJob",
-    "FSAETrainingConfig",
+    "FSAEMemoryConfig",
+    "FSAEPhaseConfig",
+    "GroupSizes",
     "LatentUpsamplerConfig",
     "LatentUpsamplingLossConfig",
     "LoggingConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PerceptualLossConfig",
     "ProfilingConfig",
+    "ReconstructionLossConfig",
     "TrainingConfig",
     "VideoDataConfig",
     "build_job",

@@ -13,6 +13,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 import textwrap
 import types
@@ -88,20 +89,28 @@ def make_parser(job_class: type, presets: Presets | None = None) -> argparse.Arg
 
 
 def field_docs(group_class: type) -> dict[str, str]:
-    """Field name -> the string literal under it.
+    """Field name -> the string literal under it, in the class or in one it inherits from.
 
     Raises:
         TypeError: a field has no docstring: a flag without a meaning is a defect of ours.
     """
     docs: dict[str, str] = {}
-    body = ast.parse(textwrap.dedent(inspect.getsource(group_class))).body[0].body
-    for node, following in zip(body, body[1:] + [None], strict=True):
-        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[node.target.id] = " ".join(inspect.cleandoc(following.value.value).split())
+    for ancestor in reversed(group_class.__mro__):
+        if dataclasses.is_dataclass(ancestor):
+            docs |= _own_field_docs(ancestor)
     missing = [field.name for field in dataclasses.fields(group_class) if field.name not in docs]
     if missing:
         raise TypeError(f"{group_class.__name__}: no docstring under {missing}")
     return docs
+
+
+def _own_field_docs(group_class: type) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(group_class))).body[0].body
+    return {
+        node.target.id: " ".join(inspect.cleandoc(following.value.value).split())
+        for node, following in itertools.pairwise(body)
+        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr)
+    }
 
 
 def to_dict(job: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the video autoencoder is (paper section 2.2) and how it is trained."""
+"""What the video autoencoder is (paper section 2.2), and in which phase and memory it is trained."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -89,59 +89,18 @@ class FSAEConfig:
 
 
 @dataclass(frozen=True)
-class FSAETrainingConfig:
-    """losses and phases of autoencoder training"""
+class FSAEPhaseConfig:
+    """training phase of the autoencoder, and its share of images"""
 
     phase: int = 1
     """What is trained, by which losses: 1 pixels, 2 + adversary, 3 large videos, 4 + alignment; then the decoder alone:
     5 Standard, 6 Lite."""
-    init_from: str | None = None
-    """Where a run without a checkpoint gets its weights: the previous phase's --save folder, or a release folder."""
-    l1_weight: float = 1.0
-    """Weight of the mean absolute error."""
-    perceptual_weight: float = 0.1
-    """Weight of the perceptual loss (paper: 0.1)."""
-    perceptual_trunk: Literal["none", "vgg16", "efficientnet-lite0"] = "vgg16"
-    """Frozen network behind the perceptual loss."""
-    perceptual_trunk_path: str | None = None
-    """Weights of the trunk, where it does not come with a package."""
-    perceptual_linear_path: str | None = None
-    """LPIPS's lin weights, where the trunk's file does not have them."""
-    perceptual_frames: int = 0
-    """Frames whose perceptual loss is computed at a time, to bound its memory; 0 takes all."""
-    gradient_weight: float = 0.0
-    """Weight of the L1 distance of spatial image gradients."""
-    multiscale_weight: float = 0.0
-    """Weight of the L1 distance of 2x and 4x averaged frames."""
-    ssim_weight: float = 0.0
-    """Weight of 1 - SSIM (Zhao et al. 2017): it rewards texture that L1 averages away."""
-    latent_penalty: float = 0.0
-    """Weight of max(0, mean square of the latents - 1): it keeps their scale near 1 where the steps are large."""
     image_fraction: float = 0.0
     """Share of batches that are single frames."""
     image_warmup_iters: int = 0
     """Iterations on single frames only, before the temporal taps are remapped and video begins."""
     image_batch_size: int = 16
     """Samples of a single-frame batch."""
-    recompute_activations: bool = False
-    """Keep only the inputs of blocks, and compute the blocks again in the backward pass: less memory, more time."""
-    context_parallel_size: int = 1
-    """Processes that share the frames of one clip; clips too short for it are dealt out to them whole."""
-    use_distributed_optimizer: bool = False
-    """Share the optimizers' moments out over all processes: each steps its own weights and sends them to the others."""
-    encoder_tile: int = 0
-    """Side in pixels of the tiles in which the encoder's outer stages run, recomputed one by one in the backward pass,
-    with exact gradients; 0 runs them whole."""
-    encoder_slice: int = 0
-    """Latent frames that the encoder takes at a time instead (for small frames); 0 takes all."""
-    patch_latents: int = 0
-    """Latent frames of the patch that the decoder's outer stages and the losses see; 0 takes all."""
-    patch_rows: int = 0
-    """Rows of the patch, in cells of 8 pixels; the outer 7 at each cut are decoded for their neighbours only."""
-    patch_columns: int = 0
-    """Columns of the patch, likewise."""
-    latent_noise: float = 0.0
-    """In training, latents get Gaussian noise of uniform(0, this) of their standard deviation before decoding."""
 
     def __post_init__(self) -> None:
         if self.phase not in range(1, 7):
@@ -151,25 +110,6 @@ class FSAETrainingConfig:
                 f"image_warmup_iters {self.image_warmup_iters} starts a model from images, which phase {self.phase} "
                 "no longer does: set it to 0"
             )
-        if self.context_parallel_size < 1:
-            raise ValueError(f"context_parallel_size must be at least 1, got {self.context_parallel_size}")
-        sizes = (self.encoder_tile, self.encoder_slice, self.patch_latents, self.patch_rows, self.patch_columns)
-        if min(sizes) < 0 or (self.encoder_tile and self.encoder_slice):
-            raise ValueError(
-                "encoder_tile, encoder_slice, patch_latents, patch_rows and patch_columns must not be negative, and "
-                f"only one of the first two can be given: got {sizes}"
-            )
-        if self.context_parallel_size > 1 and (self.encoder_slice or self.patch_latents):
-            raise ValueError(
-                f"encoder_slice {self.encoder_slice} and patch_latents {self.patch_latents} cut time, which "
-                f"context_parallel_size {self.context_parallel_size} has cut already: set them to 0, and use "
-                "encoder_tile, patch_rows and patch_columns"
-            )
-
-    @property
-    def decodes_patch(self) -> bool:
-        """Whether the decoder's outer stages see a patch only."""
-        return max(self.patch_latents, self.patch_rows, self.patch_columns) > 0
 
     @property
     def trains_encoder(self) -> bool:
@@ -185,3 +125,33 @@ class FSAETrainingConfig:
     def has_alignment(self) -> bool:
         """Whether the phase has the Video VF loss (where its weight is not 0)."""
         return self.phase == 4
+
+
+@dataclass(frozen=True)
+class FSAEMemoryConfig:
+    """memory of large clips: tiles, slices and patches"""
+
+    encoder_tile: int = 0
+    """Side in pixels of the tiles in which the encoder's outer stages run, recomputed one by one in the backward pass,
+    with exact gradients; 0 runs them whole."""
+    encoder_slice: int = 0
+    """Latent frames that the encoder takes at a time instead (for small frames); 0 takes all."""
+    patch_latents: int = 0
+    """Latent frames of the patch that the decoder's outer stages and the losses see; 0 takes all."""
+    patch_rows: int = 0
+    """Rows of the patch, in cells of 8 pixels; the outer 7 at each cut are decoded for their neighbours only."""
+    patch_columns: int = 0
+    """Columns of the patch, likewise."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.encoder_tile, self.encoder_slice, self.patch_latents, self.patch_rows, self.patch_columns)
+        if min(sizes) < 0 or (self.encoder_tile and self.encoder_slice):
+            raise ValueError(
+                "encoder_tile, encoder_slice, patch_latents, patch_rows and patch_columns must not be negative, and "
+                f"only one of the first two can be given: got {sizes}"
+            )
+
+    @property
+    def decodes_patch(self) -> bool:
+        """Whether the decoder's outer stages see a patch only."""
+        return max(self.patch_latents, self.patch_rows, self.patch_columns) > 0

@@ -1,7 +1,41 @@
-"""The losses that the autoencoder's later phases add: an adversary, semantic alignment, latent regularisation."""
+"""The autoencoder's losses: reconstruction, and what later phases add: adversary, alignment, latent regularisation."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+
+@dataclass(frozen=True)
+class ReconstructionLossConfig:
+    """weights of the reconstruction losses, and what keeps latents small and robust"""
+
+    l1_weight: float = 1.0
+    """Weight of the mean absolute error."""
+    perceptual_weight: float = 0.1
+    """Weight of the perceptual loss (paper: 0.1)."""
+    gradient_weight: float = 0.0
+    """Weight of the L1 distance of spatial image gradients."""
+    multiscale_weight: float = 0.0
+    """Weight of the L1 distance of 2x and 4x averaged frames."""
+    ssim_weight: float = 0.0
+    """Weight of 1 - SSIM (Zhao et al. 2017): it rewards texture that L1 averages away."""
+    latent_penalty: float = 0.0
+    """Weight of max(0, mean square of the latents - 1): it keeps their scale near 1 where the steps are large."""
+    latent_noise: float = 0.0
+    """In training, latents get Gaussian noise of uniform(0, this) of their standard deviation before decoding."""
+
+
+@dataclass(frozen=True)
+class PerceptualLossConfig:
+    """the frozen network behind the perceptual loss"""
+
+    perceptual_trunk: Literal["none", "vgg16", "efficientnet-lite0"] = "vgg16"
+    """Frozen network whose features the perceptual loss compares."""
+    perceptual_trunk_path: str | None = None
+    """Weights of the trunk, where it does not come with a package."""
+    perceptual_linear_path: str | None = None
+    """LPIPS's lin weights, where the trunk's file does not have them."""
+    perceptual_frames: int = 0
+    """Frames whose perceptual loss is computed at a time, to bound its memory; 0 takes all."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ _LARGE: Preset = _COMMON | {
     "patch_rows": 40,
     "patch_columns": 40,
     "perceptual_frames": 8,
-    "recompute_activations": True,
+    "recompute_granularity": "full",
     "lr": 2e-5,
 }
 
@@ -76,7 +76,7 @@ PHASES: dict[int, Preset] = {
         "context_parallel_size": 2,
         "encoder_tile": 256,
         "perceptual_frames": 16,
-        "recompute_activations": True,
+        "recompute_granularity": "full",
         "lr": 5e-5,
         "train_iters": 200_000,
         "discriminator_warmup_iters": 1000,

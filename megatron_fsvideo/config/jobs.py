@@ -4,9 +4,14 @@ from dataclasses import dataclass, field, replace
 
 from megatron_fsvideo.config.data import DataConfig, VideoDataConfig
 from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
-from megatron_fsvideo.config.fsae import FSAEConfig, FSAETrainingConfig
-from megatron_fsvideo.config.fsae_losses import AdversaryConfig, AlignmentConfig
-from megatron_fsvideo.config.parallel import ParallelConfig
+from megatron_fsvideo.config.fsae import FSAEConfig, FSAEMemoryConfig, FSAEPhaseConfig
+from megatron_fsvideo.config.fsae_losses import (
+    AdversaryConfig,
+    AlignmentConfig,
+    PerceptualLossConfig,
+    ReconstructionLossConfig,
+)
+from megatron_fsvideo.config.parallel import DiTParallelConfig, ParallelConfig
 from megatron_fsvideo.config.training import (
     CheckpointConfig,
     LoggingConfig,
@@ -24,7 +29,7 @@ class DiTJob:
 
     model: DiTConfig = field(default_factory=DiTConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallel: DiTParallelConfig = field(default_factory=DiTParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -39,6 +44,11 @@ class DiTJob:
         object.__setattr__(self, "parallel", count_virtual_stages(self.model, self.parallel))
         check_layout(self.model, self.parallel)
         check_stage(self.stage, self.checkpoint)
+        if self.checkpoint.init_from is not None:
+            raise ValueError(
+                f"init_from {self.checkpoint.init_from} is for the autoencoder: give --load with this folder and "
+                "--finetune"
+            )
         self._check_sampling()
         if self.parallel.fp8_format is not None and not self.training.bf16:
             raise ValueError(f"fp8_format {self.parallel.fp8_format} needs bf16: what is not in FP8 is in bfloat16")
@@ -65,9 +75,13 @@ class FSAEJob:
     """Train the video autoencoder on video files."""
 
     model: FSAEConfig = field(default_factory=FSAEConfig)
-    losses: FSAETrainingConfig = field(default_factory=FSAETrainingConfig)
+    phase: FSAEPhaseConfig = field(default_factory=FSAEPhaseConfig)
+    losses: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    perceptual: PerceptualLossConfig = field(default_factory=PerceptualLossConfig)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    memory: FSAEMemoryConfig = field(default_factory=FSAEMemoryConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: VideoDataConfig = field(default_factory=VideoDataConfig)
@@ -78,6 +92,11 @@ class FSAEJob:
     def __post_init__(self) -> None:
         if self.logging.router_image_interval:
             raise ValueError("router_image_interval is for the DiT: an autoencoder has no layer memory")
+        self._check_sizes()
+        self._check_losses()
+        self._check_memory()
+
+    def _check_sizes(self) -> None:
         factor = self.model.spatial_factor
         for name, side in (("resolution", self.data.resolution), ("valid_resolution", self.data.valid_side)):
             if side % factor:
@@ -85,34 +104,46 @@ class FSAEJob:
                     f"{name} {side} is not a multiple of the autoencoder's spatial factor {factor}; "
                     f"try {max(1, round(side / factor)) * factor}"
                 )
-        if self.losses.perceptual_weight > 0 and self.losses.perceptual_trunk == "none":
+
+    def _check_losses(self) -> None:
+        phase = self.phase.phase
+        if self.losses.perceptual_weight > 0 and self.perceptual.perceptual_trunk == "none":
             raise ValueError(
                 f"perceptual_weight is {self.losses.perceptual_weight}, but perceptual_trunk is none: name a trunk, or "
                 "set the weight to 0"
             )
-        decoder = {5: "standard", 6: "lite"}.get(self.losses.phase, "causal")
+        decoder = {5: "standard", 6: "lite"}.get(phase, "causal")
         if self.model.decoder != decoder:
             raise ValueError(
-                f"phase {self.losses.phase} trains a {decoder} decoder, but decoder is {self.model.decoder}: change "
-                "one of the two"
+                f"phase {phase} trains a {decoder} decoder, but decoder is {self.model.decoder}: change one of the two"
             )
-        if self.losses.latent_noise > 0 and not self.losses.trains_encoder:
+        if self.losses.latent_noise > 0 and not self.phase.trains_encoder:
             raise ValueError(f"latent_noise {self.losses.latent_noise} is for phases 1 to 4: set it to 0")
-        if self.alignment.latent_regularizer != "none" and not self.losses.trains_encoder:
+        if self.alignment.latent_regularizer != "none" and not self.phase.trains_encoder:
             raise ValueError(
-                f"latent_regularizer {self.alignment.latent_regularizer} shapes the latents, which phase "
-                f"{self.losses.phase} leaves as they are: set it to none"
+                f"latent_regularizer {self.alignment.latent_regularizer} shapes the latents, which phase {phase} "
+                "leaves as they are: set it to none"
+            )
+
+    def _check_memory(self) -> None:
+        if self.parallel.recompute_granularity == "selective":
+            raise ValueError("recompute_granularity selective is for the DiT: the autoencoder has full, or none")
+        if self.parallel.context_parallel_size > 1 and (self.memory.encoder_slice or self.memory.patch_latents):
+            raise ValueError(
+                f"encoder_slice {self.memory.encoder_slice} and patch_latents {self.memory.patch_latents} cut time, "
+                f"which context_parallel_size {self.parallel.context_parallel_size} has cut already: set them to 0, "
+                "and use encoder_tile, patch_rows and patch_columns"
             )
 
     @property
     def uses_gan(self) -> bool:
         """Whether this run trains with a discriminator."""
-        return self.losses.has_adversary and self.adversary.gan_weight > 0
+        return self.phase.has_adversary and self.adversary.gan_weight > 0
 
     @property
     def uses_vf(self) -> bool:
         """Whether this run aligns the latents with a vision model."""
-        return self.losses.has_alignment and self.alignment.vf_weight > 0
+        return self.phase.has_alignment and self.alignment.vf_weight > 0
 
 
 def check_stage(stage: StageConfig, checkpoint: CheckpointConfig) -> None:
@@ -132,7 +163,7 @@ def check_stage(stage: StageConfig, checkpoint: CheckpointConfig) -> None:
         )
 
 
-def count_virtual_stages(model: DiTConfig, parallel: ParallelConfig) -> ParallelConfig:
+def count_virtual_stages(model: DiTConfig, parallel: DiTParallelConfig) -> DiTParallelConfig:
     """`num_layers_per_virtual_pipeline_stage`, if given, as the `num_virtual_stages_per_pipeline_rank` that it means.
 
     Raises:
@@ -154,7 +185,7 @@ def count_virtual_stages(model: DiTConfig, parallel: ParallelConfig) -> Parallel
     )
 
 
-def check_layout(model: DiTConfig, parallel: ParallelConfig) -> None:
+def check_layout(model: DiTConfig, parallel: DiTParallelConfig) -> None:
     """Refuse a parallel layout that the model's sizes do not allow (dit_spec 1.7's table).
 
     Raises:
@@ -184,7 +215,7 @@ def check_layout(model: DiTConfig, parallel: ParallelConfig) -> None:
     _check_virtual_stages(model.num_layers, parallel)
 
 
-def check_token_count(num_tokens: int, source: str, parallel: ParallelConfig) -> None:
+def check_token_count(num_tokens: int, source: str, parallel: DiTParallelConfig) -> None:
     """Refuse samples whose tokens the ranks cannot share evenly; `source` names what has so many.
 
     Raises:
@@ -205,7 +236,7 @@ def check_token_count(num_tokens: int, source: str, parallel: ParallelConfig) ->
         )
 
 
-def _check_fp8_widths(model: DiTConfig, parallel: ParallelConfig) -> None:
+def _check_fp8_widths(model: DiTConfig, parallel: DiTParallelConfig) -> None:
     tp = parallel.tensor_model_parallel_size
     widths = {
         "hidden_size": (model.hidden_size, parallel.token_multiple),
@@ -217,7 +248,7 @@ def _check_fp8_widths(model: DiTConfig, parallel: ParallelConfig) -> None:
             raise ValueError(f"fp8_recipe {parallel.fp8_recipe} needs a multiple of {multiple}; {name} is {width}")
 
 
-def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
+def _check_stages(num_layers: int, parallel: DiTParallelConfig) -> None:
     ends = [
         number
         for number in (parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage)
@@ -240,7 +271,7 @@ def _check_stages(num_layers: int, parallel: ParallelConfig) -> None:
     )
 
 
-def _check_virtual_stages(num_layers: int, parallel: ParallelConfig) -> None:
+def _check_virtual_stages(num_layers: int, parallel: DiTParallelConfig) -> None:
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     ends = [number for number in (first, last) if number is not None]
     others = parallel.pipeline_model_parallel_size - len(ends)

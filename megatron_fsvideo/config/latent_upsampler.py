@@ -52,8 +52,6 @@ class LatentUpsamplingLossConfig:
     """Its weight after the ramp (paper: 1)."""
     perceptual_ramp: float = 0.5
     """Share of the run in which its weight rises linearly (the paper says "gradually")."""
-    perceptual_frames: int = 0
-    """Frames whose perceptual loss is computed at a time, to bound its memory; 0 takes all."""
 
     def __post_init__(self) -> None:
         weights = (self.latent_weight, self.pixel_weight, self.perceptual_weight_start, self.perceptual_weight_end)

@@ -2,19 +2,65 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
+
+
+class GroupSizes(NamedTuple):
+    """Numbers of ranks along each axis of a layout."""
+
+    tensor: int = 1
+    context: int = 1
+    pipeline: int = 1
+    virtual_stages: int | None = None
+    """Model chunks of a pipeline rank; None is one."""
+    hierarchical_context: tuple[int, ...] = ()
+    """Sizes whose product is `context`, for exchanges in two levels."""
+
+    @property
+    def model(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.context * self.pipeline
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """tensor, sequence, context, pipeline and data parallelism"""
+    """data and context parallelism, recomputation (all jobs)"""
+
+    context_parallel_size: int = 1
+    """Number of ranks that share the tokens or frames of each sample."""
+    use_distributed_optimizer: bool = False
+    """Divide the optimizer's state among the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Start to reduce gradients while the backward pass still runs."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """Compute activations again in the backward pass, which saves memory: those of whole layers or blocks (full), or of
+    recompute_modules only (selective; DiT)."""
+    distributed_timeout_minutes: float = 10
+    """Time after which a run ends if a rank makes no progress; the message names the ranks that are waited for."""
+
+    def __post_init__(self) -> None:
+        if self.context_parallel_size < 1:
+            raise ValueError(f"context_parallel_size must be at least 1, got {self.context_parallel_size}")
+
+    @property
+    def group_sizes(self) -> GroupSizes:
+        """Ranks along each axis."""
+        return GroupSizes(context=self.context_parallel_size)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.group_sizes.model
+
+
+@dataclass(frozen=True)
+class DiTParallelConfig(ParallelConfig):
+    """tensor, sequence, context, pipeline and data parallelism, numerics (DiT)"""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share each layer's weights."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages that share the layers."""
-    context_parallel_size: int = 1
-    """Ranks that share each sample's tokens in attention."""
     cp_comm_type: Literal["a2a", "p2p", "all_gather", "a2a+p2p"] = "a2a"
     """What they exchange: heads (Ulysses all-to-all); with Transformer Engine also keys and values, in a ring (p2p) or
     all at once (all_gather), or heads among near ranks and keys and values among far ones (a2a+p2p)."""
@@ -30,12 +76,6 @@ class ParallelConfig:
     """Model chunks per pipeline rank: smaller bubbles, more messages; none is one."""
     num_layers_per_virtual_pipeline_stage: int | None = None
     """The same by the layers of a chunk, instead of the number of chunks; the stages are then even."""
-    use_distributed_optimizer: bool = False
-    """Share the optimizer's state over the data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Start reducing gradients while the backward pass runs."""
-    recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute activations in the backward pass: of whole layers, or of recompute_modules only."""
     recompute_method: Literal["uniform", "block"] = "uniform"
     """Full recomputation of all layers, or (block) of the first recompute_num_layers of each stage."""
     recompute_num_layers: int = 1
@@ -58,14 +98,12 @@ class ParallelConfig:
     """Which of them gives the delayed scale."""
     layer_memory_kernel: Literal["auto", "torch", "triton"] = "auto"
     """What mixes layer memory: Triton's kernels, plain torch, or Triton's on CUDA and torch elsewhere."""
-    distributed_timeout_minutes: float = 10
-    """When a rank does not move for so long, the run ends and names the ranks that the others wait for."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = {
             "tensor_model_parallel_size": self.tensor_model_parallel_size,
             "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
-            "context_parallel_size": self.context_parallel_size,
         }
         for name, size in sizes.items():
             if size < 1:
@@ -157,6 +195,12 @@ class ParallelConfig:
         return self.num_virtual_stages_per_pipeline_rank or 1
 
     @property
-    def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+    def group_sizes(self) -> GroupSizes:
+        """Ranks along each axis."""
+        return GroupSizes(
+            self.tensor_model_parallel_size,
+            self.context_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.num_virtual_stages_per_pipeline_rank,
+            self.hierarchical_context_parallel_sizes,
+        )

@@ -99,6 +99,9 @@ class CheckpointConfig:
     """Newest checkpoints that are kept; 0 keeps all."""
     finetune: bool = False
     """Load only the weights: optimizer, iteration and data position start anew."""
+    init_from: str | None = None
+    """Where a run without a checkpoint takes its weights from: a --save folder of an earlier run, or a release folder.
+    (autoencoder)"""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ weighted per channel, averaged over positions, summed over layers. Trunks:
 import torch
 from torch import Tensor, nn
 
-from megatron_fsvideo.config import FSAETrainingConfig, require
+from megatron_fsvideo.config import PerceptualLossConfig, require
 from megatron_fsvideo.evaluation.weight_files import read_weight_file
 
 VGG_LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
@@ -64,12 +64,12 @@ class PerceptualLoss(nn.Module):
         return total.reshape(b, f)
 
 
-def build_perceptual_loss(losses: FSAETrainingConfig, device: torch.device) -> PerceptualLoss | None:
-    """The perceptual loss a job asks for; None with weight 0 or trunk none."""
-    if losses.perceptual_weight == 0 or losses.perceptual_trunk == "none":
+def build_perceptual_loss(config: PerceptualLossConfig, device: torch.device) -> PerceptualLoss | None:
+    """The perceptual loss a job asks for; None with trunk none."""
+    if config.perceptual_trunk == "none":
         return None
     return load_perceptual_loss(
-        losses.perceptual_trunk, losses.perceptual_trunk_path, device, losses.perceptual_linear_path
+        config.perceptual_trunk, config.perceptual_trunk_path, device, config.perceptual_linear_path
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fsvideo.config import DiTConfig, ParallelConfig, require
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, require
 from megatron_fsvideo.models.dit.layer_memory import LayerMemory
 from megatron_fsvideo.models.dit.tokens import round_up, token_grid
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum
@@ -29,7 +29,7 @@ class RouterWeights:
         ValueError: a model without layer memory, or of one layer, has no router.
     """
 
-    def __init__(self, model: DiTConfig, parallel: ParallelConfig, pgs: ProcessGroups) -> None:
+    def __init__(self, model: DiTConfig, parallel: DiTParallelConfig, pgs: ProcessGroups) -> None:
         if not model.layer_memory or model.num_layers < 2:
             raise ValueError("only models with layer memory and at least two layers have routing weights")
         self._model, self._parallel, self._pgs = model, parallel, pgs

@@ -10,7 +10,7 @@ from megatron_fsvideo.checkpoint.distributed import latest_iteration, load_check
 from megatron_fsvideo.checkpoint.dit_release import DiTRecord, is_dit_release, open_dit_release
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder
-from megatron_fsvideo.config import DiTJob, ParallelConfig, from_dict
+from megatron_fsvideo.config import DiTJob, DiTParallelConfig, from_dict
 from megatron_fsvideo.models.dit import DiTModel, build_dit
 from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
 from megatron_fsvideo.models.fsae import FSAE, fingerprint
@@ -32,7 +32,7 @@ class LoadedDiT:
     iteration: int
 
 
-def load_dit(folder: str | Path, parallel: ParallelConfig, pgs: ProcessGroups, use_ema: bool = True) -> LoadedDiT:
+def load_dit(folder: str | Path, parallel: DiTParallelConfig, pgs: ProcessGroups, use_ema: bool = True) -> LoadedDiT:
     """Load the newest checkpoint of a training run's --save folder, or a release, into this layout.
 
     Args:
@@ -72,7 +72,7 @@ def read_dit_record(folder: str | Path) -> DiTRecord:
 
 
 def load_model(
-    folder: str | Path, record: DiTRecord, parallel: ParallelConfig, pgs: ProcessGroups, use_ema: bool
+    folder: str | Path, record: DiTRecord, parallel: DiTParallelConfig, pgs: ProcessGroups, use_ema: bool
 ) -> DiTModel:
     """The model of a release or checkpoint folder in this layout.
 

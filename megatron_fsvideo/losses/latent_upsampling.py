@@ -102,6 +102,7 @@ def upsampling_loss(
     videos: tuple[Tensor, Tensor],
     perceptual: PerceptualLoss,
     alpha: float,
+    perceptual_frames: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, a scalar, and its unweighted parts by name.
 
@@ -109,6 +110,7 @@ def upsampling_loss(
         latents: the upsampler's and the encoder's, [b, c, t, h, w], normalised.
         videos: the decoder's and the true one, [b, 3, f, h, w] in [-1, 1]; or the same box of both.
         alpha: from `perceptual_weight`.
+        perceptual_frames: `PerceptualLossConfig.perceptual_frames`.
 
     Raises:
         ValueError: shapes that differ, which would be broadcast.
@@ -117,7 +119,7 @@ def upsampling_loss(
         if ours.shape != theirs.shape:
             raise ValueError(f"shapes differ: {list(ours.shape)} and {list(theirs.shape)}")
     parts = {"latent": F.l1_loss(*latents), "l1": F.l1_loss(*videos)}
-    parts["perceptual"] = sliced_perceptual_loss(perceptual, *videos, config.perceptual_frames)
+    parts["perceptual"] = sliced_perceptual_loss(perceptual, *videos, perceptual_frames)
     loss = config.latent_weight * parts["latent"] + config.pixel_weight * parts["l1"] + alpha * parts["perceptual"]
     return loss, {name: value.detach() for name, value in parts.items()}
 

@@ -14,7 +14,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from megatron_fsvideo.config import ParallelConfig, require
+from megatron_fsvideo.config import DiTParallelConfig, require
 from megatron_fsvideo.models.dot_product_attention import dot_product_attention
 from megatron_fsvideo.parallel.marks import mark_sees_local_tokens
 from megatron_fsvideo.parallel.sequence import heads_to_tokens, tokens_to_heads
@@ -116,7 +116,7 @@ class TorchBackend:
     core_attention = UlyssesAttention
 
 
-def backend_for(parallel: ParallelConfig) -> Backend:
+def backend_for(parallel: DiTParallelConfig) -> Backend:
     """The backend behind `--transformer-impl`.
 
     Raises:
@@ -130,7 +130,7 @@ def backend_for(parallel: ParallelConfig) -> Backend:
     return TransformerEngineBackend
 
 
-def check_backend(parallel: ParallelConfig) -> None:
+def check_backend(parallel: DiTParallelConfig) -> None:
     """Refuse what this machine cannot run; entry scripts ask before they build anything.
 
     Raises:

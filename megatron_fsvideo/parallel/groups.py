@@ -131,22 +131,22 @@ def initialize(parallel: ParallelConfig) -> ProcessGroups:
         ValueError: the number of processes is not a multiple of TP x CP x PP.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size % parallel.model_parallel_size:
+    sizes = parallel.group_sizes
+    if world_size % sizes.model:
         raise ValueError(
-            f"{world_size} processes cannot hold tensor_model_parallel_size {parallel.tensor_model_parallel_size} x "
-            f"context_parallel_size {parallel.context_parallel_size} x "
-            f"pipeline_model_parallel_size {parallel.pipeline_model_parallel_size} = {parallel.model_parallel_size}; "
-            f"start a multiple of {parallel.model_parallel_size} processes"
+            f"{world_size} processes cannot hold tensor_model_parallel_size {sizes.tensor} x "
+            f"context_parallel_size {sizes.context} x pipeline_model_parallel_size {sizes.pipeline} = {sizes.model}; "
+            f"start a multiple of {sizes.model} processes"
         )
     device = _local_device()
     if not dist.is_initialized():
         _join(device, world_size, parallel.distributed_timeout_minutes + _GRACE_MINUTES)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank,
-        context_parallel_size=parallel.context_parallel_size,
-        hierarchical_context_parallel_sizes=list(parallel.hierarchical_context_parallel_sizes) or None,
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_stages,
+        context_parallel_size=sizes.context,
+        hierarchical_context_parallel_sizes=list(sizes.hierarchical_context) or None,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes + _GRACE_MINUTES,
         create_gloo_process_groups=True,
     )

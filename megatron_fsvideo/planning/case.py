@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_fsvideo.config import DiTConfig, ParallelConfig
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig
 from megatron_fsvideo.training.flops import Rows
 
 
@@ -18,7 +18,7 @@ class Case:
     """
 
     model: DiTConfig
-    parallel: ParallelConfig
+    parallel: DiTParallelConfig
     rows: Rows
     micro_batch_size: int = 1
     num_microbatches: int = 1

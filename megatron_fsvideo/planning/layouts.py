@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from megatron_fsvideo.config import DiTConfig, ParallelConfig, check_layout, check_token_count
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, check_layout, check_token_count
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.memory import MemoryByPart, peak_memory
 from megatron_fsvideo.planning.rates import RateConfig
@@ -189,7 +189,7 @@ def refuse_sizes(model: DiTConfig, plan: PlanConfig, rates: RateConfig, tp: int,
 
 
 def make_case(
-    model: DiTConfig, plan: PlanConfig, parallel: ParallelConfig, rows: Rows, micro: int
+    model: DiTConfig, plan: PlanConfig, parallel: DiTParallelConfig, rows: Rows, micro: int
 ) -> tuple[Case | None, str]:
     """The case of a layout and a micro-batch size, or why there is none."""
     dp = plan.num_gpus // parallel.model_parallel_size
@@ -236,17 +236,17 @@ def _sequence_parallel(plan: PlanConfig, tp: int) -> bool:
     return tp > 1 if plan.sequence_parallel is None else plan.sequence_parallel
 
 
-def _parallels(model: DiTConfig, plan: PlanConfig, tp: int, cp: int, pp: int) -> list[ParallelConfig]:
+def _parallels(model: DiTConfig, plan: PlanConfig, tp: int, cp: int, pp: int) -> list[DiTParallelConfig]:
     wanted = plan.recompute_granularity
     kinds = ["none", "selective", "full"] if wanted == "search" else [wanted]
     return [_parallel(model, plan, tp, cp, pp, kind) for kind in kinds]
 
 
-def _parallel(model: DiTConfig, plan: PlanConfig, tp: int, cp: int, pp: int, recompute: str) -> ParallelConfig:
+def _parallel(model: DiTConfig, plan: PlanConfig, tp: int, cp: int, pp: int, recompute: str) -> DiTParallelConfig:
     first, last = plan.num_layers_in_first_pipeline_stage, plan.num_layers_in_last_pipeline_stage
     if first is None and last is None and pp > 1 and model.num_layers % pp:
         first, last = _uneven_ends(model.num_layers, pp)
-    return ParallelConfig(
+    return DiTParallelConfig(
         tensor_model_parallel_size=tp,
         context_parallel_size=cp,
         pipeline_model_parallel_size=pp,

@@ -10,7 +10,7 @@ counts twice its forward: that FlashAttention's kernels compute the logits again
 
 from typing import NamedTuple
 
-from megatron_fsvideo.config import DiTConfig, ParallelConfig
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig
 
 FlopCount = dict[str, float]
 
@@ -88,7 +88,7 @@ def training_flops(model: DiTConfig, rows: Rows) -> FlopCount:
     return parts
 
 
-def hardware_flops(model: DiTConfig, rows: Rows, parallel: ParallelConfig) -> FlopCount:
+def hardware_flops(model: DiTConfig, rows: Rows, parallel: DiTParallelConfig) -> FlopCount:
     """The same with what recomputation repeats."""
     parts = training_flops(model, rows)
     for name, work in forward_flops(model, rows).items():
@@ -112,7 +112,7 @@ def peak_tflops(device_name: str, precision: str = "bf16") -> float | None:
     return rates.get(precision)
 
 
-def recomputed_share(part: str, model: DiTConfig, parallel: ParallelConfig) -> float:
+def recomputed_share(part: str, model: DiTConfig, parallel: DiTParallelConfig) -> float:
     """How much of a part's forward is done twice; `part` is a key of what `forward_flops` returns."""
     if part not in LAYER_PARTS or parallel.recompute_granularity is None:
         return 0.0

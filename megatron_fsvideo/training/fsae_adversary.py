@@ -30,7 +30,7 @@ class Adversary:
             self.config.discriminator_width, self.config.discriminator_scales, self.config.discriminator_layers
         ).to(pgs.device)
         optimizer = replace(job.optimizer, optimizer="adam", weight_decay=0.0, clip_grad=0.0)
-        sharers = pgs.dp_cp if job.losses.use_distributed_optimizer else None
+        sharers = pgs.dp_cp if job.parallel.use_distributed_optimizer else None
         self.optimizer = FSAEOptimizer(self.model, optimizer, job.training.train_iters, sharers)
 
     def learns_alone(self, iteration: int) -> bool:

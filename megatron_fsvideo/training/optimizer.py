@@ -17,7 +17,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePred
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import nn
 
-from megatron_fsvideo.config import OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_fsvideo.config import DiTParallelConfig, OptimizerConfig, TrainingConfig
 from megatron_fsvideo.models.dit import DiTModel
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
 from megatron_fsvideo.parallel.groups import ProcessGroups
@@ -27,7 +27,7 @@ from megatron_fsvideo.training.tensor_parallel_muon import (
 )
 
 
-def wrap_ddp(model: DiTModel, parallel: ParallelConfig, pgs: ProcessGroups) -> DistributedDataParallel:
+def wrap_ddp(model: DiTModel, parallel: DiTParallelConfig, pgs: ProcessGroups) -> DistributedDataParallel:
     """Megatron's DDP: gradients are summed in fp32 over the data- and context-parallel ranks."""
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -44,7 +44,7 @@ def wrap_ddp(model: DiTModel, parallel: ParallelConfig, pgs: ProcessGroups) -> D
 
 
 def wrap_ddp_chunks(
-    chunks: list[DiTModel], parallel: ParallelConfig, pgs: ProcessGroups
+    chunks: list[DiTModel], parallel: DiTParallelConfig, pgs: ProcessGroups
 ) -> list[DistributedDataParallel]:
     """The same for the virtual stages of a rank, which share one configuration."""
     wrapped = [wrap_ddp(chunk, parallel, pgs) for chunk in chunks]
@@ -56,7 +56,7 @@ def wrap_ddp_chunks(
 def build_optimizer(
     wrapped: DistributedDataParallel | list[DistributedDataParallel],
     optimizer: OptimizerConfig,
-    parallel: ParallelConfig,
+    parallel: DiTParallelConfig,
     training: TrainingConfig,
     pgs: ProcessGroups,
 ) -> MegatronOptimizer:

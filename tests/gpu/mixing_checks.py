@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_fsvideo.config import DiTConfig, ParallelConfig
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig
 from megatron_fsvideo.kernels import MixSettings
 from megatron_fsvideo.models.dit import build_dit
 from megatron_fsvideo.parallel import groups
@@ -93,7 +93,7 @@ def gradients_of_a_model(norms_states, dtype, pgs, **settings):
         freq_dim=16,
         layer_memory_norm="normalized" if norms_states else "raw",
     )
-    model = build_dit(config, ParallelConfig(**settings), pgs, params_dtype=dtype)
+    model = build_dit(config, DiTParallelConfig(**settings), pgs, params_dtype=dtype)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size):
@@ -110,7 +110,7 @@ def gradients_of_a_model(norms_states, dtype, pgs, **settings):
 
 def trains_a_model_as_torch_does(mixer, norms_states, dtype, sizes, device):
     """The whole of layer memory with these kernels and with torch's; recomputation changes no bit."""
-    pgs = groups.initialize(ParallelConfig())
+    pgs = groups.initialize(DiTParallelConfig())
     kept, expected = (
         gradients_of_a_model(norms_states, dtype, pgs, layer_memory_kernel=kernel) for kernel in ("triton", "torch")
     )

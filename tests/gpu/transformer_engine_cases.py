@@ -12,7 +12,7 @@ import torch
 import transformer_engine.pytorch as te
 from torch import Tensor
 
-from megatron_fsvideo.config import DiTConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, OptimizerConfig, TrainingConfig
 from megatron_fsvideo.models.backends import check_backend
 from megatron_fsvideo.models.dit import DiTModel, build_dit
 from megatron_fsvideo.models.dot_product_attention import choose_kernel, dot_product_attention
@@ -51,7 +51,7 @@ def batch(device: torch.device) -> dict[str, Tensor]:
 
 def build(pgs: groups.ProcessGroups, **settings: Any) -> DiTModel:
     """A model in bf16 with the same random weights, whatever it is made of."""
-    model = build_dit(MODEL, ParallelConfig(**settings), pgs, params_dtype=torch.bfloat16)
+    model = build_dit(MODEL, DiTParallelConfig(**settings), pgs, params_dtype=torch.bfloat16)
     randomize([model], pgs)
     return model
 
@@ -79,7 +79,7 @@ def compare(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dic
 
 def train(pgs: groups.ProcessGroups, **settings: Any) -> list[float]:
     """Losses of ten steps on one batch."""
-    model, parallel = build(pgs, **settings), ParallelConfig(**settings)
+    model, parallel = build(pgs, **settings), DiTParallelConfig(**settings)
     wrapped = wrap_ddp_chunks([model], parallel, pgs)
     optimizer = build_optimizer(wrapped, OptimizerConfig(lr=1e-3), parallel, TrainingConfig(bf16=True), pgs)
     losses = []
@@ -120,7 +120,7 @@ def possible_recipes() -> list[str]:
     possible = []
     for recipe in RECIPES:
         try:
-            check_backend(ParallelConfig(fp8_format="e4m3", fp8_recipe=recipe, **TE))
+            check_backend(DiTParallelConfig(fp8_format="e4m3", fp8_recipe=recipe, **TE))
         except ValueError:
             continue
         possible.append(recipe)
@@ -129,7 +129,7 @@ def possible_recipes() -> list[str]:
 
 def main() -> None:
     """Everything, in one process."""
-    pgs = groups.initialize(ParallelConfig())
+    pgs = groups.initialize(DiTParallelConfig())
     local, plain = output_and_gradients(pgs), output_and_gradients(pgs, **TE)
     found: dict[str, Any] = {
         "te": compare(plain, local),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_fsvideo.config import ParallelConfig
+from megatron_fsvideo.config import DiTParallelConfig
 from megatron_fsvideo.data.batch import Batch, broadcast_batch
 from megatron_fsvideo.parallel.groups import initialize
 from tests.parallel.harness import run_workers
@@ -23,7 +23,7 @@ def make_batch(seed: int, with_image: bool) -> Batch:
 
 
 def receive(with_image: bool) -> dict:
-    pgs = initialize(ParallelConfig(tensor_model_parallel_size=2))
+    pgs = initialize(DiTParallelConfig(tensor_model_parallel_size=2))
     # Ranks 0 and 1, 2 and 3 are the tensor-parallel groups: shapes differ between them.
     batch = make_batch(pgs.dp_rank, with_image) if pgs.tp_rank == 0 else None
     received = broadcast_batch(batch, pgs)

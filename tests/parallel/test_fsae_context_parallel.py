@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_fsvideo.config import FSAEJob, ParallelConfig
+from megatron_fsvideo.config import FSAEJob
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.training.state import TrainState
@@ -38,13 +38,15 @@ def gradients_of_step(job: FSAEJob, iteration: int) -> tuple[dict[str, float], t
 
     In fp64: in fp32 single pixels change sides of L1's gradient, which alone is more than 1e-5.
     """
-    pgs = groups.initialize(ParallelConfig(context_parallel_size=job.losses.context_parallel_size))
+    pgs = groups.initialize(job.parallel)
     torch.set_default_dtype(torch.float64)
     step, found = FSAEStep(job, pgs), []
     torch.manual_seed(0)
     # With weights of its own: no job can name this trunk.
-    losses = replace(job.losses, perceptual_weight=0.5, perceptual_trunk="vgg16", perceptual_frames=3)
-    step.objective.job, step.objective.perceptual = replace(job, losses=losses), PerceptualLoss(TinyTrunk(), None, "")
+    losses = replace(job.losses, perceptual_weight=0.5)
+    frozen = replace(job.perceptual, perceptual_trunk="vgg16", perceptual_frames=3)
+    step.objective.job = replace(job, losses=losses, perceptual=frozen)
+    step.objective.perceptual = PerceptualLoss(TinyTrunk(), None, "")
     read = step.batches.read
     step.batches.read = lambda first, plan: read(first, plan).double()
     features = step.objective.features  # DINOv2 is fp32

@@ -79,7 +79,7 @@ def test_two_processes_are_one_with_adversary_and_alignment(
     job = build_job(FSAEJob, FSAE_PRESETS["fsae_debug"] | values)
     ((metrics, weights, discriminator, held),) = run_workers(train_both, 1, job)
     assert "r1" in metrics[0] and metrics[0]["grad_norm"] == 0 < metrics[1]["grad_norm"]
-    distributed = replace(job, losses=replace(job.losses, use_distributed_optimizer=shared))
+    distributed = replace(job, parallel=replace(job.parallel, use_distributed_optimizer=shared))
     results = run_workers(train_both, 2, distributed)
     for theirs in zip(*(result[3] for result in results), held, strict=True):
         first, second, all_of_them = theirs

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from megatron_fsvideo.config import DiTConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, OptimizerConfig, TrainingConfig
 from megatron_fsvideo.diffusion.losses import per_sample_loss, squared_errors
 from megatron_fsvideo.models.dit import build_dit_chunks, patchify
 from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
@@ -43,7 +43,7 @@ class Layout:
 
     name: str
     world_size: int
-    parallel: ParallelConfig
+    parallel: DiTParallelConfig
     model: DiTConfig = MODEL
     optimizer: str = "adam"
     batches: str = "video"
@@ -52,7 +52,7 @@ class Layout:
     @property
     def reference(self) -> "Layout":
         """The same in one process, with everything kept."""
-        return replace(self, name="one process", world_size=1, parallel=ParallelConfig(), token_multiple=None)
+        return replace(self, name="one process", world_size=1, parallel=DiTParallelConfig(), token_multiple=None)
 
 
 def layout(
@@ -65,7 +65,7 @@ def layout(
     **parallel: int | bool | str | tuple[str, ...],
 ) -> Layout:
     names = {"tp": "tensor_model_parallel_size", "cp": "context_parallel_size", "pp": "pipeline_model_parallel_size"}
-    settings = ParallelConfig(**{names.get(k, k): v for k, v in parallel.items()})
+    settings = DiTParallelConfig(**{names.get(k, k): v for k, v in parallel.items()})
     return Layout(name, world_size, settings, model, optimizer, batches, token_multiple)
 
 
@@ -329,8 +329,8 @@ def assert_no_bit_differs(found, kept):
 )
 @pytest.mark.parametrize("model", [MODEL, NORMALIZED], ids=["raw", "normalized"])
 def test_recomputation_changes_no_bit(model, recompute):
-    kept = reference(Layout("one process", 1, ParallelConfig(), model))
-    found = run_workers(train, 1, Layout("recomputed", 1, ParallelConfig(**recompute), model))[0]
+    kept = reference(Layout("one process", 1, DiTParallelConfig(), model))
+    found = run_workers(train, 1, Layout("recomputed", 1, DiTParallelConfig(**recompute), model))[0]
     assert_no_bit_differs(found, kept)
 
 

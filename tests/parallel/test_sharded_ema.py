@@ -8,7 +8,7 @@ import torch
 
 from megatron_fsvideo.checkpoint.distributed import iteration_folder
 from megatron_fsvideo.checkpoint.distributed_weights import DistributedWeights
-from megatron_fsvideo.config import DIT_PRESETS, DiTJob, ParallelConfig, parse_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, parse_job
 from megatron_fsvideo.inference.loading import load_dit
 from megatron_fsvideo.models.dit.weights import named_global_parameters
 from megatron_fsvideo.parallel import groups
@@ -154,7 +154,7 @@ def test_generation_and_validation_get_the_same_averaged_weights(data, tmp_path)
 
 
 def loaded_for_generation(folder: Path) -> dict[str, torch.Tensor]:
-    model = load_dit(folder, ParallelConfig(), groups.initialize(ParallelConfig())).model
+    model = load_dit(folder, DiTParallelConfig(), groups.initialize(DiTParallelConfig())).model
     found = {name: parameter.detach().clone() for name, parameter in named_global_parameters(model)}
     groups.shutdown()
     return found

@@ -16,7 +16,7 @@ import torch
 import transformer_engine
 
 import pretrain_dit
-from megatron_fsvideo.config import OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_fsvideo.config import DiTParallelConfig, OptimizerConfig, TrainingConfig
 from megatron_fsvideo.models import backends
 from megatron_fsvideo.models.dit import build_dit_chunks
 from megatron_fsvideo.parallel import groups
@@ -92,7 +92,7 @@ def fp8() -> dict[str, Any]:
         "fp8_cp2_p2p": (2, FP8 | {"context_parallel_size": 2, "cp_comm_type": "p2p"}, False),
     }
     runs = {
-        name: run_workers(_train_in_bf16, world_size, ParallelConfig(**settings), keep_none)[0]
+        name: run_workers(_train_in_bf16, world_size, DiTParallelConfig(**settings), keep_none)[0]
         for name, (world_size, settings, keep_none) in cases.items()
     }
     return {
@@ -113,7 +113,7 @@ def _distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
     )
 
 
-def _train_in_bf16(parallel: ParallelConfig, keeps_no_weights: bool) -> dict[str, Any]:
+def _train_in_bf16(parallel: DiTParallelConfig, keeps_no_weights: bool) -> dict[str, Any]:
     """Two steps; the gradients are the second's, which has seen a change of the weights."""
     pgs = groups.initialize(parallel)
     chunks = build_dit_chunks(FP8_MODEL, parallel, pgs, params_dtype=torch.bfloat16)

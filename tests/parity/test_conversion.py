@@ -17,7 +17,7 @@ import tools.convert_checkpoint as tool
 from megatron_fsvideo.checkpoint.checksums import check_files
 from megatron_fsvideo.checkpoint.distributed import iteration_folder, read_record
 from megatron_fsvideo.checkpoint.dit_release import open_dit_release
-from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, ParallelConfig, build_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, DiTParallelConfig, build_job
 from megatron_fsvideo.inference.loading import load_dit, load_model, read_dit_record
 from megatron_fsvideo.models.dit import unpatchify
 from megatron_fsvideo.parallel import groups
@@ -92,7 +92,7 @@ def run_converted(folder: Path, tp_size: int, dtype: torch.dtype = torch.float32
     """The output of a release or distributed checkpoint at this tensor-parallel size."""
 
     def work() -> torch.Tensor:
-        parallel = ParallelConfig(tensor_model_parallel_size=tp_size, sequence_parallel=tp_size > 1)
+        parallel = DiTParallelConfig(tensor_model_parallel_size=tp_size, sequence_parallel=tp_size > 1)
         pgs = groups.initialize(parallel)
         record = read_dit_record(folder)
         assert record.job.training.bf16 == (dtype == torch.bfloat16)
@@ -294,7 +294,7 @@ def test_generation_loads_a_release_as_the_checkpoint_it_was(use_ema, tp_size, t
 
     def weights(folder: Path) -> State:
         def work() -> State:
-            parallel = ParallelConfig(tensor_model_parallel_size=tp_size)
+            parallel = DiTParallelConfig(tensor_model_parallel_size=tp_size)
             dit = load_dit(folder, parallel, groups.initialize(parallel), use_ema)
             assert dit.iteration == 2 and dit.data["fps"] == 8.0
             return dict(dit.model.named_parameters())
@@ -309,7 +309,7 @@ def test_a_converted_model_without_data_is_refused_where_data_is_needed(debug_wa
     assert iteration_folder(tmp_path / "start", 0).is_dir()
 
     def work() -> None:
-        load_dit(tmp_path / "start", ParallelConfig(), groups.initialize(ParallelConfig()))
+        load_dit(tmp_path / "start", DiTParallelConfig(), groups.initialize(DiTParallelConfig()))
 
     with pytest.raises(AssertionError, match="knows no autoencoder: train it on latents first"):
         run_workers(work, 1)

@@ -5,7 +5,7 @@ import torch
 from diffusers import WanTransformer3DModel
 
 from megatron_fsvideo.checkpoint.wan_names import from_diffusers, to_diffusers_name
-from megatron_fsvideo.config import DiTConfig, ParallelConfig
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig
 from megatron_fsvideo.models.dit import build_dit, unpatchify
 from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
 from megatron_fsvideo.parallel import groups
@@ -67,7 +67,7 @@ def inputs(config: DiTConfig) -> dict[str, torch.Tensor]:
 
 
 def run_ours(config: DiTConfig, state: dict[str, torch.Tensor], tp_size: int) -> tuple[torch.Tensor, dict]:
-    parallel = ParallelConfig(tensor_model_parallel_size=tp_size, sequence_parallel=tp_size > 1)
+    parallel = DiTParallelConfig(tensor_model_parallel_size=tp_size, sequence_parallel=tp_size > 1)
     pgs = groups.initialize(parallel)
     model = build_dit(config, parallel, pgs, params_dtype=torch.float32)
     with torch.no_grad():

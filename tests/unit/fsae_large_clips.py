@@ -8,7 +8,7 @@ from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
 from megatron_fsvideo.data.video import write_video
 
 SIDE, NUM_FRAMES = 96, 17
-CUTS = {"encoder_tile": 32, "patch_rows": 10, "patch_columns": 11, "recompute_activations": True}
+CUTS = {"encoder_tile": 32, "patch_rows": 10, "patch_columns": 11, "recompute_granularity": "full"}
 DECODERS = {
     5: {"decoder": "standard", "first_frame_head_dim": 8},
     6: {"decoder": "lite", "decoder_widths": (4, 4, 8, 8, 16), "first_frame_head_dim": 8},

@@ -11,7 +11,7 @@ from megatron_fsvideo.config import (
     DIT_PRESETS,
     DiTConfig,
     DiTJob,
-    ParallelConfig,
+    DiTParallelConfig,
     check_layout,
     check_token_count,
     from_dict,
@@ -130,7 +130,7 @@ def test_flags_arrive_in_megatrons_configuration_and_in_the_stored_job():
     assert (config.fp8_amax_history_len, config.fp8_amax_compute_algo) == (16, "max")
     assert (config.cp_comm_type, config.hierarchical_context_parallel_sizes) == ("a2a+p2p", [2, 2])
     assert config.transformer_impl == "transformer_engine" and config.bf16
-    local = transformer_config(job.model, ParallelConfig(), torch.float32)
+    local = transformer_config(job.model, DiTParallelConfig(), torch.float32)
     assert (local.fp8, local.cp_comm_type, local.transformer_impl) == (None, "a2a", "local")
 
 
@@ -153,17 +153,17 @@ def test_flags_arrive_in_megatrons_configuration_and_in_the_stored_job():
     ],
 )
 def test_tokens_are_padded_to_what_the_recipe_wants(settings, multiple):
-    assert ParallelConfig(transformer_impl="transformer_engine", **settings).token_multiple == multiple
+    assert DiTParallelConfig(transformer_impl="transformer_engine", **settings).token_multiple == multiple
 
 
 def test_only_the_all_to_all_needs_heads_for_every_rank():
     model = DiTConfig(num_layers=2, hidden_size=64, num_attention_heads=4, ffn_hidden_size=96)
     for comm_type in ("p2p", "all_gather"):
         settings = {"transformer_impl": "transformer_engine", "cp_comm_type": comm_type}
-        check_layout(model, ParallelConfig(context_parallel_size=8, **settings))
+        check_layout(model, DiTParallelConfig(context_parallel_size=8, **settings))
     with pytest.raises(ValueError, match="8 does not divide num_attention_heads 4"):
-        check_layout(model, ParallelConfig(context_parallel_size=8))
-    uneven = ParallelConfig(
+        check_layout(model, DiTParallelConfig(context_parallel_size=8))
+    uneven = DiTParallelConfig(
         transformer_impl="transformer_engine",
         context_parallel_size=16,
         cp_comm_type="a2a+p2p",
@@ -174,9 +174,11 @@ def test_only_the_all_to_all_needs_heads_for_every_rank():
 
 
 def test_transformer_engine_wants_an_even_number_of_tokens_on_each_context_parallel_rank():
-    check_token_count(1860, "clips", ParallelConfig(context_parallel_size=4))
+    check_token_count(1860, "clips", DiTParallelConfig(context_parallel_size=4))
     with pytest.raises(ValueError, match="even number of tokens on each of context_parallel_size 4 ranks.*1860"):
-        check_token_count(1860, "clips", ParallelConfig(transformer_impl="transformer_engine", context_parallel_size=4))
+        check_token_count(
+            1860, "clips", DiTParallelConfig(transformer_impl="transformer_engine", context_parallel_size=4)
+        )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from megatron_fsvideo.config import (
     FSAE_PRESETS,
     DiTConfig,
     DiTJob,
+    DiTParallelConfig,
     FSAEJob,
+    GroupSizes,
     ParallelConfig,
     check_layout,
     check_token_count,
@@ -103,7 +105,8 @@ def test_bad_video_sizes_are_named(argv, words, capsys):
 
 def test_uneven_pipeline_stages_are_legal():
     check_layout(
-        DiTConfig(num_layers=41), ParallelConfig(pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=20)
+        DiTConfig(num_layers=41),
+        DiTParallelConfig(pipeline_model_parallel_size=2, num_layers_in_last_pipeline_stage=20),
     )
 
 
@@ -119,7 +122,7 @@ def test_uneven_pipeline_stages_are_legal():
     ],
 )
 def test_pipeline_stages_that_do_not_fit_are_named(pp, first, last, words):
-    parallel = ParallelConfig(
+    parallel = DiTParallelConfig(
         pipeline_model_parallel_size=pp,
         num_layers_in_first_pipeline_stage=first,
         num_layers_in_last_pipeline_stage=last,
@@ -160,16 +163,29 @@ def test_virtual_stages_that_make_no_sense_are_refused(flags, words, capsys):
 
 
 def test_a_job_that_cannot_count_virtual_stages_refuses_them():
-    parallel = ParallelConfig(pipeline_model_parallel_size=4, num_layers_per_virtual_pipeline_stage=2)
+    parallel = DiTParallelConfig(pipeline_model_parallel_size=4, num_layers_per_virtual_pipeline_stage=2)
     with pytest.raises(ValueError, match="num_layers_per_virtual_pipeline_stage 2: this job runs one model chunk"):
         check_layout(DiTConfig(), parallel)
 
 
 def test_tokens_that_the_ranks_cannot_share_are_named():
-    parallel = ParallelConfig(tensor_model_parallel_size=2, context_parallel_size=4, sequence_parallel=True)
+    parallel = DiTParallelConfig(tensor_model_parallel_size=2, context_parallel_size=4, sequence_parallel=True)
     with pytest.raises(ValueError, match="bucket 5x32x32: its 36 tokens .* 4 x .* 2 .* = 8 ranks"):
         check_token_count(36, "bucket 5x32x32", parallel)
-    check_token_count(36, "bucket", ParallelConfig(tensor_model_parallel_size=8, context_parallel_size=4))
+    check_token_count(36, "bucket", DiTParallelConfig(tensor_model_parallel_size=8, context_parallel_size=4))
+
+
+def test_what_all_jobs_share_has_one_rank_a_model_but_for_context_parallelism():
+    assert ParallelConfig(context_parallel_size=2).group_sizes == GroupSizes(context=2)
+    dit = DiTParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4, context_parallel_size=2)
+    assert dit.group_sizes == GroupSizes(tensor=2, context=2, pipeline=4) and dit.model_parallel_size == 16
+
+
+def test_an_autoencoder_refuses_cuts_of_time_beside_context_parallelism(capsys):
+    for flags in ("--encoder-slice 4", "--patch-latents 4"):
+        with pytest.raises(SystemExit):
+            parse_job(FSAEJob, FSAE_PRESETS, f"--context-parallel-size 2 {flags}".split())
+        assert "context_parallel_size 2 has cut already" in capsys.readouterr().err
 
 
 def test_differences_name_the_field_and_both_values():

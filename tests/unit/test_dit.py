@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, ParallelConfig, build_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, DiTParallelConfig, build_job
 from megatron_fsvideo.models.dit import build_dit, patchify, unpatchify
 from megatron_fsvideo.models.dit.layer_memory import LayerMemory
 from megatron_fsvideo.models.dit.rope import apply_rotary, axis_dims, rotary_tables
@@ -20,13 +20,13 @@ def alone(function):
     """Run `function(pgs)` in a process of its own."""
 
     def work():
-        return function(groups.initialize(ParallelConfig()))
+        return function(groups.initialize(DiTParallelConfig()))
 
     return run_workers(work, 1)[0]
 
 
 def random_model(config, pgs, dtype=torch.float32, router_too=True):
-    model = build_dit(config, ParallelConfig(), pgs, params_dtype=dtype)
+    model = build_dit(config, DiTParallelConfig(), pgs, params_dtype=dtype)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -109,7 +109,7 @@ def test_identity_start_equals_the_model_without_memory_bit_for_bit(norm, dtype)
             config = dataclasses.replace(
                 TINY, num_layers=4, layer_memory=layer_memory, layer_memory_norm=norm, layer_memory_init=1.0
             )
-            model = build_dit(config, ParallelConfig(), pgs, params_dtype=dtype)
+            model = build_dit(config, DiTParallelConfig(), pgs, params_dtype=dtype)
             with torch.no_grad():
                 for name, parameter in named_global_parameters(model):
                     if "router" not in name:
@@ -125,7 +125,7 @@ def test_identity_start_equals_the_model_without_memory_bit_for_bit(norm, dtype)
 def test_the_14b_preset_has_the_papers_size():
     def check(pgs):
         config = build_job(DiTJob, DIT_PRESETS["dit_14b"]).model
-        model = build_dit(config, ParallelConfig(), pgs, params_dtype=torch.bfloat16, device=torch.device("meta"))
+        model = build_dit(config, DiTParallelConfig(), pgs, params_dtype=torch.bfloat16, device=torch.device("meta"))
         routers = {name: tuple(p.shape) for name, p in model.named_parameters() if ".router." in name}
         return sum(p.numel() for p in model.parameters()), routers
 
@@ -181,7 +181,7 @@ def test_missing_conditions_are_named():
 )
 def test_layouts_that_do_not_fit_are_refused(parallel, world_size, words):
     def work():
-        settings = ParallelConfig(**parallel)
+        settings = DiTParallelConfig(**parallel)
         with pytest.raises(ValueError, match=words):
             build_dit(TINY, settings, groups.initialize(settings), params_dtype=torch.float32)
 
@@ -190,7 +190,7 @@ def test_layouts_that_do_not_fit_are_refused(parallel, world_size, words):
 
 def test_tokens_that_the_ranks_cannot_share_are_refused():
     def work():
-        settings = ParallelConfig(context_parallel_size=2)
+        settings = DiTParallelConfig(context_parallel_size=2)
         model = build_dit(TINY, settings, groups.initialize(settings), params_dtype=torch.float32)
         with pytest.raises(ValueError, match="15 tokens cannot be shared evenly by 2 ranks"):
             model(*inputs(TINY, frames=1, height=3, width=5))
@@ -204,13 +204,13 @@ def test_initial_weights_do_not_depend_on_the_layout():
         model = build_dit(TINY, parallel, pgs, params_dtype=torch.float32)
         return {name: parameter.detach() for name, parameter in named_global_parameters(model)}
 
-    whole = run_workers(work, 1, ParallelConfig())[0]
-    layers = run_workers(work, 2, ParallelConfig(pipeline_model_parallel_size=2))
+    whole = run_workers(work, 1, DiTParallelConfig())[0]
+    layers = run_workers(work, 2, DiTParallelConfig(pipeline_model_parallel_size=2))
     assert {**layers[0], **layers[1]}.keys() == whole.keys()
     for stage in layers:
         assert all(torch.equal(value, whole[name]) for name, value in stage.items())
     name = "block.layers.1.mlp.linear_fc1.weight"
-    halves = run_workers(work, 2, ParallelConfig(tensor_model_parallel_size=2))
+    halves = run_workers(work, 2, DiTParallelConfig(tensor_model_parallel_size=2))
     assert torch.equal(torch.cat([half[name] for half in halves]), whole[name])
     assert not torch.equal(whole[name], whole["block.layers.0.mlp.linear_fc1.weight"])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from megatron_fsvideo.config import DiTConfig, ParallelConfig
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig
 from megatron_fsvideo.training.flops import (
     Rows,
     forward_flops,
@@ -90,7 +90,7 @@ FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def count_with_torch(model: DiTConfig, parallel: ParallelConfig) -> dict[str, int]:
+def count_with_torch(model: DiTConfig, parallel: DiTParallelConfig) -> dict[str, int]:
     """Operations of the matrix products that torch runs, for forward and for forward and backward, in a worker."""
     from megatron_fsvideo.parallel import groups
     from tests.parallel.harness import run_workers
@@ -139,7 +139,7 @@ SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ("core_a
     ],
 )
 def test_counts_are_those_of_torch(changes, parallel):
-    model, layout = dataclasses.replace(TINY, **changes), ParallelConfig(**parallel)
+    model, layout = dataclasses.replace(TINY, **changes), DiTParallelConfig(**parallel)
     counted = count_with_torch(model, layout)
 
     def matrix_products(parts):
@@ -150,10 +150,10 @@ def test_counts_are_those_of_torch(changes, parallel):
 
 
 def test_model_flops_do_not_count_recomputation():
-    layout = ParallelConfig(**RECOMPUTED)
+    layout = DiTParallelConfig(**RECOMPUTED)
     model, hardware = training_flops(PAPER, Rows(1984)), hardware_flops(PAPER, Rows(1984), layout)
-    assert hardware_flops(PAPER, Rows(1984), ParallelConfig()) == model
+    assert hardware_flops(PAPER, Rows(1984), DiTParallelConfig()) == model
     assert total(hardware) / total(model) == pytest.approx(4 / 3, rel=2e-3)
-    block = ParallelConfig(recompute_granularity="full", recompute_method="block", recompute_num_layers=10)
+    block = DiTParallelConfig(recompute_granularity="full", recompute_method="block", recompute_num_layers=10)
     quarter = total(hardware_flops(PAPER, Rows(1984), block)) - total(model)
     assert quarter / (total(hardware) - total(model)) == pytest.approx(0.25)

@@ -52,7 +52,7 @@ def test_less_memory_changes_no_number(video_dir: Path, slice_flag: str) -> None
     def check(pgs: groups.ProcessGroups) -> None:
         found = []
         for changes in ({}, {slice_flag: {"encoder_tile": 32, "encoder_slice": 1}[slice_flag]}):
-            step = FSAEStep(large_job(3, video_dir, image_fraction=0.0, recompute_activations=True, **changes), pgs)
+            step = FSAEStep(large_job(3, video_dir, image_fraction=0.0, recompute_granularity="full", **changes), pgs)
             found.append(step.train_step(TrainState()).metrics)
         assert found[1] == pytest.approx(found[0], rel=1e-5)
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from megatron_fsvideo.config import FSAETrainingConfig, OptimizerConfig
+from megatron_fsvideo.config import OptimizerConfig, ReconstructionLossConfig
 from megatron_fsvideo.evaluation.perceptual import VGG16Trunk, load_perceptual_loss
 from megatron_fsvideo.evaluation.psnr import psnr, psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
@@ -88,13 +88,12 @@ def test_metrics_refuse_what_they_cannot_measure() -> None:
 
 def test_losses_are_weighted_means() -> None:
     video, noisy = random_videos()
-    weights = FSAETrainingConfig(
+    weights = ReconstructionLossConfig(
         l1_weight=2.0,
         gradient_weight=0.5,
         multiscale_weight=0.25,
         ssim_weight=0.75,
         perceptual_weight=0.0,
-        perceptual_trunk="none",
     )
     loss, parts = reconstruction_loss(noisy, video, weights, None)
     error = noisy - video

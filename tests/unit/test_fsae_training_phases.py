@@ -298,13 +298,13 @@ def test_weights_that_do_not_fit_are_not_inherited(tmp_path: Path) -> None:
 def test_the_presets_are_the_papers(phase: int) -> None:
     job = build_job(FSAEJob, FSAE_PRESETS[f"fsae_phase{phase}"])
     weights = (job.losses.l1_weight, job.losses.perceptual_weight, job.adversary.gan_weight, job.alignment.vf_weight)
-    assert weights == (1.0, 0.1, 0.1, 0.5) and job.losses.phase == phase
+    assert weights == (1.0, 0.1, 0.1, 0.5) and job.phase.phase == phase
     assert (job.optimizer.adam_beta1, job.optimizer.adam_beta2) == (0.9, 0.95)
     buckets = [Bucket.parse(text) for text in job.data.buckets]
     for bucket in buckets:
         bucket.check_factors(job.model.spatial_factor)
     assert {17: 1, 61: 2, 169: 3}[max(b.num_frames for b in buckets)] == min(phase, 3)
-    assert any(bucket.num_frames == 1 for bucket in buckets) and job.losses.image_fraction > 0
+    assert any(bucket.num_frames == 1 for bucket in buckets) and job.phase.image_fraction > 0
     side = Discriminator(1, job.adversary.discriminator_scales, job.adversary.discriminator_layers).smallest_side
     assert min(min(bucket.height, bucket.width) for bucket in buckets) >= side
 

@@ -152,9 +152,9 @@ def test_property_33_the_perceptual_weight_rises_over_the_first_half() -> None:
 def test_property_33_the_loss_is_the_weighted_sum(lpips: PerceptualLoss) -> None:
     video, other = fsae_fixtures.random_video(5, 16, 16), fsae_fixtures.random_video(5, 16, 16, seed=1)
     latents, upsampled = random_latents(2), random_latents(2).flip(0)
+    config = LatentUpsamplingLossConfig()
     for frames in (0, 2):
-        config = LatentUpsamplingLossConfig(perceptual_frames=frames)
-        loss, parts = upsampling_loss(config, (upsampled, latents), (other, video), lpips, 0.7)
+        loss, parts = upsampling_loss(config, (upsampled, latents), (other, video), lpips, 0.7, frames)
         expected = {
             "latent": (upsampled - latents).abs().mean(),
             "l1": (other - video).abs().mean(),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
-from megatron_fsvideo.config import DIT_PRESETS, DiTJob, ParallelConfig, build_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job
 from megatron_fsvideo.kernels import MixSettings, torch_mixing
 from megatron_fsvideo.models.dit import build_dit
 from megatron_fsvideo.models.dit.layer_memory import LayerMemory
@@ -274,7 +274,7 @@ def test_under_full_recomputation_memory_costs_nothing(dtype):
     """
 
     def work():
-        pgs = groups.initialize(ParallelConfig())
+        pgs = groups.initialize(DiTParallelConfig())
         results = []
         for layer_memory in (False, True):
             model_config = replace(
@@ -285,7 +285,7 @@ def test_under_full_recomputation_memory_costs_nothing(dtype):
                 ffn_hidden_size=1032,
                 layer_memory=layer_memory,
             )
-            parallel = ParallelConfig(recompute_granularity="full")
+            parallel = DiTParallelConfig(recompute_granularity="full")
             model = build_dit(model_config, parallel, pgs, params_dtype=dtype)
             for parameter in model.parameters():  # as Megatron's buffers: they are there before the step
                 parameter.grad = torch.zeros_like(parameter)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_fsvideo.config import DIT_PRESETS, DiTJob, OptimizerConfig, ParallelConfig, TrainingConfig, build_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, OptimizerConfig, TrainingConfig, build_job
 from megatron_fsvideo.models.dit import build_dit
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
@@ -64,7 +64,7 @@ def test_unknown_style():
 def built(settings, **changes):
     """(model, wrapped, optimizer) of the debug preset, one process."""
     job = build_job(DiTJob, DIT_PRESETS["dit_debug"] | changes)
-    pgs = groups.initialize(ParallelConfig())
+    pgs = groups.initialize(DiTParallelConfig())
     dtype = torch.bfloat16 if job.training.bf16 else torch.float32
     model = build_dit(job.model, job.parallel, pgs, params_dtype=dtype)
     wrapped = wrap_ddp(model, job.parallel, pgs)

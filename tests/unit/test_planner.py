@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, ParallelConfig, parse_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, DiTParallelConfig, parse_job
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.communication import step_traffic
 from megatron_fsvideo.planning.layouts import PlanConfig, search
@@ -36,7 +36,7 @@ GRID, ROWS = (4, 8, 8), Rows(256, 16, 8)
 
 def case(model=None, bf16=True, num_microbatches=1, dp=1, **parallel) -> Case:
     changed = dataclasses.replace(SMALL, **(model or {}))
-    return Case(changed, ParallelConfig(**parallel), ROWS, 2, num_microbatches, dp, bf16, has_ema=False)
+    return Case(changed, DiTParallelConfig(**parallel), ROWS, 2, num_microbatches, dp, bf16, has_ema=False)
 
 
 FULL = {"recompute_granularity": "full"}
@@ -117,7 +117,7 @@ def test_messages_are_those_sent(name):
 
 
 def test_parameters_of_the_specification():
-    whole = Case(PAPER, ParallelConfig(), Rows(1984))
+    whole = Case(PAPER, DiTParallelConfig(), Rows(1984))
     assert stage_parameters(whole, 0).total == 16_399_993_728 + 819
     plain = dataclasses.replace(whole, model=dataclasses.replace(PAPER, layer_memory=False))
     assert stage_parameters(plain, 0).total == 16_395_800_448
@@ -128,11 +128,11 @@ def test_parameters_of_the_specification():
 
 
 def test_bank_and_packs_of_the_specification():
-    whole = Case(PAPER, ParallelConfig(recompute_granularity="full"), Rows(1984))
+    whole = Case(PAPER, DiTParallelConfig(recompute_granularity="full"), Rows(1984))
     memory = activation_memory(whole, 0)
     assert memory["layer-memory bank"] / 1e9 == pytest.approx(0.81, rel=0.01)  # dit_spec 2.3
     assert memory["activations"] == 0
-    stages = Case(PAPER, ParallelConfig(pipeline_model_parallel_size=4), Rows(1984))
+    stages = Case(PAPER, DiTParallelConfig(pipeline_model_parallel_size=4), Rows(1984))
     sent = []
     for stage in range(4):
         kinds = {traffic.kind: traffic for traffic in step_traffic(stages, stage)}
@@ -142,11 +142,11 @@ def test_bank_and_packs_of_the_specification():
 
 
 def test_layers_of_virtual_stages():
-    parallel = ParallelConfig(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)
+    parallel = DiTParallelConfig(pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2)
     virtual = Case(dataclasses.replace(SMALL, num_layers=8), parallel, ROWS, num_microbatches=4)
     assert [virtual.chunks(stage) for stage in range(2)] == [[range(1, 3), range(5, 7)], [range(3, 5), range(7, 9)]]
     assert [chunks_in_flight(virtual, stage) for stage in range(2)] == [5, 3]
-    ends = ParallelConfig(
+    ends = DiTParallelConfig(
         pipeline_model_parallel_size=3, num_layers_in_first_pipeline_stage=1, num_layers_in_last_pipeline_stage=2
     )
     uneven = Case(dataclasses.replace(SMALL, num_layers=5), ends, ROWS, num_microbatches=2)
@@ -216,7 +216,7 @@ def test_search_of_the_paper_on_64_gpus():
 
 
 def test_speed_follows_the_rates():
-    one = Case(PAPER, ParallelConfig(recompute_granularity="full"), Rows(7936), num_microbatches=4)
+    one = Case(PAPER, DiTParallelConfig(recompute_granularity="full"), Rows(7936), num_microbatches=4)
     free = {"elementwise_passes": 0.0, "message_microseconds": 0.0, "memory_gbs": 1e9}
     rates = RateConfig(gemm_tflops=989.0, attention_tflops=989.0, **free)
     # Everything at the peak, and a quarter of the work is recomputation.
@@ -225,7 +225,7 @@ def test_speed_follows_the_rates():
     assert step_seconds(one, slower)["matrix products"] == pytest.approx(
         2 * step_seconds(one, rates)["matrix products"]
     )
-    pipelined = dataclasses.replace(one, parallel=ParallelConfig(pipeline_model_parallel_size=4), num_microbatches=8)
+    pipelined = dataclasses.replace(one, parallel=DiTParallelConfig(pipeline_model_parallel_size=4), num_microbatches=8)
     seconds = step_seconds(pipelined, rates)
     busy = sum(value for name, value in seconds.items() if name not in ("optimizer", "pipeline bubble"))
     assert seconds["pipeline bubble"] == pytest.approx(busy * 3 / 8)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_fsvideo.config import DIT_PRESETS, DiTJob, ParallelConfig, build_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job
 from megatron_fsvideo.evaluation.router_weights import RouterWeights, router_pixels
 from megatron_fsvideo.models.dit.layer_memory import LayerMemory
 
@@ -32,7 +32,7 @@ class Layers(nn.Module):
 def test_means_of_first_and_other_frames(monkeypatch):
     monkeypatch.setattr("megatron_fsvideo.evaluation.router_weights.all_reduce_sum", lambda tensor: tensor)
     torch.manual_seed(0)
-    layers, router = Layers(), RouterWeights(MODEL, ParallelConfig(), ALONE)
+    layers, router = Layers(), RouterWeights(MODEL, DiTParallelConfig(), ALONE)
     batches = [torch.randn(12, 2, 8), torch.randn(12, 1, 8)]  # 3 frames of 2 x 2 tokens
     for batch in batches:
         with router.recording(layers, (3, 2, 2)):

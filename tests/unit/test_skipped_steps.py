@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_fsvideo.config import DIT_PRESETS, DiTJob, OptimizerConfig, ParallelConfig, build_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, OptimizerConfig, build_job
 from megatron_fsvideo.models.dit import build_dit
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
@@ -37,7 +37,7 @@ def weights_of(model):
 
 def two_steps_with_wrong_ones_between(kind, flags, world_size):
     """Weights after the same two steps: Megatron's, and ours with three skipped ones between; what was reported."""
-    pgs = groups.initialize(ParallelConfig())
+    pgs = groups.initialize(DiTParallelConfig())
     model, optimizer = build(kind, flags, pgs)
     start = weights_of(model)
     with megatron_on_cpu():

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from megatron_fsvideo.config import DIT_PRESETS, DiTJob, ParallelConfig, build_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job
 from megatron_fsvideo.diffusion.conditions import build_model_input, first_frame_condition
 from megatron_fsvideo.diffusion.flow_matching import add_noise, logit_normal_sigmas, to_timesteps, velocity_target
 from megatron_fsvideo.models.dit import build_dit, patchify
@@ -39,7 +39,7 @@ def loss_of(model, arguments, target):
 def trained(pgs):
     """A model without layer memory, and its losses before and after on a batch that it has not seen."""
     generator = torch.Generator().manual_seed(5)
-    model = build_dit(MODEL, ParallelConfig(), pgs, params_dtype=torch.float32)
+    model = build_dit(MODEL, DiTParallelConfig(), pgs, params_dtype=torch.float32)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     unseen = batch(64, generator)
     with torch.no_grad():
@@ -54,12 +54,12 @@ def trained(pgs):
 
 def losses_with_memory():
     """Losses before and after training, and with layer memory by norm and initial weight."""
-    pgs = groups.initialize(ParallelConfig())
+    pgs = groups.initialize(DiTParallelConfig())
     model, unseen, before, after = trained(pgs)
     found = {}
     for norm, initial_weight in itertools.product(("raw", "normalized"), (1.0, 0.99, 0.5)):
         config = replace(MODEL, layer_memory=True, layer_memory_init=initial_weight, layer_memory_norm=norm)
-        with_memory = build_dit(config, ParallelConfig(), pgs, params_dtype=torch.float32)
+        with_memory = build_dit(config, DiTParallelConfig(), pgs, params_dtype=torch.float32)
         missing, unexpected = with_memory.load_state_dict(model.state_dict(), strict=False)
         routers = [name for name in missing if ".router." in name]
         assert not unexpected and len(routers) == 2 * (MODEL.num_layers - 1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_fsvideo.config import DiTConfig, ParallelConfig, check_layout
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, check_layout
 from megatron_fsvideo.models.backends import backend_for
 from megatron_fsvideo.models.dit.model import DiTModel
 from megatron_fsvideo.models.dit.specs import dit_layer_spec
@@ -18,7 +18,7 @@ from megatron_fsvideo.parallel.marks import mark_sliced
 
 def build_dit(
     model_config: DiTConfig,
-    parallel: ParallelConfig,
+    parallel: DiTParallelConfig,
     pgs: ProcessGroups,
     *,
     params_dtype: torch.dtype,
@@ -55,7 +55,7 @@ def build_dit(
 
 def build_dit_chunks(
     model_config: DiTConfig,
-    parallel: ParallelConfig,
+    parallel: DiTParallelConfig,
     pgs: ProcessGroups,
     *,
     params_dtype: torch.dtype,
@@ -93,7 +93,7 @@ def build_dit_chunks(
 
 
 def transformer_config(
-    model_config: DiTConfig, parallel: ParallelConfig, params_dtype: torch.dtype
+    model_config: DiTConfig, parallel: DiTParallelConfig, params_dtype: torch.dtype
 ) -> TransformerConfig:
     """Megatron's configuration of the layers. What matters here is explicit: its defaults are a language model's."""
     config = TransformerConfig(

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 
-from megatron_fsvideo.config import DataConfig, DiTConfig, ParallelConfig, TrainingConfig, check_token_count
+from megatron_fsvideo.config import DataConfig, DiTConfig, DiTParallelConfig, TrainingConfig, check_token_count
 from megatron_fsvideo.data.batch import Batch, BatchLoader, broadcast_batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset, SampleFilter, read_sample_list
 from megatron_fsvideo.data.latent_shards import sample_id
@@ -109,7 +109,7 @@ def validation_filter(data: DataConfig) -> SampleFilter:
     return SampleFilter(data.bucket_frames, data.bucket_resolution)
 
 
-def check_data_fits_model(dataset: LatentDataset, model: DiTConfig, parallel: ParallelConfig) -> None:
+def check_data_fits_model(dataset: LatentDataset, model: DiTConfig, parallel: DiTParallelConfig) -> None:
     """Refuse a dataset whose sizes are not the model's, or whose tokens the ranks cannot share.
 
     Raises:

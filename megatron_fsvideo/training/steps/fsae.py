@@ -22,7 +22,7 @@ from megatron_fsvideo.checkpoint.distributed import (
     read_record,
 )
 from megatron_fsvideo.checkpoint.writer import CheckpointWriter
-from megatron_fsvideo.config import FSAEJob, differences, from_dict, to_dict
+from megatron_fsvideo.config import FSAEConfig, FSAEJob, differences, from_dict, to_dict
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
 from megatron_fsvideo.losses.latent_regularizers import LatentTransform, draw_transform
@@ -59,18 +59,19 @@ class FSAEStep:
 
         torch.manual_seed(derive_seed(job.training.seed, "fsae"))
         self.model = FSAE(job.model).to(pgs.device)
-        self.model.recompute(job.losses.recompute_activations, outer_encoder=not job.losses.encoder_tile)
+        recomputes = job.parallel.recompute_granularity == "full"
+        self.model.recompute(recomputes, outer_encoder=not job.memory.encoder_tile)
         self.trainee = FSAETrainee(
             self.model,
-            job.losses.trains_encoder,
+            job.phase.trains_encoder,
             self._build_projection(),
-            tile=job.losses.encoder_tile,
-            slice_latents=job.losses.encoder_slice,
+            tile=job.memory.encoder_tile,
+            slice_latents=job.memory.encoder_slice,
         )
         self.wrapped: torch.nn.Module = self.trainee
         if pgs.dp_cp_size > 1:
             self.wrapped = DistributedDataParallel(self.trainee, process_group=pgs.dp_cp, gradient_as_bucket_view=True)
-        sharers = pgs.dp_cp if job.losses.use_distributed_optimizer else None
+        sharers = pgs.dp_cp if job.parallel.use_distributed_optimizer else None
         self.optimizer = FSAEOptimizer(self.trainee, job.optimizer, job.training.train_iters, sharers)
         self.adversary = Adversary(job, pgs) if job.uses_gan else None
         self.ema = EMA(self.model, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
@@ -178,22 +179,23 @@ class FSAEStep:
         folder = self.job.checkpoint.load
         iteration = newest_good_iteration(Path(folder), self.pgs, lambda source: None) if folder else None
         if iteration is None:
-            if self.job.losses.init_from is not None:
-                self._inherit(self.job.losses.init_from)
+            if self.job.checkpoint.init_from is not None:
+                self._inherit(self.job.checkpoint.init_from)
             return TrainState()
         source = iteration_folder(Path(folder), iteration)
         if self.writer is not None and Path(folder) == self.writer.folder:
             self.writer.resume_from(iteration)
-        saved = from_dict(FSAEJob, read_record(Path(folder), iteration)["job"])
-        if wrong := differences(saved.model, self.job.model):
+        record = read_record(Path(folder), iteration)["job"]
+        if wrong := differences(from_dict(FSAEConfig, record["model"]), self.job.model):
             raise ValueError(f"the checkpoint {source} has another architecture: {'; '.join(wrong)}")
         content = torch.load(source / TRAINING_FILE, map_location=self.pgs.device, weights_only=True)
         self.model.load_state_dict(content["weights"])
         if self.job.checkpoint.finetune:
             return TrainState()
-        if saved.losses.phase != self.job.losses.phase:
+        saved = from_dict(FSAEJob, record)
+        if saved.phase.phase != self.job.phase.phase:
             raise ValueError(
-                f"the checkpoint {source} is of phase {saved.losses.phase}, this run of phase {self.job.losses.phase}: "
+                f"the checkpoint {source} is of phase {saved.phase.phase}, this run of phase {self.job.phase.phase}: "
                 "give it a --load and --save folder of its own, and the other as --init-from"
             )
         self._load_training_state(content, source)
@@ -224,7 +226,7 @@ class FSAEStep:
                 print(f"discriminator: {f'from {source}' if has_discriminator else 'fresh'}", flush=True)
 
     def _begin_video(self, iteration: int) -> None:
-        warmup = self.job.losses.image_warmup_iters
+        warmup = self.job.phase.image_warmup_iters
         if warmup and iteration == warmup:
             begin_video(self.model)
             self.optimizer.restart()

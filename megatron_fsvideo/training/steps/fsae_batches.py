@@ -68,7 +68,7 @@ class FSAEBatches:
         else:
             bucket = self._bucketed.choose_bucket(iteration, is_image)
         if is_image:
-            size = self.job.losses.image_batch_size
+            size = self.job.phase.image_batch_size
             return BatchPlan(size, size // (self.dp_size * self.cp_size), bucket)
         is_shared = self._is_shared(bucket)
         if self._bucketed is None:
@@ -96,19 +96,19 @@ class FSAEBatches:
 
     def _work(self, bucket: Bucket) -> float:
         """Pixels of one clip that one rank's decoder makes, which sets how many clips fit."""
-        losses, cell = self.job.losses, cell_size(self.job.model)
-        height = min(bucket.height, cell * losses.patch_rows or bucket.height)
-        width = min(bucket.width, cell * losses.patch_columns or bucket.width)
+        memory, cell = self.job.memory, cell_size(self.job.model)
+        height = min(bucket.height, cell * memory.patch_rows or bucket.height)
+        width = min(bucket.width, cell * memory.patch_columns or bucket.width)
         return bucket.num_frames * height * width / (self.cp_size if self._is_shared(bucket) else 1)
 
     def _is_image(self, iteration: int) -> bool:
-        losses = self.job.losses
-        if iteration < losses.image_warmup_iters:
+        phase = self.job.phase
+        if iteration < phase.image_warmup_iters:
             return True
-        if losses.image_fraction == 0:
+        if phase.image_fraction == 0:
             return False
         generator = sample_generator(self.job.training.seed, iteration, 0, "image_batch")
-        return float(torch.rand((), generator=generator)) < losses.image_fraction
+        return float(torch.rand((), generator=generator)) < phase.image_fraction
 
     def _open(self) -> tuple[ClipDataset | None, BucketedClips | None, ClipDataset | None]:
         data, seed = self.job.data, self.job.training.seed
@@ -119,7 +119,7 @@ class FSAEBatches:
         for bucket in buckets:
             bucket.check_factors(self.job.model.spatial_factor, self.job.model.temporal_factor)
         bucketed, held_out = open_bucketed_clips(data, buckets, seed)
-        for is_image in {self.job.losses.image_fraction > 0 or self.job.losses.image_warmup_iters > 0, False}:
+        for is_image in {self.job.phase.image_fraction > 0 or self.job.phase.image_warmup_iters > 0, False}:
             bucketed.choose_bucket(0, is_image)  # refused now rather than at the first such batch
         return None, bucketed, held_out
 
@@ -131,9 +131,9 @@ class FSAEBatches:
                 f"{training.micro_batch_size} x {dp_size} processes"
             )
         num_ranks = dp_size * self.cp_size
-        if self.job.losses.image_batch_size % num_ranks:
+        if self.job.phase.image_batch_size % num_ranks:
             raise ValueError(
-                f"image_batch_size {self.job.losses.image_batch_size} is not a multiple of the {num_ranks} processes"
+                f"image_batch_size {self.job.phase.image_batch_size} is not a multiple of the {num_ranks} processes"
             )
         if self.cp_size > 1 and not data.buckets and not self._is_shared(Bucket(data.num_frames, 1, 1)):
             raise ValueError(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_fsvideo.config import FSAEJob, FSAETrainingConfig
+from megatron_fsvideo.config import FSAEJob, ReconstructionLossConfig
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, build_perceptual_loss
 from megatron_fsvideo.evaluation.ssim import ssim
 from megatron_fsvideo.losses import efficientnet_features
@@ -35,7 +35,9 @@ class FSAEObjective:
 
     def __init__(self, job: FSAEJob, device: torch.device) -> None:
         self.job = job
-        self.perceptual = build_perceptual_loss(job.losses, device)
+        self.perceptual: PerceptualLoss | None = None
+        if job.losses.perceptual_weight > 0:
+            self.perceptual = build_perceptual_loss(job.perceptual, device)
         self.dino: DINOv2Features | EfficientNetFeatures | None = None
         if job.uses_vf:
             if job.alignment.vf_encoder_path is None:
@@ -93,7 +95,8 @@ class FSAEObjective:
         return loss, {name: value.detach() for name, value in parts.items()}
 
     def _reconstruction(self, reconstruction: Tensor, video: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return reconstruction_loss(reconstruction, video, self.job.losses, self.perceptual)
+        frames = self.job.perceptual.perceptual_frames
+        return reconstruction_loss(reconstruction, video, self.job.losses, self.perceptual, frames)
 
     def _alignment(
         self, reconstruction: Tensor, output: TraineeOutput, features: Tensor, fsae: FSAE
@@ -122,7 +125,11 @@ def whole_reconstruction(output: TraineeOutput, share: ClipShare | None) -> Tens
 
 
 def reconstruction_loss(
-    reconstruction: Tensor, video: Tensor, weights: FSAETrainingConfig, perceptual: PerceptualLoss | None
+    reconstruction: Tensor,
+    video: Tensor,
+    weights: ReconstructionLossConfig,
+    perceptual: PerceptualLoss | None,
+    perceptual_frames: int = 0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum and its unweighted parts, by name. Both videos [b, 3, f, h, w]; computed in at least fp32."""
     reconstruction = reconstruction.to(torch.promote_types(reconstruction.dtype, torch.float32))
@@ -138,8 +145,7 @@ def reconstruction_loss(
         parts["ssim"] = 1 - ssim(reconstruction, video).mean()
         loss = loss + weights.ssim_weight * parts["ssim"]
     if perceptual is not None:
-        frames = weights.perceptual_frames
-        parts["perceptual"] = sliced_perceptual_loss(perceptual, reconstruction, video, frames)
+        parts["perceptual"] = sliced_perceptual_loss(perceptual, reconstruction, video, perceptual_frames)
         loss = loss + weights.perceptual_weight * parts["perceptual"]
     return loss, {name: part.detach() for name, part in parts.items()}
 

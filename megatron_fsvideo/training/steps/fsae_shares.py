@@ -72,14 +72,14 @@ def draw_patch(fsae: FSAE, job: FSAEJob, first: int, video: Tensor) -> PatchBox 
     Args:
         video: what this process encodes, [b, 3, f, h, w].
     """
-    losses = job.losses
-    if not losses.decodes_patch:
+    memory = job.memory
+    if not memory.decodes_patch:
         return None
     generator = sample_generator(job.training.seed, first, 0, "patch_box")
     frames, height, width = video.shape[2:]
     latents = (frames + fsae.temporal_factor - 1) // fsae.temporal_factor
     shape = (len(video), fsae.latent_channels, latents, height // fsae.spatial_factor, width // fsae.spatial_factor)
-    size = (losses.patch_latents or latents, losses.patch_rows or height, losses.patch_columns or width)
+    size = (memory.patch_latents or latents, memory.patch_rows or height, memory.patch_columns or width)
     return draw_box(generator, fsae.config, shape, size)
 
 
@@ -96,43 +96,43 @@ def check_memory_flags(job: FSAEJob) -> None:
     Raises:
         ValueError: naming flag and numbers.
     """
-    losses = job.losses
-    if losses.encoder_tile:
+    memory, cp_size = job.memory, job.parallel.context_parallel_size
+    if memory.encoder_tile:
         tile_halo(job.model)
-        if losses.encoder_tile % CELL:
-            raise ValueError(f"encoder_tile {losses.encoder_tile} is not a multiple of {CELL} pixels")
-    is_cut = losses.decodes_patch or losses.context_parallel_size > 1
+        if memory.encoder_tile % CELL:
+            raise ValueError(f"encoder_tile {memory.encoder_tile} is not a multiple of {CELL} pixels")
+    is_cut = memory.decodes_patch or cp_size > 1
     if is_cut and job.alignment.latent_regularizer != "none":
         raise ValueError(
             f"latent_regularizer {job.alignment.latent_regularizer} decodes whole frames on one process: leave "
             "patch_latents, patch_rows and patch_columns 0 and context_parallel_size 1"
         )
-    if losses.context_parallel_size > 1 and (losses.latent_noise > 0 or (job.uses_vf and job.alignment.vf_adaptive)):
+    if cp_size > 1 and (job.losses.latent_noise > 0 or (job.uses_vf and job.alignment.vf_adaptive)):
         raise ValueError(
-            f"latent_noise and vf_adaptive need a whole clip on each process: with context_parallel_size "
-            f"{losses.context_parallel_size} set them to 0 and no"
+            "latent_noise and vf_adaptive need a whole clip on each process: with context_parallel_size "
+            f"{cp_size} set them to 0 and no"
         )
-    if losses.decodes_patch:
+    if memory.decodes_patch:
         _check_patch(job)
 
 
 def _check_patch(job: FSAEJob) -> None:
-    losses, halo, cell = job.losses, patch_halo(job.model), cell_size(job.model)
+    memory, halo, cell = job.memory, patch_halo(job.model), cell_size(job.model)
     needed = 1
     if job.uses_gan:
         with torch.device("meta"):
             adversary = job.adversary
             needed = Discriminator(1, adversary.discriminator_scales, adversary.discriminator_layers).smallest_side
     smallest = -(-needed // cell) + 2 * halo
-    for name, cells in (("patch_rows", losses.patch_rows), ("patch_columns", losses.patch_columns)):
+    for name, cells in (("patch_rows", memory.patch_rows), ("patch_columns", memory.patch_columns)):
         if 0 < cells < smallest:
             raise ValueError(
                 f"{name} {cells}: {halo} cells of {cell} pixels next to each cut are not used, and the rest must have "
                 f"at least {needed} pixels: give {smallest} or more"
             )
     ends = 2 if job.model.decoder == "standard" else 1
-    if 0 < losses.patch_latents <= ends * WARM_UP_LATENTS:
+    if 0 < memory.patch_latents <= ends * WARM_UP_LATENTS:
         raise ValueError(
-            f"patch_latents {losses.patch_latents}: {WARM_UP_LATENTS} latent frames at each of {ends} cuts in time are "
+            f"patch_latents {memory.patch_latents}: {WARM_UP_LATENTS} latent frames at each of {ends} cuts in time are "
             f"not used: give {ends * WARM_UP_LATENTS + 1} or more"
         )

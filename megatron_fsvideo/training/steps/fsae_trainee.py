@@ -41,7 +41,7 @@ class FSAETrainee(nn.Module):
     Args:
         trains_encoder: else the encoder is frozen, and its forward pass keeps nothing for a backward pass.
         projection: of the latents to the vision features, trained with them.
-        tile, slice_latents: `FSAETrainingConfig.encoder_tile`, `encoder_slice`.
+        tile, slice_latents: `FSAEMemoryConfig.encoder_tile`, `encoder_slice`.
     """
 
     def __init__(
