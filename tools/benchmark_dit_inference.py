@@ -32,14 +32,12 @@ from megatron_fsvideo.config import (
     presets_for,
     run_script,
 )
-from megatron_fsvideo.diffusion.conditions import build_model_input, first_frame_condition
-from megatron_fsvideo.diffusion.flow_matching import to_timesteps
+from megatron_fsvideo.diffusion.conditions import first_frame_condition
 from megatron_fsvideo.diffusion.guidance import Velocity, guided
 from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
-from megatron_fsvideo.models.dit import DiTModel, build_dit, unpatchify
+from megatron_fsvideo.models.dit import Denoiser, DiTModel, build_dit
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.groups import ProcessGroups
-from megatron_fsvideo.parallel.sequence import all_gather_slices
 from megatron_fsvideo.training.flops import Rows, forward_flops, peak_tflops, total
 from megatron_fsvideo.training.machine import describe_measurement, device_name
 
@@ -144,28 +142,21 @@ def velocity_function(job: BenchmarkJob, model: DiTModel, stage: Stage, pgs: Pro
     """The stage's velocity under random conditions, with guidance where it has some."""
     config, flags = job.model, job.benchmark
     latents = torch.randn(1, config.latent_channels, *stage.grid, device=pgs.device)
-    condition = first_frame_condition(latents, config.mask_channels)
     texts = torch.randn(2, flags.text_length, config.text_embed_dim, device=pgs.device)
     images = torch.randn(1, flags.image_length, config.image_embed_dim, device=pgs.device).expand(2, -1, -1)
-    grid = tuple(side // patch for side, patch in zip(stage.grid, config.patch_size, strict=True))
+    denoiser = Denoiser(model, job.diffusion.prediction_type)
 
-    def evaluate(noisy_latents: Tensor, sigmas: Tensor, which: slice) -> Tensor:
-        samples = len(noisy_latents)
-        channels = [part.expand(samples, -1, -1, -1, -1) for part in condition]
-        model_input = build_model_input(noisy_latents, *channels)
-        tokens = model(model_input, to_timesteps(sigmas), texts[which], images[which])
-        return unpatchify(all_gather_slices(tokens, 1, pgs.cp), grid, config.patch_size)
+    def under(which: slice) -> Velocity:
+        text, image = texts[which], images[which]
+        clips = latents.expand(len(text), -1, -1, -1, -1)
+        return denoiser.under(first_frame_condition(clips, config.mask_channels, text, image))
+
+    unconditional, conditional, evaluate = under(slice(0, 1)), under(slice(1, 2)), under(slice(0, 2))
 
     def both(noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
         pair = noisy_latents.expand(2, -1, -1, -1, -1), sigmas.expand(2)
-        without, with_prompt = evaluate(*pair, slice(0, 2)).split(1)
+        without, with_prompt = evaluate(*pair).split(1)
         return without + GUIDANCE_SCALE * (with_prompt - without)
-
-    def conditional(noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-        return evaluate(noisy_latents, sigmas, slice(1, 2))
-
-    def unconditional(noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-        return evaluate(noisy_latents, sigmas, slice(0, 1))
 
     if not stage.is_guided:
         return conditional

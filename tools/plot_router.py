@@ -22,10 +22,11 @@ from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.sampler import SampleRef
 from megatron_fsvideo.evaluation.router_weights import KINDS, RouterWeights, write_router_figure
 from megatron_fsvideo.inference.loading import LoadedDiT, load_dit
+from megatron_fsvideo.models.dit import Denoiser
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.training.steps.dit_batches import check_data_fits_model
-from megatron_fsvideo.training.steps.dit_objective import make_noisy, pad_rows, predict, validation_draws
+from megatron_fsvideo.training.steps.dit_objective import make_noisy, pad_rows, validation_draws
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGr
     """Mean weights as `RouterWeights.mean` returns them, and the number of samples seen."""
     flags, model, diffusion = job.plot, dit.job.model, dit.job.diffusion
     router = RouterWeights(model, job.parallel, pgs)
+    denoiser = Denoiser(dit.model, diffusion.prediction_type)
     null_text = pad_rows(dataset.null_text, dataset.text_length)
     total = 0
     for index, stream in enumerate(dataset.streams):
@@ -108,7 +110,8 @@ def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGr
             batch = read_batch(dataset, refs[first : first + flags.micro_batch_size]).to(pgs.device)
             draws = validation_draws(batch, diffusion, flags.seed)
             with router.recording(dit.model, tuple(batch.latents.shape[2:])):
-                predict(dit.model, make_noisy(batch, draws, null_text, model, diffusion))
+                noisy = make_noisy(batch, draws, null_text, model, diffusion)
+                denoiser.predict(noisy.noisy_latents, noisy.sigmas, noisy.condition)
         total += number
     return router.mean(), total
 

@@ -12,7 +12,7 @@ def guided(conditional: Velocity, unconditional: Velocity, guidance_scale: float
 
     Args:
         conditional: (noisy_latents, sigmas) -> velocity with the prompt.
-        unconditional: the same with the negative or empty prompt; never called at scale 1.
+        unconditional: the velocity with the negative or the empty prompt; never called at scale 1.
         guidance_scale: 1 is the conditional model alone.
     """
     if guidance_scale == 1.0:

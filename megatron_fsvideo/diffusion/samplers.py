@@ -19,14 +19,13 @@ def euler_sigmas(num_inference_steps: int, shift: float = 1.0) -> Tensor:
     return shift_sigmas(torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64), shift).float()
 
 
-@torch.no_grad()
 def euler_sample(
     velocity: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
     sigmas: Tensor,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Tensor:
-    """Integrate d x / d sigma = velocity(x, sigma) from noise to data.
+    """Integrate d x / d sigma = velocity(x, sigma) from noise to data. Gradients flow where the caller lets them.
 
     Args:
         velocity: (noisy_latents [b, ...], sigmas [b]) -> velocity [b, ...].

@@ -4,25 +4,22 @@ Dimension letters: b requests, c latent channels, t h w latent frames, rows and 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megatron_fsvideo.config import DiTJob
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.video import from_unit, resize_and_crop, to_unit
-from megatron_fsvideo.diffusion.conditions import build_model_input, first_frame_condition
-from megatron_fsvideo.diffusion.flow_matching import to_timesteps, to_velocity
-from megatron_fsvideo.diffusion.guidance import Velocity, guided
+from megatron_fsvideo.diffusion.conditions import first_frame_condition
+from megatron_fsvideo.diffusion.guidance import guided
 from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
 from megatron_fsvideo.inference.loading import LoadedDiT
-from megatron_fsvideo.models.dit import unpatchify
+from megatron_fsvideo.models.dit import Denoiser
 from megatron_fsvideo.models.encoders import ImageEncoder, TextEncoder
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.parallel.seeds import sample_generator
-from megatron_fsvideo.parallel.sequence import all_gather_slices
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
 
@@ -105,21 +102,17 @@ class ImageToVideoPipeline:
         num_latent_frames = 1 + (self.bucket.num_frames - 1) // self.fsae.temporal_factor
         shape = (*encoded.shape[:2], num_latent_frames, *encoded.shape[3:])
         image = self._image_features(first_frames)
-        condition = first_frame_condition(
-            encoded.expand(shape), self.dit.job.model.mask_channels, self.dit.job.diffusion.repeat_condition
+        job = self.dit.job
+        conditional = first_frame_condition(
+            encoded.expand(shape),
+            job.model.mask_channels,
+            self._text_features(prompts),
+            image,
+            repeat=job.diffusion.repeat_condition,
         )
-        velocity = guided(
-            model_velocity(self.dit.model, self.dit.job, self.pgs, condition, self._text_features(prompts), image),
-            model_velocity(
-                self.dit.model,
-                self.dit.job,
-                self.pgs,
-                condition,
-                self._text_features([negative_prompt] * len(prompts)),
-                image,
-            ),
-            sampling.guidance_scale,
-        )
+        unconditional = replace(conditional, text=self._text_features([negative_prompt] * len(prompts)))
+        denoiser = Denoiser(self.dit.model, job.diffusion.prediction_type)
+        velocity = guided(denoiser.under(conditional), denoiser.under(unconditional), sampling.guidance_scale)
         noise = torch.stack([_noise(seed, shape[1:]) for seed in seeds]).to(self.pgs.device)
         sigmas = euler_sigmas(sampling.num_inference_steps, sampling.sigma_shift)
         return euler_sample(velocity, noise, sigmas, progress)
@@ -142,33 +135,6 @@ class ImageToVideoPipeline:
         if not self.dit.job.model.image_embed_dim:
             return None
         return self.image_encoder.encode(first_frames[:, :, 0]).to(self.pgs.device)
-
-
-def model_velocity(
-    model: nn.Module,
-    job: DiTJob,
-    pgs: ProcessGroups,
-    condition: tuple[Tensor, Tensor],
-    text: Tensor | None,
-    image: Tensor | None,
-) -> Velocity:
-    """The model as a velocity of whole latents under one condition.
-
-    Args:
-        condition: mask and condition latents.
-        text, image: features [b, l, e], [b, n, e], of models that have them.
-    """
-    patch_size = job.model.patch_size
-
-    def velocity(noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-        model_input = build_model_input(noisy_latents, *condition)
-        tokens = model(model_input, to_timesteps(sigmas), text, image)
-        tokens = all_gather_slices(tokens, 1, pgs.cp)  # (b, n, c * patch volume)
-        sides = zip(noisy_latents.shape[2:], patch_size, strict=True)
-        prediction = unpatchify(tokens, tuple(side // patch for side, patch in sides), patch_size)
-        return to_velocity(prediction, noisy_latents, sigmas, job.diffusion.prediction_type)
-
-    return velocity
 
 
 def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:

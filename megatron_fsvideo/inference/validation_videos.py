@@ -4,11 +4,12 @@ Each data-parallel rank generates, decodes and writes its share, one video after
 that none waits longer than one video takes.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_fsvideo.config import DiTJob
 from megatron_fsvideo.data.batch import Batch, collate
@@ -19,7 +20,7 @@ from megatron_fsvideo.diffusion.guidance import guided
 from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
 from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
 from megatron_fsvideo.inference.loading import load_autoencoder
-from megatron_fsvideo.inference.pipeline import model_velocity
+from megatron_fsvideo.models.dit import Denoiser, DiTModel
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.groups import ProcessGroups, gather_objects
 from megatron_fsvideo.parallel.seeds import sample_generator
@@ -42,8 +43,9 @@ class ValidationVideos:
         ValueError: the autoencoder is missing, or not the one of the latents.
     """
 
-    def __init__(self, job: DiTJob, model: nn.Module, dataset: LatentDataset, pgs: ProcessGroups) -> None:
-        self.job, self.model, self.dataset, self.pgs = job, model, dataset, pgs
+    def __init__(self, job: DiTJob, model: DiTModel, dataset: LatentDataset, pgs: ProcessGroups) -> None:
+        self.job, self.dataset, self.pgs = job, dataset, pgs
+        self.denoiser = Denoiser(model, job.diffusion.prediction_type)
         self.folder = Path(job.logging.tensorboard_dir) / "videos"
         everything = [(k, place) for k, stream in enumerate(dataset.streams) for place in range(stream.num_samples)]
         number = min(job.sampling.num_validation_videos, len(everything))
@@ -102,19 +104,22 @@ class ValidationVideos:
 
     def _sample(self, batch: Batch) -> Tensor:
         """Normalised latents [1, c, t, h, w] from the sample's first frame, if it is a video, and its text."""
-        job, model = self.job, self.job.model
+        job = self.job
         is_image = batch.latents.shape[2] == 1
         hidden = torch.full((1,), is_image, device=batch.latents.device)
-        condition = first_frame_condition(batch.latents, model.mask_channels, job.diffusion.repeat_condition, hidden)
-        image = None
-        if model.image_embed_dim:
-            image = torch.zeros_like(batch.image) if is_image else batch.image
+        conditional = first_frame_condition(
+            batch.latents,
+            job.model.mask_channels,
+            batch.text,
+            batch.image,
+            repeat=job.diffusion.repeat_condition,
+            hidden=hidden,
+        )
         negative = torch.zeros_like(batch.text)
         negative[0, : len(self.dataset.negative_text)] = self.dataset.negative_text.to(negative)
-        with_text, without = (text if model.text_embed_dim else None for text in (batch.text, negative))
         velocity = guided(
-            model_velocity(self.model, job, self.pgs, condition, with_text, image),
-            model_velocity(self.model, job, self.pgs, condition, without, image),
+            self.denoiser.under(conditional),
+            self.denoiser.under(replace(conditional, text=negative)),
             job.sampling.sampling_guidance_scale,
         )
         generator = sample_generator(job.training.seed, int(batch.sample_ids[0]), 0, "generation")

@@ -36,6 +36,16 @@ def all_gather_slices(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return torch.cat(parts, dim=dim)
 
 
+def scatter_tokens(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """`local_slice` of what every rank holds whole; backward: every rank gets the gradient of the whole tensor."""
+    return local_slice(tensor, dim, group) if group.size() == 1 else _Scatter.apply(tensor, dim, group)
+
+
+def gather_tokens(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """The inverse of `local_slice` for ranks that all go on to the same loss (backward: each takes its own slice)."""
+    return tensor if group.size() == 1 else _GatherForSameLoss.apply(tensor, dim, group)
+
+
 def all_gather_each(tensors: list[Tensor], dims: list[int], group: ProcessGroup) -> list[Tensor]:
     """`all_gather_slices` of many tensors of one type in one collective."""
     sizes = [tensor.numel() for tensor in tensors]
@@ -100,6 +110,28 @@ def tokens_to_heads(tensor: Tensor, group: ProcessGroup) -> Tensor:
 def heads_to_tokens(tensor: Tensor, group: ProcessGroup) -> Tensor:
     """The inverse of `tokens_to_heads`."""
     return tensor if group.size() == 1 else _AllToAll.apply(tensor, 0, 2, group)
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.cut = dim, group
+        return local_slice(tensor, dim, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return all_gather_slices(gradient, *ctx.cut), None, None
+
+
+class _GatherForSameLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.cut = dim, group
+        return all_gather_slices(tensor, dim, group)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return local_slice(gradient, *ctx.cut).contiguous(), None, None
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -96,29 +96,34 @@ def test_loss_presets_are_the_references_constants():
 @pytest.mark.parametrize("repeat", [False, True])
 def test_a_hidden_first_frame_leaves_no_trace(repeat):
     latents = torch.randn(3, 2, 4, 2, 2)
-    mask, condition = conditions.first_frame_condition(latents, 4, repeat, torch.tensor([True, False, True]))
-    assert mask[::2].abs().max() == condition[::2].abs().max() == 0
-    shown = conditions.first_frame_condition(latents, 4, repeat)
-    assert torch.equal(mask[1], shown[0][1]) and torch.equal(condition[1], shown[1][1])
+    image = torch.randn(3, 5, 6)
+    hidden = torch.tensor([True, False, True])
+    found = conditions.first_frame_condition(latents, 4, None, image, repeat=repeat, hidden=hidden)
+    shown = conditions.first_frame_condition(latents, 4, None, image, repeat=repeat)
+    for some, every in ((found.mask, shown.mask), (found.latents, shown.latents), (found.image, shown.image)):
+        assert some[::2].abs().max() == 0 and torch.equal(some[1], every[1])
+    assert torch.equal(shown.image, image)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 31])
 def test_first_frame_condition_reads_only_frame_zero(frames):
     latents = torch.randn(2, 3, frames, 4, 5)
-    mask, condition = conditions.first_frame_condition(latents, 4)
+    shown = conditions.first_frame_condition(latents, 4)
+    mask, condition = shown.mask, shown.latents
     assert mask.shape == (2, 4, frames, 4, 5)
     assert mask[:, :, 0].eq(1).all() and mask[:, :, 1:].eq(0).all()
     assert torch.equal(condition[:, :, 0], latents[:, :, 0]) and condition[:, :, 1:].eq(0).all()
     other = latents.clone()
     other[:, :, 1:] += 1
-    assert torch.equal(conditions.first_frame_condition(other, 4)[1], condition)
+    assert torch.equal(conditions.first_frame_condition(other, 4).latents, condition)
     repeated = conditions.first_frame_condition(latents, 4, repeat=True)
-    assert torch.equal(repeated[0], mask) and torch.equal(repeated[1][:, :, -1], latents[:, :, 0])
+    assert torch.equal(repeated.mask, mask) and torch.equal(repeated.latents[:, :, -1], latents[:, :, 0])
 
 
 def test_model_input_order_is_noise_mask_condition():
-    parts = torch.zeros(1, 2, 1, 1, 1), torch.ones(1, 4, 1, 1, 1), torch.full((1, 2, 1, 1, 1), 2.0)
-    assert conditions.build_model_input(*parts).flatten().tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+    condition = conditions.Condition(torch.ones(1, 4, 1, 1, 1), torch.full((1, 2, 1, 1, 1), 2.0), None, None)
+    assert condition.model_input(torch.zeros(1, 2, 1, 1, 1)).flatten().tolist() == [0, 0, 1, 1, 1, 1, 2, 2]
+    assert condition.channels.flatten().tolist() == [1, 1, 1, 1, 2, 2]
 
 
 def test_euler_is_exact_for_a_straight_path():

@@ -8,7 +8,7 @@ import torch
 
 from megatron_fsvideo.config import DIT_PRESETS, DiffusionConfig, DiTJob, build_job
 from megatron_fsvideo.data.batch import Batch
-from megatron_fsvideo.models.dit import patchify
+from megatron_fsvideo.models.dit import Denoiser, patchify
 from megatron_fsvideo.training.steps.dit_objective import (
     hidden_first_frames,
     make_noisy,
@@ -20,6 +20,11 @@ from megatron_fsvideo.training.steps.dit_objective import (
 
 MODEL = build_job(DiTJob, DIT_PRESETS["dit_debug"]).model
 ALONE = SimpleNamespace(cp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
+
+
+def denoiser_of(prediction_type):
+    """Without weights: what turns a prediction into a velocity."""
+    return Denoiser(SimpleNamespace(pgs=ALONE, model_config=MODEL), prediction_type)
 
 
 def batch_of(ids, epochs=None):
@@ -69,10 +74,9 @@ def test_dropped_text_is_the_null_text():
     null = pad_rows(torch.full((2, MODEL.text_embed_dim), 9.0), 6)
     noise, sigmas, _ = training_draws(batch, DiffusionConfig(), seed=1)
     noisy = make_noisy(batch, (noise, sigmas, torch.tensor([False, True])), null, MODEL, DiffusionConfig())
-    assert torch.equal(noisy.text[0], batch.text[0]) and torch.equal(noisy.text[1], null)
-    assert noisy.text[1, 2:].abs().max() == 0
-    without = replace(MODEL, text_embed_dim=0)
-    assert make_noisy(batch, (noise, sigmas, sigmas > 2), null, without, DiffusionConfig()).text is None
+    text = noisy.condition.text
+    assert torch.equal(text[0], batch.text[0]) and torch.equal(text[1], null)
+    assert text[1, 2:].abs().max() == 0
 
 
 def test_images_and_dropped_first_frames_are_not_given():
@@ -84,14 +88,13 @@ def test_images_and_dropped_first_frames_are_not_given():
     hidden = hidden_first_frames(video, diffusion, 1)
     assert hidden.float().mean().item() == pytest.approx(0.25, abs=0.06)
     assert hidden_first_frames(video, DiffusionConfig(), 1).sum() == 0
-    c, m = MODEL.latent_channels, MODEL.mask_channels
     for batch, expected in ((image, torch.ones(400, dtype=torch.bool)), (video, hidden)):
         draws = training_draws(batch, diffusion, seed=1)
         noisy = make_noisy(batch, draws, batch.text[0], MODEL, diffusion, hidden_first_frames(batch, diffusion, 1))
-        given = noisy.model_input[:, c:].abs().flatten(1).sum(1) + noisy.image.abs().flatten(1).sum(1)
+        given = noisy.condition.channels.abs().flatten(1).sum(1) + noisy.condition.image.abs().flatten(1).sum(1)
         assert torch.equal(given == 0, expected)
     draws = validation_draws(image, diffusion, seed=1)
-    assert make_noisy(image, draws, image.text[0], MODEL, diffusion).model_input[:, c : c + m].abs().max() == 0
+    assert make_noisy(image, draws, image.text[0], MODEL, diffusion).condition.mask.abs().max() == 0
 
 
 def test_model_input_is_noise_mask_condition():
@@ -99,7 +102,7 @@ def test_model_input_is_noise_mask_condition():
     draws = training_draws(batch, DiffusionConfig(), seed=1)
     noisy = make_noisy(batch, draws, batch.text[0], MODEL, DiffusionConfig())
     c, m = MODEL.latent_channels, MODEL.mask_channels
-    noise_part, mask, condition = noisy.model_input.split([c, m, c], dim=1)
+    noise_part, mask, condition = noisy.condition.model_input(noisy.noisy_latents).split([c, m, c], dim=1)
     sigma = draws[1].item()
     torch.testing.assert_close(noise_part, (1 - sigma) * batch.latents + sigma * draws[0])
     assert mask[:, :, 0].min() == 1 and mask[:, :, 1:].abs().max() == 0
@@ -115,10 +118,10 @@ def test_a_perfect_prediction_has_no_error(prediction_type):
     noisy = make_noisy(batch, (noise, torch.tensor([0.3, 0.9]), dropped), batch.text[0], MODEL, diffusion)
     right = noisy.target if prediction_type == "velocity" else batch.latents
     prediction = patchify(right, MODEL.patch_size)
-    assert velocity_mse(prediction, noisy, MODEL, diffusion, ALONE).max() < 1e-10
+    assert velocity_mse(prediction, noisy, denoiser_of(prediction_type)).max() < 1e-10
     # An error in one sample is that sample's alone, and a mean over all its elements.
     wrong = prediction.clone()
     wrong[0] += 0.1
-    errors = velocity_mse(wrong, noisy, MODEL, diffusion, ALONE)
+    errors = velocity_mse(wrong, noisy, denoiser_of(prediction_type))
     expected = 0.01 if prediction_type == "velocity" else 0.01 / 0.3**2
     assert errors[0].item() == pytest.approx(expected, rel=1e-3) and errors[1] < 1e-10

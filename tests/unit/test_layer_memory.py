@@ -303,3 +303,23 @@ def test_under_full_recomputation_memory_costs_nothing(dtype):
     assert held > 16 * 8 * 96 * 384 * dtype.itemsize, "the layer inputs at least"
     assert abs(held_with / held - 1) < 0.01, (held_with, held)
     assert peak_with / peak < 1.05, (peak_with, peak)
+
+
+def test_a_frozen_model_in_evaluation_recomputes():
+    """A teacher or a reward's path: gradients pass to the inputs, of each layer only the input is kept."""
+
+    def work():
+        pgs = groups.initialize(ParallelConfig())
+        config = replace(build_job(DiTJob, DIT_PRESETS["dit_debug"]).model, num_layers=8)
+        latents = torch.randn(1, config.in_channels, 8, 12, 8, requires_grad=True)
+        text, image = torch.randn(1, 8, config.text_embed_dim), torch.randn(1, 4, config.image_embed_dim)
+        held = []
+        for granularity in (None, "full"):
+            parallel = ParallelConfig(recompute_granularity=granularity)
+            model = build_dit(config, parallel, pgs, params_dtype=torch.float32).eval().requires_grad_(False)
+            loss = lambda: model(latents, torch.tensor([500.0]), text, image).square().mean()  # noqa: B023, E731
+            held.append(allocated_during(loss)[0])
+        return held
+
+    kept, recomputed = run_workers(work, 1)[0]
+    assert recomputed < kept / 4, (recomputed, kept)

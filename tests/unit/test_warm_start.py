@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job
-from megatron_fsvideo.diffusion.conditions import build_model_input, first_frame_condition
+from megatron_fsvideo.diffusion.conditions import first_frame_condition
 from megatron_fsvideo.diffusion.flow_matching import add_noise, logit_normal_sigmas, to_timesteps, velocity_target
 from megatron_fsvideo.models.dit import build_dit, patchify
 from megatron_fsvideo.parallel import groups
@@ -27,7 +27,8 @@ def batch(number, generator):
     latents = flat_clips(number, generator)
     noise = torch.randn(latents.shape, generator=generator)
     sigmas = logit_normal_sigmas(torch.randn(number, generator=generator), 0.0, 1.0)
-    noisy = build_model_input(add_noise(latents, noise, sigmas), *first_frame_condition(latents, MODEL.mask_channels))
+    condition = first_frame_condition(latents, MODEL.mask_channels)
+    noisy = condition.model_input(add_noise(latents, noise, sigmas))
     text, image = torch.zeros(number, 2, MODEL.text_embed_dim), torch.zeros(number, 1, MODEL.image_embed_dim)
     return (noisy, to_timesteps(sigmas), text, image), patchify(velocity_target(latents, noise), MODEL.patch_size)
 

@@ -90,7 +90,7 @@ class DiTBlock(TransformerBlock):
     def _is_recomputed(self, layer_index: int) -> bool:
         """Whether a layer's activations are recomputed: of all layers, or of a stage's first (`block`)."""
         config = self.config
-        if config.recompute_granularity != "full" or not (self.training and torch.is_grad_enabled()):
+        if config.recompute_granularity != "full" or not torch.is_grad_enabled():
             return False
         return config.recompute_method == "uniform" or layer_index < config.recompute_num_layers
 

@@ -102,20 +102,18 @@ class ConditionEmbedder(nn.Module):
             ImageEmbedder(config.image_embed_dim, hidden_size, dtype) if config.image_embed_dim else None
         )
 
-    def forward(self, timesteps: Tensor, text: Tensor | None, image: Tensor | None) -> Conditioning:
-        """timesteps [b] fp32, text [b, l, e], image [b, n, e].
+    def embed_timesteps(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedding [b, h] and modulation [b, 6, h] of timesteps [b], all fp32."""
+        timestep = self.time_embedder(timesteps)
+        return timestep, self.time_proj(F.silu(timestep)).unflatten(1, (NUM_MODULATIONS, -1))
+
+    def embed_contexts(self, text: Tensor | None, image: Tensor | None) -> tuple[Context | None, Context | None]:
+        """Rows to attend to from text [b, l, e] and image [b, n, e]; None where the model attends to none.
 
         Raises:
             ValueError: text or image is missing where the model attends to it.
         """
-        timestep = self.time_embedder(timesteps)  # (b, h)
-        modulation = self.time_proj(F.silu(timestep)).unflatten(1, (NUM_MODULATIONS, -1))  # (b, 6, h)
-        return Conditioning(
-            timestep,
-            modulation,
-            self._embed(self.text_embedder, text, "text"),
-            self._embed(self.image_embedder, image, "image"),
-        )
+        return self._embed(self.text_embedder, text, "text"), self._embed(self.image_embedder, image, "image")
 
     def _embed(self, embedder: nn.Module | None, features: Tensor | None, name: str) -> Context | None:
         if embedder is None:

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from megatron_fsvideo.config import DiTConfig
 from megatron_fsvideo.models.dit.block import DiTBlock
-from megatron_fsvideo.models.dit.embeddings import ConditionEmbedder, Conditioning
+from megatron_fsvideo.models.dit.embeddings import ConditionEmbedder, Conditioning, Context
 from megatron_fsvideo.models.dit.layer import modulate
 from megatron_fsvideo.models.dit.rope import Rotary, rotary_tables
-from megatron_fsvideo.models.dit.tokens import Grid, append_rows, patchify, round_up, token_grid
+from megatron_fsvideo.models.dit.tokens import Grid, append_rows, local_tokens, round_up, token_grid
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.parallel.marks import mark_on_every_stage, mark_sees_local_tokens
-from megatron_fsvideo.parallel.sequence import gather_output_tokens, local_slice
+from megatron_fsvideo.parallel.sequence import gather_output_tokens, local_slice, scatter_tokens
 
 
 class Head(nn.Module):
@@ -98,8 +98,8 @@ class DiTModel(MegatronModule):
         """Predict from noisy latents.
 
         Args:
-            model_input: [b, 2c + mask channels, t, h, w], from `diffusion.conditions.build_model_input`; every rank
-                of the model passes all of it, later stages only read its shape.
+            model_input: [b, 2c + mask channels, t, h, w], from `Condition.model_input`; every rank of the model
+                passes all of it, later stages only read its shape.
             timesteps: 1000 * sigma [b], fp32.
             text: text embeddings [b, l, e]. image: image embeddings [b, l, e].
 
@@ -110,10 +110,27 @@ class DiTModel(MegatronModule):
         Raises:
             ValueError: sizes that the patch or the parallel layout do not divide.
         """
-        grid = token_grid(tuple(model_input.shape[2:]), self.model_config.patch_size)
-        conditioning = self._embed_conditions(timesteps, text, image)
-        hidden_states = self._embed_patches(model_input) if self.pre_process else None
-        rotary = self._rotary(grid, model_input.device)
+        patch_size = self.model_config.patch_size
+        grid = token_grid(tuple(model_input.shape[2:]), patch_size)
+        tokens = local_tokens(model_input, patch_size, self.pgs.cp) if self.pre_process else None
+        return self.forward_tokens(tokens, grid, timesteps, *self.embed_contexts(text, image))
+
+    def forward_tokens(
+        self, tokens: Tensor | None, grid: Grid, timesteps: Tensor, text: Context | None, image: Context | None
+    ) -> Tensor:
+        """Predict from this context-parallel rank's tokens of the model's input.
+
+        Args:
+            tokens: [b, n, (2c + mask channels) * patch volume]; None on later stages.
+            grid: tokens of the whole clip along (t, h, w).
+            text, image: from `embed_contexts`.
+
+        Returns:
+            what `forward` returns.
+        """
+        conditioning = Conditioning(*self.condition_embedder.embed_timesteps(timesteps), text, image)
+        hidden_states = self._embed_tokens(tokens) if tokens is not None else None
+        rotary = self._rotary(grid, timesteps.device)
         hidden_states = self.block(hidden_states, conditioning, rotary)
         if not self.post_process:
             return hidden_states
@@ -121,6 +138,20 @@ class DiTModel(MegatronModule):
         if self.config.sequence_parallel:
             prediction = gather_output_tokens(prediction, self.pgs.tp)
         return prediction[: len(rotary[0])].transpose(0, 1)  # (b, n, c * p)
+
+    def embed_contexts(self, text: Tensor | None, image: Tensor | None) -> tuple[Context | None, Context | None]:
+        """What the layers' cross-attention reads, from text [b, l, e] and image [b, n, e]; the same at every timestep.
+
+        Raises:
+            ValueError: text or image is missing where the model attends to it.
+        """
+        contexts = self.condition_embedder.embed_contexts(text, image)
+        # Keys and values of all layers read the context: its gradient is summed over the heads' ranks once, here.
+        text, image = (
+            context and context._replace(rows=copy_to_tensor_model_parallel_region(context.rows, group=self.pgs.tp))
+            for context in contexts
+        )
+        return text, image
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
         """Megatron's schedule hands over what the previous stage sent."""
@@ -139,23 +170,12 @@ class DiTModel(MegatronModule):
                 tensor.replica_id = (stage, *tensor.replica_id[1:])
         return state
 
-    def _embed_conditions(self, timesteps: Tensor, text: Tensor | None, image: Tensor | None) -> Conditioning:
-        conditioning = self.condition_embedder(timesteps, text, image)
-        # Keys and values of all layers read the context: its gradient is summed over the heads' ranks once, here.
-        contexts = {
-            name: context._replace(rows=copy_to_tensor_model_parallel_region(context.rows, group=self.pgs.tp))
-            for name, context in (("text", conditioning.text), ("image", conditioning.image))
-            if context is not None
-        }
-        return conditioning._replace(**contexts)
-
-    def _embed_patches(self, model_input: Tensor) -> Tensor:
-        tokens = patchify(model_input, self.model_config.patch_size).transpose(0, 1)  # (n, b, c * p)
-        tokens = local_slice(tokens, 0, self.pgs.cp)
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        tokens = tokens.transpose(0, 1)  # (n, b, c * p)
         num_parts = self.pgs.tp_size if self.config.sequence_parallel else 1
         tokens = append_rows(tokens, round_up(len(tokens), self.token_multiple * num_parts))
         if self.config.sequence_parallel:
-            tokens = local_slice(tokens, 0, self.pgs.tp)
+            tokens = scatter_tokens(tokens, 0, self.pgs.tp)
         return self.patch_embedding(tokens.to(self.patch_embedding.weight.dtype))  # (s, b, h)
 
     def _rotary(self, grid: Grid, device: torch.device) -> Rotary:

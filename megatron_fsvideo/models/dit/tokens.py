@@ -2,6 +2,9 @@
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_fsvideo.parallel.sequence import scatter_tokens
 
 Grid = tuple[int, int, int]
 
@@ -26,6 +29,15 @@ def patchify(latents: Tensor, patch_size: Grid) -> Tensor:
     pt, ph, pw = patch_size
     parts = latents.reshape(batch, channels, t, pt, h, ph, w, pw)
     return parts.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(batch, t * h * w, channels * pt * ph * pw)
+
+
+def local_tokens(latents: Tensor, patch_size: Grid, group: ProcessGroup) -> Tensor:
+    """This rank's tokens [b, n, c * patch volume] of latents [b, c, t, h, w] that all of the group's ranks hold.
+
+    Raises:
+        ValueError: sides that the patch does not divide, or tokens that the ranks cannot share evenly.
+    """
+    return scatter_tokens(patchify(latents, patch_size), 1, group)
 
 
 def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
 from megatron_fsvideo.checkpoint.agreement import check_agreement
@@ -25,7 +26,7 @@ from megatron_fsvideo.data.batch import Batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
 from megatron_fsvideo.diffusion.losses import loss_of_mse
-from megatron_fsvideo.models.dit import build_dit_chunks
+from megatron_fsvideo.models.dit import Denoiser, build_dit_chunks
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
 from megatron_fsvideo.parallel.pipeline import run_schedule
 from megatron_fsvideo.training.flops import dit_training_flops
@@ -54,7 +55,6 @@ from megatron_fsvideo.training.steps.dit_objective import (
     hidden_first_frames,
     make_noisy,
     pad_rows,
-    predict,
     training_draws,
     validation_draws,
     velocity_mse,
@@ -271,11 +271,14 @@ class DiTStep:
             raise ValueError(f"--load {checkpoint.load} holds no checkpoint (only the --save folder may be empty)")
         return None, False
 
-    def _training_step(self, iterator: Iterator[Batch], wrapped: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+    def _training_step(
+        self, iterator: Iterator[Batch], wrapped: DistributedDataParallel
+    ) -> tuple[Tensor, LossFunction]:
         """Megatron's forward step: the prediction, and a function of it that is the loss."""
         batch = next(iterator).to(self.pgs.device)
         diffusion = self.job.diffusion
         seed = self.job.training.seed
+        denoiser = Denoiser(wrapped.module, diffusion.prediction_type)
         noisy = make_noisy(
             batch,
             training_draws(batch, diffusion, seed),
@@ -286,27 +289,30 @@ class DiTStep:
         )
 
         def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            mse = velocity_mse(prediction, noisy, self.job.model, diffusion, self.pgs)
+            mse = velocity_mse(prediction, noisy, denoiser)
             loss = loss_of_mse(mse, noisy.target[0].numel(), diffusion.loss_type, diffusion.huber_c).mean()
             self._errors.append((batch.sample_ids, mse.detach()))
             # Cloned, because the schedule scales the loss in place.
             return loss, {"sums": torch.stack([loss.detach(), mse.detach().mean()])}
 
-        return predict(wrapped, noisy), loss_function
+        return denoiser.predict(noisy.noisy_latents, noisy.sigmas, noisy.condition), loss_function
 
-    def _validation_step(self, iterator: Iterator[Batch], wrapped: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+    def _validation_step(
+        self, iterator: Iterator[Batch], wrapped: DistributedDataParallel
+    ) -> tuple[Tensor, LossFunction]:
         batch = next(iterator).to(self.pgs.device)
         draws = validation_draws(batch, self.job.diffusion, self.job.training.seed)
+        denoiser = Denoiser(wrapped.module, self.job.diffusion.prediction_type)
         noisy = make_noisy(batch, draws, self.null_text, self.job.model, self.job.diffusion)
 
         def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            mse = velocity_mse(prediction, noisy, self.job.model, self.job.diffusion, self.pgs)
+            mse = velocity_mse(prediction, noisy, denoiser)
             values = torch.stack([mse, white_latents_bound(noisy.sigmas), torch.ones_like(mse)]).double()  # (3, b)
             bins = (noisy.sigmas * NUM_SIGMA_BINS).long().clamp(max=NUM_SIGMA_BINS - 1)
             sums = values.new_zeros(3, NUM_SIGMA_BINS).index_add_(1, bins, values)
             return mse.mean(), {"sums": sums}
 
-        return predict(wrapped, noisy), loss_function
+        return denoiser.predict(noisy.noisy_latents, noisy.sigmas, noisy.condition), loss_function
 
     def _blame(self) -> str:
         """Which samples of the last global batch have no finite loss, else all of them; every rank calls this."""

@@ -1,4 +1,4 @@
-"""What the DiT learns from one micro-batch: draws, model input and the per-sample error (paper section 3).
+"""What the DiT learns from one micro-batch: draws, condition and the per-sample error (paper section 3).
 
 Every number drawn belongs to (seed, sample, epoch, role), so all layouts and all restarts draw the same.
 """
@@ -10,22 +10,12 @@ from torch import Tensor
 
 from megatron_fsvideo.config import DiffusionConfig, DiTConfig
 from megatron_fsvideo.data.batch import Batch
-from megatron_fsvideo.diffusion.conditions import (
-    build_model_input,
-    first_frame_condition,
-)
-from megatron_fsvideo.diffusion.flow_matching import (
-    add_noise,
-    logit_normal_sigmas,
-    to_timesteps,
-    to_velocity,
-    velocity_target,
-)
+from megatron_fsvideo.diffusion.conditions import Condition, first_frame_condition
+from megatron_fsvideo.diffusion.flow_matching import add_noise, logit_normal_sigmas, velocity_target
 from megatron_fsvideo.diffusion.losses import squared_errors
-from megatron_fsvideo.models.dit import patchify
-from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.models.dit import Denoiser
 from megatron_fsvideo.parallel.seeds import sample_generator
-from megatron_fsvideo.parallel.sequence import local_slice, sum_for_same_loss
+from megatron_fsvideo.parallel.sequence import sum_for_same_loss
 
 
 @dataclass(frozen=True)
@@ -33,17 +23,14 @@ class NoisyBatch:
     """A micro-batch at its noise levels: the model's inputs and its target.
 
     Attributes:
-        model_input: [b, 2c + m, t, h, w]. text: [b, l, e] or None. image: [b, n, e] or None.
         noisy_latents, target: [b, c, t, h, w]; the target is the velocity.
         sigmas: [b].
     """
 
-    model_input: Tensor
-    text: Tensor | None
-    image: Tensor | None
     noisy_latents: Tensor
-    target: Tensor
     sigmas: Tensor
+    condition: Condition
+    target: Tensor
 
 
 def training_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,45 +86,26 @@ def make_noisy(
     latents = batch.latents
     if hidden is None:
         hidden = torch.full((len(latents),), is_image(batch))
-    hidden = hidden.to(latents.device)
     noise, sigmas, dropped = (tensor.to(latents.device) for tensor in draws)
-    noisy = add_noise(latents, noise, sigmas)
-    mask, condition = first_frame_condition(latents, model.mask_channels, diffusion.repeat_condition, hidden)
     text = torch.where(dropped[:, None, None], null_text.to(batch.text), batch.text)
-    return NoisyBatch(
-        model_input=build_model_input(noisy, mask, condition),
-        text=text if model.text_embed_dim else None,
-        # Zeros, not None: every weight takes part in every step, as overlapped gradient reduction needs.
-        image=batch.image.masked_fill(hidden[:, None, None], 0) if model.image_embed_dim else None,
-        noisy_latents=noisy,
-        target=velocity_target(latents, noise),
-        sigmas=sigmas,
+    condition = first_frame_condition(
+        latents, model.mask_channels, text, batch.image, repeat=diffusion.repeat_condition, hidden=hidden
     )
+    return NoisyBatch(add_noise(latents, noise, sigmas), sigmas, condition, velocity_target(latents, noise))
 
 
-def predict(model: torch.nn.Module, noisy: NoisyBatch) -> Tensor:
-    """Run the model: the prediction's tokens on the last stage, what the next stage receives elsewhere."""
-    return model(noisy.model_input, to_timesteps(noisy.sigmas), noisy.text, noisy.image)
-
-
-def velocity_mse(
-    prediction: Tensor,
-    noisy: NoisyBatch,
-    model: DiTConfig,
-    diffusion: DiffusionConfig,
-    pgs: ProcessGroups,
-) -> Tensor:
+def velocity_mse(prediction: Tensor, noisy: NoisyBatch, denoiser: Denoiser) -> Tensor:
     """Mean squared velocity error of each whole sample [b], fp32.
 
-    The squares are summed over the context-parallel ranks before anything non-linear is done with them: a loss with a
-    root averaged over the ranks' parts would be another loss (dit_spec 3.3).
+    The squares are summed over the context-parallel ranks before anything non-linear is done with them: the root of a
+    sum over all tokens is not the mean of the roots over each rank's tokens.
 
     Args:
-        prediction: this context-parallel rank's tokens [b, n, c * patch volume].
+        prediction: from `denoiser.predict`, for this context-parallel rank's tokens.
     """
-    mine = [local_slice(patchify(x, model.patch_size), 1, pgs.cp) for x in (noisy.noisy_latents, noisy.target)]
-    velocity = to_velocity(prediction, mine[0], noisy.sigmas, diffusion.prediction_type)
-    total = sum_for_same_loss(squared_errors(velocity, mine[1]), pgs.cp)
+    noisy_tokens, target = (denoiser.local_tokens(x) for x in (noisy.noisy_latents, noisy.target))
+    velocity = denoiser.to_local_velocity(prediction, noisy_tokens, noisy.sigmas)
+    total = sum_for_same_loss(squared_errors(velocity, target), denoiser.pgs.cp)
     return total / noisy.target[0].numel()
 
 
