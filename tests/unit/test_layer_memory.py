@@ -309,13 +309,13 @@ def test_a_frozen_model_in_evaluation_recomputes():
     """A teacher or a reward's path: gradients pass to the inputs, of each layer only the input is kept."""
 
     def work():
-        pgs = groups.initialize(ParallelConfig())
+        pgs = groups.initialize(DiTParallelConfig())
         config = replace(build_job(DiTJob, DIT_PRESETS["dit_debug"]).model, num_layers=8)
         latents = torch.randn(1, config.in_channels, 8, 12, 8, requires_grad=True)
         text, image = torch.randn(1, 8, config.text_embed_dim), torch.randn(1, 4, config.image_embed_dim)
         held = []
         for granularity in (None, "full"):
-            parallel = ParallelConfig(recompute_granularity=granularity)
+            parallel = DiTParallelConfig(recompute_granularity=granularity)
             model = build_dit(config, parallel, pgs, params_dtype=torch.float32).eval().requires_grad_(False)
             loss = lambda: model(latents, torch.tensor([500.0]), text, image).square().mean()  # noqa: B023, E731
             held.append(allocated_during(loss)[0])
