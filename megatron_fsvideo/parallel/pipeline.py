@@ -3,12 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
-from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.parallel.groups import ProcessGroups, broadcast_object, broadcast_tensor
 
 
 def run_schedule(
@@ -18,14 +21,14 @@ def run_schedule(
 
     Args:
         forward_step: Megatron's: (iterator over batches, chunk) -> (output, loss function).
-        chunks: this rank's model in Megatron's DDP; several with virtual pipeline stages.
+        chunks: this rank's model, in Megatron's DDP if it is trained; several with virtual pipeline stages.
 
     Returns:
         what the loss functions returned, on the last stage; elsewhere nothing.
     """
     communication = {}
     if len(chunks) > 1:
-        communicator = VirtualStageCommunicator(pgs.pp, chunks[0].module.config)
+        communicator = VirtualStageCommunicator(pgs.pp, get_model_config(chunks[0]))
         communicator.has_one_group = len(batches) == pgs.pp_size
         communication = {"p2p_communicator": communicator, "pg_collection": pgs.collection}
     with megatron_on_cpu():
@@ -39,6 +42,31 @@ def run_schedule(
             forward_only=forward_only,
             **communication,
         )
+
+
+def finalize_gradients(chunks: list[DistributedDataParallel], pgs: ProcessGroups) -> None:
+    """Reduce the gradients that were accumulated without a schedule, as the schedules do at their end.
+
+    They are averaged over the copies of the weights. With sequence parallelism, those of replicas that saw only their
+    own tokens are summed over the tensor-parallel ranks; those of shared embedders are summed over the stages.
+    """
+    with megatron_on_cpu():
+        finalize_model_grads(chunks, pg_collection=pgs.collection)
+
+
+def share_from_last_stage(tensors: list[Tensor], pgs: ProcessGroups) -> list[Tensor]:
+    """The last pipeline stage's tensors, on every stage. No gradient flows.
+
+    Args:
+        tensors: on the last stage; elsewhere nothing is read from it.
+    """
+    if pgs.pp_size == 1:
+        return tensors
+    last = pgs.pp_size - 1
+    outlines = broadcast_object([(t.shape, t.dtype) for t in tensors] if pgs.is_last_stage else None, pgs.pp, last)
+    if not pgs.is_last_stage:
+        tensors = [torch.empty(shape, dtype=dtype, device=pgs.device) for shape, dtype in outlines]
+    return [broadcast_tensor(tensor, pgs.pp, last) for tensor in tensors]
 
 
 class VirtualStageCommunicator(P2PCommunicator):

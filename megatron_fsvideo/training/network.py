@@ -1,0 +1,260 @@
+"""One network in training: its sharded weights, optimizer, schedule, moving average and section of a checkpoint.
+
+A job owns one to three of them. There are two ways to gradients:
+
+    network.accumulate(batches, forward_step)      Megatron's schedule: pipeline parallelism, virtual stages
+    network.backward(loss, weight, is_last)        the plain loop: several networks learn from one micro-batch
+    network.finish_gradients()
+
+Both end with the gradients of the global batch on every rank, which `step` uses up.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import sharded_state_dict_default
+from torch import Tensor, nn
+
+from megatron_fsvideo.config import OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.parallel.pipeline import finalize_gradients, run_schedule
+from megatron_fsvideo.training.optimizer import LateDecayScheduler, build_optimizer, step_if_finite
+from megatron_fsvideo.training.optimizer_state import (
+    CHECKPOINT_METADATA,
+    load_optimizer_state,
+    master_weights,
+    sharded_optimizer_state,
+)
+from megatron_fsvideo.training.sharded_ema import ReplicatedEMA, ShardedEMA
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of one optimizer step.
+
+    Attributes:
+        grad_norm: of the global batch's gradient, before clipping.
+        learning_rate: AdamW's peak group's, of this step.
+        has_stepped: False if the loss or the norm was not finite, and nothing moved.
+    """
+
+    grad_norm: float
+    learning_rate: float
+    has_stepped: bool
+
+
+class TrainedNetwork:
+    """A network in Megatron's DDP with everything that trains it.
+
+    Args:
+        name: of its section in checkpoints.
+        chunks: the network on this rank: one module, or with virtual pipeline stages several. Weights that do not
+            require a gradient now are never trained.
+        config: Megatron's settings. They belong to this network alone, for its schedule's functions are kept in them.
+        record: what generation, conversion and other jobs must know of it, JSON-able: kind, model, settings.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        chunks: Sequence[nn.Module],
+        config: TransformerConfig,
+        optimizer: OptimizerConfig,
+        parallel: ParallelConfig,
+        training: TrainingConfig,
+        pgs: ProcessGroups,
+        record: dict[str, Any],
+    ) -> None:
+        self.name = name
+        self.pgs = pgs
+        self.chunks = nn.ModuleList(chunks)
+        self.wrapped = _in_ddp(list(chunks), config, parallel, pgs)
+        self.optimizer = build_optimizer(self.wrapped, optimizer, parallel, training, pgs)
+        self.scheduler = LateDecayScheduler(self.optimizer, optimizer, training)
+        self.average = self._build_average(optimizer.ema_decay, parallel) if optimizer.ema_decay else None
+        self._record = record
+        self._settings = optimizer
+
+    @property
+    def model(self) -> nn.Module:
+        """The network where there are no virtual stages."""
+        (chunk,) = self.chunks
+        return chunk
+
+    def accumulate(
+        self, batches: list[Any], forward_step: Callable[..., Any], *, forward_only: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """Forward and backward passes of an iteration by Megatron's schedule.
+
+        Args:
+            batches: this rank's micro-batches.
+            forward_step: Megatron's: (iterator over batches, chunk) -> (output, function of it that returns the loss
+                and a dict).
+
+        Returns:
+            the dicts, on the last pipeline stage; elsewhere nothing.
+        """
+        return run_schedule(forward_step, self.wrapped, batches, self.pgs, forward_only=forward_only)
+
+    def backward(self, loss: Tensor, weight: float, is_last: bool) -> None:
+        """Add the gradients of one micro-batch.
+
+        Args:
+            loss: of this rank's samples; with context parallelism the loss of whole samples, the same on all ranks.
+            weight: of the micro-batch among this rank's: 1 / number of micro-batches, if they are equally large.
+            is_last: whether it is the last before `finish_gradients`; earlier ones are not reduced over ranks.
+        """
+        assert self.pgs.pp_size == 1, "pipeline stages need Megatron's schedule: accumulate"
+        with ExitStack() as stack:
+            if not is_last:
+                for chunk in self.wrapped:
+                    stack.enter_context(chunk.no_sync())
+            # Megatron's DDP averages over data- and context-parallel ranks, but the latter hold parts of one gradient.
+            (loss * (weight * self.pgs.cp_size)).backward()
+
+    def finish_gradients(self) -> None:
+        """Reduce what `backward` has added over all ranks, as Megatron's schedule ends."""
+        finalize_gradients(self.wrapped, self.pgs)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Within this context gradients pass through the network to its inputs, and its weights get none.
+
+        It must hold from the forward pass to the end of the backward pass: recomputation runs the forward pass again.
+        """
+        trained = [parameter for parameter in self.chunks.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def step(self, iteration: int, loss: float) -> StepOutcome:
+        """Clip, step and average after `iteration` steps; leave all alone if loss or norm is not finite on any rank."""
+        self.scheduler.go_to(iteration)
+        learning_rate = self.scheduler.get_lr({"max_lr": self._settings.lr, "min_lr": self._settings.min_lr})
+        grad_norm, has_stepped = step_if_finite(self.optimizer, loss, self.pgs)
+        if self.average is not None and has_stepped:
+            self.average.update(iteration + 1)
+        self.discard()
+        return StepOutcome(grad_norm, learning_rate, has_stepped)
+
+    def discard(self) -> None:
+        """Clear the gradients."""
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within this context the network evaluates, with the averaged weights if there are any."""
+        for chunk in self.wrapped:
+            chunk.eval()
+        try:
+            with self.average.applied() if self.average is not None else nullcontext():
+                yield
+        finally:
+            for chunk in self.wrapped:
+                chunk.train()
+
+    def restart(self) -> None:
+        """Take the weights as they are now for the start: no momentum, no memory in the average."""
+        self.optimizer.reload_model_params()
+        for link in self.optimizer.chained_optimizers:
+            link.optimizer.state.clear()
+        if self.average is not None:
+            self.average.restart()
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint's job.json says about the network."""
+        return self._record
+
+    def section(self, is_loading: bool, *, with_optimizer: bool = True, with_average: bool = True) -> dict[str, Any]:
+        """What a checkpoint holds of the network: a nested dict of Megatron's sharded tensors, all keys by name.
+
+        Args:
+            is_loading: the tensors will be filled.
+            with_average: if the network keeps one.
+        """
+        content: dict[str, Any] = {}
+        if self.average is not None and with_average:
+            content["ema"] = self.average.sharded_state(sharded_weights(self.chunks))
+        if with_optimizer:
+            content["optimizer"] = sharded_optimizer_state(self.optimizer, sharded_weights(self.chunks), is_loading)
+        content["model"] = prefixed(sharded_weights(self.chunks), "model.")
+        return prefixed(content, f"{self.name}.")
+
+    def load_section(self, content: dict[str, Any], *, with_optimizer: bool = True, with_average: bool = True) -> None:
+        """Take in what was read into `section(True, ...)`; an average that was not read starts from the weights."""
+        missing, unexpected = self.chunks.load_state_dict(content["model"], strict=False)
+        assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
+        if with_optimizer:
+            load_optimizer_state(self.optimizer, sharded_weights(self.chunks), content["optimizer"])
+        else:
+            self.optimizer.reload_model_params()
+        if self.average is not None and with_average:
+            self.average.load_state(content["ema"])
+        elif self.average is not None:
+            self.average.restart()
+
+    def _build_average(self, decay: float, parallel: ParallelConfig) -> ReplicatedEMA | ShardedEMA:
+        """The moving average of the fp32 weights, shared over the data-parallel ranks if the optimizer is."""
+        names = {parameter: name for name, parameter in self.chunks.named_parameters()}
+        if parallel.use_distributed_optimizer:
+            return ShardedEMA(self.wrapped, self.optimizer, names, decay)
+        masters = {names[parameter]: master for parameter, master in master_weights(self.optimizer)}
+        return ReplicatedEMA(self.chunks, decay, masters)
+
+
+def _in_ddp(
+    chunks: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, pgs: ProcessGroups
+) -> list[DistributedDataParallel]:
+    """Megatron's DDP: gradients are summed in fp32 over the data- and context-parallel ranks."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    with megatron_on_cpu():
+        wrapped = [DistributedDataParallel(config, replace(settings), c, pg_collection=pgs.collection) for c in chunks]
+    # The schedule finds these on the model's config.
+    config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        functions = [chunk.no_sync for chunk in wrapped]
+        config.no_sync_func = functions if len(functions) > 1 else functions[0]
+    return wrapped
+
+
+def sharded_weights(chunks: nn.ModuleList) -> dict[str, ShardedTensor]:
+    """This rank's weights by their names in `chunks`; without `_extra_state`, pickles that hold nothing."""
+    return {
+        f"{index}.{name}": tensor
+        for index, chunk in enumerate(chunks)
+        for name, tensor in sharded_state_dict_default(chunk, metadata=dict(CHECKPOINT_METADATA)).items()
+        if isinstance(tensor, ShardedTensor)
+    }
+
+
+def prefixed(content: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A nested dict whose sharded tensors' keys begin with `prefix`, in place."""
+
+    def rename(leaf: Any) -> Any:
+        if isinstance(leaf, ShardedBase):
+            leaf.key = prefix + leaf.key
+        return leaf
+
+    return dict_list_map_inplace(rename, content)
