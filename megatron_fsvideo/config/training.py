@@ -12,6 +12,9 @@ class TrainingConfig:
     """Samples per data-parallel rank in one forward pass."""
     global_batch_size: int = 1
     """Samples per optimizer step over all ranks, of the largest bucket; smaller ones get more."""
+    batch_size_multiple: int = 0
+    """Batches of all buckets are multiples of this many samples, whatever the layout is; 0 takes global_batch_size. A
+    small number keeps to the token budget more closely, a large one lets more layouts share the batches."""
     train_iters: int = 100
     """Optimizer steps of the whole run."""
     seed: int = 1234
@@ -37,6 +40,8 @@ class TrainingConfig:
                 f"global_batch_size {self.global_batch_size} is not a multiple of "
                 f"micro_batch_size {self.micro_batch_size}"
             )
+        if self.batch_size_multiple < 0:
+            raise ValueError(f"batch_size_multiple {self.batch_size_multiple} cannot be negative")
         if self.max_consecutive_skipped < 1:
             raise ValueError(f"max_consecutive_skipped must be at least 1, got {self.max_consecutive_skipped}")
 

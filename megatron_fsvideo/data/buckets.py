@@ -1,7 +1,6 @@
 """Buckets: the few clip shapes a data set is cut to, so that batches have one shape (paper section 3; Wan, NovelAI).
 
-A bucket is spelled frames x height x width: `121x704x1280`. A *global* batch holds one bucket, with a batch size that
-keeps the number of tokens about constant.
+A bucket is spelled frames x height x width: `121x704x1280`.
 """
 
 from collections.abc import Sequence
@@ -121,18 +120,3 @@ def choose_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames
             b,
         ),
     )
-
-
-def bucket_batch_size(
-    reference_batch_size: int,
-    reference_tokens: int,
-    num_tokens: int,
-    multiple_of: int = 1,
-) -> int:
-    """Samples per global batch of a bucket with `num_tokens` tokens a sample.
-
-    The token budget is `reference_batch_size` samples of `reference_tokens` tokens; the result is the nearest multiple
-    of `multiple_of` (data-parallel size x micro-batch size), at least one of them.
-    """
-    budget = reference_batch_size * reference_tokens / num_tokens
-    return max(1, round(budget / multiple_of)) * multiple_of

@@ -18,7 +18,7 @@ from math import floor
 import numpy as np
 
 from megatron_fsvideo.data.bijection import shuffled_positions
-from megatron_fsvideo.data.buckets import Bucket, bucket_batch_size
+from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_dataset import Stream
 from megatron_fsvideo.parallel.seeds import derive_seed
 
@@ -53,7 +53,7 @@ class BucketSampler:
 
     Args:
         streams: from `LatentDataset.streams`.
-        batch_sizes: samples of a global batch of each bucket (`bucket_sizes` makes them).
+        batch_sizes: samples of a global batch of each bucket (`global_batch_sizes` makes them).
         seed: of the shuffles.
         shuffle: False keeps the stored order and interleaves nothing: for validation.
     """
@@ -205,44 +205,3 @@ def deal(
         )
     micro_batches = [tuple(samples[k : k + micro_batch_size]) for k in range(0, len(samples), micro_batch_size)]
     return micro_batches[dp_rank::dp_size]
-
-
-@dataclass(frozen=True)
-class BucketSizes:
-    """How many samples of a bucket make a batch.
-
-    Attributes:
-        micro_batch: samples in one forward pass of a data-parallel rank.
-        batch: samples of an optimizer step; a multiple of micro-batch x data-parallel size.
-    """
-
-    micro_batch: int
-    batch: int
-
-
-def bucket_sizes(
-    tokens: Mapping[Bucket, int],
-    micro_batch_size: int,
-    global_batch_size: int,
-    dp_size: int,
-    *,
-    tokens_per_micro_batch: int = 0,
-    tokens_per_batch: int = 0,
-) -> dict[Bucket, BucketSizes]:
-    """Sizes of each bucket for a constant number of tokens.
-
-    Batches stay the same at another data-parallel size as long as its product with the micro-batch size does.
-
-    Args:
-        tokens: tokens of one sample of each bucket.
-        micro_batch_size: of every bucket, unless there is a budget.
-        global_batch_size: of the bucket with most tokens, unless there is a budget.
-        tokens_per_micro_batch: budget, which micro-batches do not exceed unless one sample does; 0 is none.
-        tokens_per_batch: budget, to whose nearest multiple batches are rounded; 0 is none.
-    """
-    budget = tokens_per_batch or global_batch_size * max(tokens.values())
-    sizes = {}
-    for bucket, count in tokens.items():
-        micro_batch = max(1, tokens_per_micro_batch // count) if tokens_per_micro_batch else micro_batch_size
-        sizes[bucket] = BucketSizes(micro_batch, bucket_batch_size(budget, 1, count, micro_batch * dp_size))
-    return sizes

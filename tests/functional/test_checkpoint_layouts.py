@@ -120,7 +120,7 @@ def test_virtual_stages_need_whole_groups_of_micro_batches(data, tmp_path):
     flags = [*COMMON, "--num-layers", "4", *PP2, "--num-virtual-stages-per-pipeline-rank", "2"]
     run = Run(debug_arguments(data, tmp_path / "run", *flags, "--global-batch-size", "3"), tmp_path / "log", 2)
     code, text = run.wait()
-    assert code != 0 and "micro_batch_size 1 x data-parallel size 1 x pipeline size 2 (virtual stages) = 2" in text
+    assert code != 0 and "data-parallel size 1 x pipeline size (virtual stages) 2 x micro_batch_size 1 = 2" in text
 
 
 def metrics(folder):

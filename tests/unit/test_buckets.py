@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_fsvideo.data.buckets import Bucket, bucket_batch_size, choose_bucket
+from megatron_fsvideo.data.buckets import Bucket, choose_bucket
 
 
 @pytest.mark.parametrize("frames", [0, 2, 4, 10, 16])
@@ -49,10 +49,3 @@ def test_choice_by_aspect_ratio_then_frames():
     assert choose_bucket(buckets, 500, 520, 16) == Bucket(9, 96, 96)
     assert choose_bucket(buckets, 720, 1280, 3) == Bucket(1, 96, 96)
     assert choose_bucket(buckets[:4], 720, 1280, 3) is None
-
-
-def test_batch_size_keeps_the_token_budget():
-    assert bucket_batch_size(8, 400, 400, 4) == 8
-    assert bucket_batch_size(8, 400, 100, 4) == 32
-    assert bucket_batch_size(8, 400, 290, 4) == 12
-    assert bucket_batch_size(8, 400, 9999, 4) == 4

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_dataset import Stream, _round_shares
-from megatron_fsvideo.data.sampler import BucketSampler, BucketSizes, bucket_sizes, deal
+from megatron_fsvideo.data.sampler import BucketSampler, deal
 
 SMALL, WIDE, STILL = Bucket(9, 32, 32), Bucket(9, 32, 64), Bucket(1, 32, 32)
 SIZES = {SMALL: 4, WIDE: 2, STILL: 12}
@@ -102,29 +102,3 @@ def test_uneven_dealing_is_refused():
 def test_a_bucket_without_batch_size_is_refused():
     with pytest.raises(ValueError, match="no batch size for bucket 9x32x64"):
         BucketSampler(streams(), {SMALL: 4, STILL: 2}, seed=0)
-
-
-def test_batch_sizes_follow_the_token_budget():
-    tokens = {SMALL: 192, WIDE: 384, STILL: 64}
-    sizes = bucket_sizes(tokens, 2, 8, dp_size=2)
-    assert sizes == {SMALL: BucketSizes(2, 16), WIDE: BucketSizes(2, 8), STILL: BucketSizes(2, 48)}
-
-
-@pytest.mark.parametrize("dp_size", [1, 2, 3, 5, 8])
-def test_token_budgets_give_each_bucket_its_sizes_at_uneven_data_parallel_sizes(dp_size):
-    tokens = {SMALL: 192, WIDE: 384, STILL: 64}
-    sizes = bucket_sizes(tokens, 7, 99, dp_size, tokens_per_micro_batch=400, tokens_per_batch=6400)
-    assert {bucket: size.micro_batch for bucket, size in sizes.items()} == {SMALL: 2, WIDE: 1, STILL: 6}
-    for bucket, size in sizes.items():
-        unit = size.micro_batch * dp_size
-        assert size.batch % unit == 0
-        assert size.batch == unit or abs(size.batch - 6400 / tokens[bucket]) <= unit / 2
-        samples = tuple(range(size.batch))
-        dealt = [deal(samples, rank, dp_size, size.micro_batch) for rank in range(dp_size)]
-        assert len({len(micro_batches) for micro_batches in dealt}) == 1
-        assert sorted(k for rank in dealt for micro_batch in rank for k in micro_batch) == list(samples)
-
-
-def test_a_sample_larger_than_the_budgets_is_a_micro_batch_and_a_rank_s_batch():
-    sizes = bucket_sizes({WIDE: 384}, 1, 1, 3, tokens_per_micro_batch=100, tokens_per_batch=100)
-    assert sizes == {WIDE: BucketSizes(1, 3)}

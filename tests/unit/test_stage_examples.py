@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, check_token_count, parse_job
+from megatron_fsvideo.data.batch_sizes import micro_batch_sizes
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.sampler import bucket_sizes
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.memory import peak_memory
 from megatron_fsvideo.training.flops import Rows
+from megatron_fsvideo.training.steps.dit_batches import sharing, step_sizes
 
 ROOT = Path(__file__).parents[2]
 STUBS = {
@@ -55,12 +56,15 @@ def test_a_slurm_stage_fits_its_gpus_and_shares_its_buckets(stage, gpu, nodes, t
     for bucket, count in tokens.items():
         check_token_count(count, str(bucket), parallel)
         assert abs(bucket.height * bucket.width - side**2) <= side**2 / 4
-    sizes = bucket_sizes(
-        tokens, 1, job.training.global_batch_size, dp_size, tokens_per_micro_batch=job.data.tokens_per_micro_batch
-    )
-    for bucket, size in sizes.items():
-        micro_batches = size.batch // (size.micro_batch * dp_size)
-        case = Case(job.model, parallel, Rows(tokens[bucket]), size.micro_batch, micro_batches, dp_size)
+    batches = step_sizes(tokens, job.training, job.data)
+    budget = job.data.tokens_per_micro_batch
+    for bucket, size in micro_batch_sizes(batches, sharing(tokens, job, dp_size)).items():
+        most = max(1, budget // tokens[bucket])
+        assert size >= 0.5 * most, f"micro-batches of {bucket} have {size} samples, where {most} fit"
+        assert batches[bucket] * tokens[bucket] == pytest.approx(
+            job.training.global_batch_size * max(tokens.values()), rel=0.1
+        )
+        case = Case(job.model, parallel, Rows(tokens[bucket]), size, batches[bucket] // (size * dp_size), dp_size)
         needed = sum(peak_memory(case)[1].values()) / 1e9
         assert needed <= GIGABYTES[gpu] - RESERVED, f"{bucket}: {needed:.1f} GB"
 

@@ -47,6 +47,7 @@ from megatron_fsvideo.training.sharded_ema import ReplicatedEMA, ShardedEMA
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.steps.dit_batches import (
     BatchSource,
+    check_batches,
     check_data_fits_model,
     training_filter,
     validation_filter,
@@ -79,6 +80,7 @@ class DiTStep:
             job.data.data_path, job.data.max_bad_fraction, sample_filter=training_filter(job.data)
         )
         check_data_fits_model(self.dataset, job.model, job.parallel)
+        check_batches(self.dataset, job, pgs.dp_size)
         self.valid_dataset = self._open_validation()
         dtype = torch.bfloat16 if job.training.bf16 else torch.float32
         chunks = build_dit_chunks(job.model, job.parallel, pgs, params_dtype=dtype, seed=job.training.seed)
@@ -349,18 +351,7 @@ class DiTStep:
         return all_reduce_sum(all_reduce_sum(sums, self.pgs.dp), self.pgs.pp)
 
     def _batches(self, dataset: LatentDataset, consumed_samples: int, shuffle: bool) -> BatchSource:
-        job = self.job
-        return BatchSource(
-            dataset,
-            job.model,
-            job.training,
-            job.data,
-            self.pgs,
-            consumed_samples=consumed_samples,
-            shuffle=shuffle,
-            # With virtual stages, Megatron's schedule takes micro-batches in groups of the pipeline's size.
-            microbatch_multiple=self.pgs.pp_size if len(self.chunks) > 1 else 1,
-        )
+        return BatchSource(dataset, self.job, self.pgs, consumed_samples=consumed_samples, shuffle=shuffle)
 
     def _open_validation(self) -> LatentDataset | None:
         if self.job.training.eval_iters == 0:
@@ -372,6 +363,7 @@ class DiTStep:
             data.valid_data_path, data.max_bad_fraction, self.dataset.normalization, validation_filter(data)
         )
         check_data_fits_model(dataset, self.job.model, self.job.parallel)
+        check_batches(dataset, self.job, self.pgs.dp_size)
         return dataset
 
     def _sharded_state(self, is_loading: bool, with_ema: bool = True, with_optimizer: bool = True) -> dict[str, Any]:

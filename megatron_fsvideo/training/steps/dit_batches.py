@@ -1,13 +1,15 @@
 """Where the DiT's training step gets its batches: each data-parallel rank's share, on every rank of its model."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from megatron_fsvideo.config import DataConfig, DiTConfig, DiTParallelConfig, TrainingConfig, check_token_count
+from megatron_fsvideo.config import DataConfig, DiTConfig, DiTJob, DiTParallelConfig, TrainingConfig, check_token_count
 from megatron_fsvideo.data.batch import Batch, BatchLoader, broadcast_batch
+from megatron_fsvideo.data.batch_sizes import Sharing, global_batch_sizes, micro_batch_sizes
+from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_dataset import LatentDataset, SampleFilter, read_sample_list
 from megatron_fsvideo.data.latent_shards import sample_id
-from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch, bucket_sizes
+from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
 
@@ -18,47 +20,32 @@ class BatchSource:
     samples for itself.
 
     Attributes:
-        sizes: of each bucket's batches.
+        batch_sizes: samples of a step of each bucket.
 
     Args:
         shuffle: False for validation: stored order.
-        microbatch_multiple: a rank's micro-batches of one step are a multiple of it.
+
+    Raises:
+        ValueError: the layout cannot share the batches.
     """
 
     def __init__(
         self,
         dataset: LatentDataset,
-        model: DiTConfig,
-        training: TrainingConfig,
-        data: DataConfig,
+        job: DiTJob,
         pgs: ProcessGroups,
         *,
         consumed_samples: int = 0,
         shuffle: bool = True,
-        microbatch_multiple: int = 1,
     ) -> None:
         self.data_wait = 0.0
         self._pgs = pgs
         self._dataset = dataset
         self._plan: GlobalBatch | None = None
-        self._tokens = dataset.bucket_tokens(model.patch_size)
-        multiple = training.micro_batch_size * pgs.dp_size * microbatch_multiple
-        if training.global_batch_size % multiple and not data.tokens_per_batch:
-            stages = f" x pipeline size {microbatch_multiple} (virtual stages)" if microbatch_multiple > 1 else ""
-            raise ValueError(
-                f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
-                f"{training.micro_batch_size} x data-parallel size {pgs.dp_size}{stages} = {multiple}"
-            )
-        self.sizes = bucket_sizes(
-            self._tokens,
-            training.micro_batch_size,
-            training.global_batch_size,
-            pgs.dp_size * microbatch_multiple,
-            tokens_per_micro_batch=data.tokens_per_micro_batch,
-            tokens_per_batch=data.tokens_per_batch,
-        )
-        batch_sizes = {bucket: size.batch for bucket, size in self.sizes.items()}
-        sampler = BucketSampler(dataset.streams, batch_sizes, training.seed, shuffle)
+        self._tokens = dataset.bucket_tokens(job.model.patch_size)
+        self.batch_sizes = step_sizes(self._tokens, job.training, job.data)
+        sizes = micro_batch_sizes(self.batch_sizes, sharing(self._tokens, job, pgs.dp_size))
+        sampler = BucketSampler(dataset.streams, self.batch_sizes, job.training.seed, shuffle)
         self._plans = sampler.batches(consumed_samples)
         self._loader: Iterator[tuple[GlobalBatch, list[Batch]]] | None = None
         if pgs.tp_rank == 0:
@@ -67,12 +54,12 @@ class BatchSource:
                 sampler,
                 dp_rank=pgs.dp_rank,
                 dp_size=pgs.dp_size,
-                micro_batch_sizes={bucket: size.micro_batch for bucket, size in self.sizes.items()},
+                micro_batch_sizes=sizes,
                 consumed_samples=consumed_samples,
-                num_workers=data.num_workers,
+                num_workers=job.data.num_workers,
             )
         self._num_microbatches = {
-            bucket: size.batch // (size.micro_batch * pgs.dp_size) for bucket, size in self.sizes.items()
+            bucket: batch // (sizes[bucket] * pgs.dp_size) for bucket, batch in self.batch_sizes.items()
         }
 
     def next(self) -> tuple[list[Batch], int, int]:
@@ -92,6 +79,36 @@ class BatchSource:
         refs = self._plan.samples
         keys = [self._dataset.sample_key(ref.stream_index, ref.position) for ref in refs]
         return {sample_id(key): key for key in keys}
+
+
+def step_sizes(tokens: Mapping[Bucket, int], training: TrainingConfig, data: DataConfig) -> dict[Bucket, int]:
+    """Samples of an optimizer step of each bucket: the same for every layout.
+
+    Args:
+        tokens: of one sample of each bucket.
+    """
+    return global_batch_sizes(tokens, training.global_batch_size, training.batch_size_multiple, data.tokens_per_batch)
+
+
+def sharing(tokens: Mapping[Bucket, int], job: DiTJob, dp_size: int) -> dict[Bucket, Sharing]:
+    """How `dp_size` data-parallel ranks cut the batches of each bucket.
+
+    Args:
+        tokens: of one sample of each bucket.
+    """
+    budget, parallel = job.data.tokens_per_micro_batch, job.parallel
+    # With virtual stages, Megatron's schedule takes micro-batches in groups of the pipeline's size.
+    num_parts = parallel.pipeline_model_parallel_size if parallel.num_chunks > 1 else 1
+    return {
+        bucket: Sharing(
+            dp_size,
+            max(1, budget // count) if budget else job.training.micro_batch_size,
+            may_shrink=budget > 0,
+            num_parts=num_parts,
+            parts_name="pipeline size (virtual stages)",
+        )
+        for bucket, count in tokens.items()
+    }
 
 
 def training_filter(data: DataConfig) -> SampleFilter:
@@ -124,3 +141,13 @@ def check_data_fits_model(dataset: LatentDataset, model: DiTConfig, parallel: Di
             raise ValueError(f"{name} of the model is {wants}, of the dataset {dataset.folders[0]} {has}")
     for bucket, num_tokens in dataset.bucket_tokens(model.patch_size).items():
         check_token_count(num_tokens, f"bucket {bucket} of {dataset.folders[0]}", parallel)
+
+
+def check_batches(dataset: LatentDataset, job: DiTJob, dp_size: int) -> None:
+    """Refuse batches that `dp_size` data-parallel ranks cannot share.
+
+    Raises:
+        ValueError: with each bucket's numbers.
+    """
+    tokens = dataset.bucket_tokens(job.model.patch_size)
+    micro_batch_sizes(step_sizes(tokens, job.training, job.data), sharing(tokens, job, dp_size))

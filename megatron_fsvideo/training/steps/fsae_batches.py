@@ -1,13 +1,15 @@
 """Which clips an autoencoder's step reads: images or videos, crops or buckets; a function of the step's number."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_fsvideo.config import FSAEJob
+from megatron_fsvideo.data.batch_sizes import Sharing, global_batch_sizes, micro_batch_sizes
 from megatron_fsvideo.data.bucketed_clips import BucketedClips, open_bucketed_clips
-from megatron_fsvideo.data.buckets import Bucket, bucket_batch_size
+from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.clip_dataset import ClipDataset, open_clips
 from megatron_fsvideo.models.fsae.frame_shards import MIN_LATENTS
 from megatron_fsvideo.models.fsae.patch import cell_size
@@ -36,6 +38,7 @@ class FSAEBatches:
     """Batches of an autoencoder job.
 
     Attributes:
+        batch_sizes: samples of a step of each bucket of videos; empty without buckets.
         valid_clips: held-out clips [n, 3, f, h, w], or None when the job does not validate.
 
     Raises:
@@ -52,6 +55,10 @@ class FSAEBatches:
         self.cp_size = cp_size
         self._check_batches()
         self._clips, self._bucketed, held_out = self._open()
+        self.batch_sizes: dict[Bucket, int] = {}
+        self._micro_batch_sizes: dict[Bucket, int] = {}
+        if self._bucketed is not None:
+            self._size_batches([bucket for bucket in self._bucketed.buckets if bucket.num_frames > 1])
         self.valid_clips: Tensor | None = None
         if job.training.eval_iters > 0:
             if held_out is None:
@@ -73,14 +80,7 @@ class FSAEBatches:
         is_shared = self._is_shared(bucket)
         if self._bucketed is None:
             return BatchPlan(training.global_batch_size, training.micro_batch_size, bucket, is_shared)
-        # The batch sizes of the job are the largest bucket's; smaller clips come in larger batches.
-        buckets = self._bucketed.buckets
-        micro_batch_size = bucket_batch_size(
-            training.micro_batch_size, max(map(self._work, buckets)), self._work(bucket)
-        )
-        multiple = micro_batch_size * self.dp_size * (1 if is_shared else self.cp_size)
-        size = bucket_batch_size(training.global_batch_size, max(map(_volume, buckets)), _volume(bucket), multiple)
-        return BatchPlan(size, micro_batch_size, bucket, is_shared)
+        return BatchPlan(self.batch_sizes[bucket], self._micro_batch_sizes[bucket], bucket, is_shared)
 
     def read(self, first: int, plan: BatchPlan) -> Tensor:
         """The micro-batch that begins with sample `first`: [micro_batch_size, 3, f, h, w] in [-1, 1]."""
@@ -88,6 +88,27 @@ class FSAEBatches:
             return self._bucketed.random_batch(first, plan.micro_batch_size, plan.bucket)
         assert self._clips is not None
         return self._clips.random_batch(first, plan.micro_batch_size, plan.bucket.num_frames, plan.bucket.height)
+
+    def _size_batches(self, buckets: Sequence[Bucket]) -> None:
+        """The job's batch sizes are the largest bucket's; smaller clips come in larger batches."""
+        training = self.job.training
+        self.batch_sizes = global_batch_sizes(
+            {bucket: bucket.num_frames * bucket.height * bucket.width for bucket in buckets},
+            training.global_batch_size,
+            training.batch_size_multiple,
+        )
+        most = max(map(self._work, buckets))
+        sharing = {
+            bucket: Sharing(
+                self.dp_size,
+                max(1, round(training.micro_batch_size * most / self._work(bucket))),
+                may_shrink=True,
+                num_parts=1 if self._is_shared(bucket) else self.cp_size,
+                parts_name="context-parallel size",
+            )
+            for bucket in buckets
+        }
+        self._micro_batch_sizes = micro_batch_sizes(self.batch_sizes, sharing)
 
     def _is_shared(self, bucket: Bucket) -> bool:
         """Whether a clip is long enough for the ranks of a context-parallel group."""
@@ -140,7 +161,3 @@ class FSAEBatches:
                 f"clips of {data.num_frames} frames cannot be shared by context_parallel_size {self.cp_size}, which "
                 f"needs at least {self.job.model.temporal_factor * (MIN_LATENTS * self.cp_size - 1) + 1}"
             )
-
-
-def _volume(bucket: Bucket) -> int:
-    return bucket.num_frames * bucket.height * bucket.width
