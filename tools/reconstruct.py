@@ -9,10 +9,10 @@ Prints the mean PSNR of the frames.
 """
 
 import sys
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice, repeat
+from functools import partial
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import parse_job, run_script
-from megatron_fsvideo.data.video import VideoReader, from_unit, iterate_frames, to_unit, write_frames
+from megatron_fsvideo.data.video import FrameTable, VideoReader, from_unit, measure, to_unit, write_frames
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, encode_frames, pad_to_grid
@@ -103,13 +103,13 @@ def reconstruct(fsae: FSAE, source: str, target: str, flags: ReconstructFlags, t
     """
     if flags.fps is not None and flags.fps <= 0:
         raise ValueError(f"fps must be positive, got {flags.fps}")
-    with VideoReader(source) as reader:
-        info, timeline = reader.info, reader.timeline
+    table = measure(source)
+    info, timeline = table.info, table.timeline
     fps = flags.fps or info.fps
     evenly = flags.fps is None and timeline.seconds is None
     numbers = list(range(info.num_frames)) if evenly else timeline.clip_indices(0, None, fps)
     psnrs: list[float] = []
-    frames = _reconstructed(fsae, source, numbers, flags, tiling, psnrs)
+    frames = _reconstructed(fsae, partial(_frames, source, table, numbers), len(numbers), flags, tiling, psnrs)
     width = info.width * (2 if flags.side_by_side else 1)
     # H.264 stores colour at half resolution.
     size = (info.height + info.height % 2, width + width % 2)
@@ -118,21 +118,26 @@ def reconstruct(fsae: FSAE, source: str, target: str, flags: ReconstructFlags, t
 
 
 def _reconstructed(
-    fsae: FSAE, source: str, numbers: list[int], flags: ReconstructFlags, tiling: Tiling, psnrs: list[float]
+    fsae: FSAE,
+    source: Callable[[], Iterator[np.ndarray]],
+    count: int,
+    flags: ReconstructFlags,
+    tiling: Tiling,
+    psnrs: list[float],
 ) -> Iterator[Tensor]:
     """Frames uint8 [h, w, 3 or two of them] of the video to write; adds the PSNR of each to `psnrs`.
 
     Args:
-        numbers: of the file's frames to take, in rising order, some perhaps more than once.
+        source: begins a pass over the `count` frames to take.
     """
     features = None
     if flags.first_frame and fsae.config.decoder != "causal":
-        features = fsae.first_frame_features(next(_chunks(fsae, source, numbers, 1)))
-    latents = encode_frames(fsae, _chunks(fsae, source, numbers, fsae.temporal_factor), tiling)
+        features = fsae.first_frame_features(next(_chunks(fsae, source(), 1)))
+    latents = encode_frames(fsae, _chunks(fsae, source(), fsae.temporal_factor), tiling)
     decoded = decode_frames(fsae, latents, features, flags.noise_seed, tiling)
-    originals = _frames(source, numbers)
+    originals = source()
     # The last latent's frames may be more than there are.
-    with tqdm(total=len(numbers), unit="frame", disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=count, unit="frame", delay=2, disable=None) as bar:
         for chunk in decoded:
             for frame in from_unit(chunk[0].clamp(-1, 1)):
                 original = next(originals, None)
@@ -145,10 +150,9 @@ def _reconstructed(
                 bar.update()
 
 
-def _chunks(fsae: FSAE, source: str, numbers: list[int], size: int) -> Iterator[Tensor]:
+def _chunks(fsae: FSAE, frames: Iterator[np.ndarray], size: int) -> Iterator[Tensor]:
     """The frames as [1, 3, size or fewer, h, w] in [-1, 1], sides on the autoencoder's grid."""
     weight = next(fsae.parameters())
-    frames = _frames(source, numbers)
     while taken := list(islice(frames, size)):
         video = to_unit(torch.from_numpy(np.stack(taken))).unsqueeze(0)
         yield pad_to_grid(video, fsae.spatial_factor).to(weight.device, weight.dtype)
@@ -159,11 +163,10 @@ def _padded(frame: Tensor, factor: int) -> Tensor:
     return pad_to_grid(frame.movedim(-1, 0)[:, None], factor)[:, 0].movedim(0, -1)
 
 
-def _frames(source: str, numbers: list[int]) -> Iterator[np.ndarray]:
+def _frames(source: str, table: FrameTable, numbers: list[int]) -> Iterator[np.ndarray]:
     """Each numbered frame of the file, as often as it is named."""
-    times = Counter(numbers)
-    for number, frame in enumerate(iterate_frames(source)):
-        yield from repeat(frame, times[number])
+    with VideoReader(source, table) as reader:
+        yield from reader.frames(numbers, allow_damaged=True)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,15 @@ differently (histogram distance) or their thumbnails differ much (mean absolute 
 black) end a shot and belong to none. A slow dissolve is not found: it stays inside one shot, on one side of the split.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_fsvideo.data.video import iterate_frames
+from megatron_fsvideo.data.video import FrameTable
+from megatron_fsvideo.data.video.frame_table import measure_while
+from megatron_fsvideo.data.video.picture import PictureMaker
 
 THUMBNAIL = (36, 64)
 BINS = 8
@@ -57,8 +59,19 @@ def find_shots(path: str | Path, min_frames: int = MIN_SHOT_FRAMES) -> list[Shot
     Raises:
         VideoError: the file is damaged.
     """
-    ranges = detect_shots(iterate_frames(path, size=THUMBNAIL))
+    ranges = scan_shots(path)[1]
     return [Shot(str(path), start, end - start) for start, end in ranges if end - start >= min_frames]
+
+
+def scan_shots(path: str | Path) -> tuple[FrameTable, list[tuple[int, int]]]:
+    """A file's table and the ranges [start, end) of its shots, in one pass. Damaged frames belong to no shot.
+
+    Raises:
+        VideoError: not a video, nothing in it decodes, or its frames change their size.
+    """
+    picture = PictureMaker(path)
+    table, ranges = measure_while(path, lambda frames: detect_shots(picture(frame, THUMBNAIL) for frame in frames))
+    return table, [part for found in ranges for part in _without(found, table.damaged)]
 
 
 def detect_shots(frames: Iterable[np.ndarray]) -> list[tuple[int, int]]:
@@ -76,6 +89,15 @@ def detect_shots(frames: Iterable[np.ndarray]) -> list[tuple[int, int]]:
         if k < num_frames and not dark[k] and begin is None:
             begin = k
     return ranges
+
+
+def _without(found: tuple[int, int], damaged: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The parts of a range between damaged frames."""
+    start, end = found
+    for number in (*(n for n in damaged if start <= n < end), end):
+        if start < number:
+            yield start, number
+        start = number + 1
 
 
 def split_shots(shots: Sequence[Shot], holdout_every: int) -> tuple[list[Shot], list[Shot]]:

@@ -89,7 +89,7 @@ def test_variable_frame_rate_is_reconstructed_at_its_times(fsae: Path, tmp_path:
         assert [round((float(shade) - 20) / 30) for shade in written] == expected
 
 
-def test_a_file_that_breaks_off_is_named(fsae: Path, tmp_path: Path) -> None:
+def test_of_a_file_that_breaks_off_the_rest_is_reconstructed(fsae: Path, tmp_path: Path) -> None:
     whole, cut = film(tmp_path / "whole.mp4", 60), tmp_path / "cut.mp4"
     with av.open(str(whole)) as source, av.open(str(cut), "w", options={"movflags": "faststart"}) as target:
         stream = target.add_stream_from_template(source.streams.video[0])
@@ -100,5 +100,5 @@ def test_a_file_that_breaks_off_is_named(fsae: Path, tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[: int(0.8 * cut.stat().st_size)])
     out = tmp_path / "out.mp4"
     result = run_cli("tools/reconstruct.py", [cut, out, "--load", fsae], tmp_path / "log")
-    assert result.code != 0 and "Traceback" not in result.stderr
-    assert re.search(r"cut.mp4: truncated", result.last_line) and not out.exists()
+    assert result.code == 0, result.stderr
+    assert "cut.mp4: truncated: " in result.stderr and 30 < probe(out).num_frames < 60
