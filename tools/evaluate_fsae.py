@@ -44,7 +44,7 @@ from megatron_fsvideo.evaluation.reconstruction import (
 )
 from megatron_fsvideo.evaluation.report import Row, format_table, notes
 from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
-from megatron_fsvideo.models.fsae import fingerprint
+from megatron_fsvideo.models.codecs.identity import fingerprint
 from megatron_fsvideo.parallel.team import join_team, leave_team
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -22,6 +22,7 @@ from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.sampler import SampleRef
 from megatron_fsvideo.evaluation.router_weights import KINDS, RouterWeights, write_router_figure
 from megatron_fsvideo.inference.loading import LoadedDiT, load_dit
+from megatron_fsvideo.models.codecs import LatentScale, is_same_encoder, spell_autoencoder
 from megatron_fsvideo.models.dit import Denoiser
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.groups import ProcessGroups
@@ -81,15 +82,13 @@ def open_dataset(job: PlotJob, dit: LoadedDiT) -> LatentDataset:
     Raises:
         ValueError: another autoencoder's latents, or other sizes.
     """
-    normalization = dit.data["latent_mean"], dit.data["latent_std"]
-    dataset = LatentDataset(job.plot.data_path, normalization=normalization)
+    dataset = LatentDataset(job.plot.data_path, scale=LatentScale(dit.data["latent_mean"], dit.data["latent_std"]))
     check_data_fits_model(dataset, dit.job.model, job.parallel)
-    found = dataset.description()["autoencoder"]["fingerprint"]
-    expected = dit.data["autoencoder"]["fingerprint"]
-    if found != expected:
+    found, expected = dataset.description()["autoencoder"], dit.data["autoencoder"]
+    if not is_same_encoder(found, expected):
         raise ValueError(
-            f"the model was trained on latents of the autoencoder {expected[:12]}, {dataset.folders[0]} has those of "
-            f"{found[:12]}"
+            f"the model was trained on latents of the autoencoder {spell_autoencoder(expected)}, {dataset.folders[0]} "
+            f"has those of {spell_autoencoder(found)}"
         )
     return dataset
 

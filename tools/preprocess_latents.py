@@ -23,8 +23,8 @@ from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.clips import ClipOptions, VideoEntry, folder_entries, read_manifest_lines, require_captions
 from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions, check_cache, preprocess
+from megatron_fsvideo.models.codecs.identity import fingerprint
 from megatron_fsvideo.models.encoders import load_image_encoder, load_text_encoder
-from megatron_fsvideo.models.fsae import fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

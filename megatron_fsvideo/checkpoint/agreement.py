@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_fsvideo.config import DiTJob, differences, from_dict
+from megatron_fsvideo.models.codecs import is_same_encoder, spell_autoencoder
 
 # Fields that say how weights start: they have started.
 _INITIAL_VALUES = ("layer_memory_init:", "q_norm_init:")
@@ -87,11 +88,11 @@ def check_autoencoder(saved: dict[str, Any], current: dict[str, Any], where: str
         ValueError: naming both.
     """
     ours, theirs = current["autoencoder"], saved["autoencoder"]
-    if ours["fingerprint"] != theirs["fingerprint"]:
+    if not is_same_encoder(ours, theirs):
         raise ValueError(
-            f"the checkpoint {where} was trained on latents of the autoencoder {theirs['path']} "
-            f"({theirs['fingerprint'][:12]}), the dataset was made by {ours['path']} ({ours['fingerprint'][:12]}): "
-            "encode the videos again with the checkpoint's autoencoder, or train from the start"
+            f"the checkpoint {where} was trained on latents of the autoencoder {spell_autoencoder(theirs)}, the "
+            f"dataset was made by {spell_autoencoder(ours)}: encode the videos again with the checkpoint's "
+            "autoencoder, or train from the start"
         )
 
 

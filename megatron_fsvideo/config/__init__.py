@@ -1,6 +1,7 @@
 """What a job is: dataclasses whose fields are command-line flags, presets, the parser. Imports nothing of ours."""
 
 from megatron_fsvideo.config.cli import run_script
+from megatron_fsvideo.config.compression import Compression
 from megatron_fsvideo.config.data import DataConfig, VideoDataConfig
 from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
 from megatron_fsvideo.config.flags import (
@@ -38,6 +39,7 @@ __all__ = [
     "AdversaryConfig",
     "AlignmentConfig",
     "CheckpointConfig",
+    "Compression",
     "DataConfig",
     "DiTConfig",
     "DiTJob",

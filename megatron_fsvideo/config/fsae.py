@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_fsvideo.config.compression import Compression
+
 
 @dataclass(frozen=True)
 class FSAEConfig:
@@ -76,6 +78,11 @@ class FSAEConfig:
     def decoder_channels(self) -> tuple[int, ...]:
         """Channels per decoder stage, pixel side first."""
         return self.decoder_widths or self.widths
+
+    @property
+    def compression(self) -> Compression:
+        """Pixels and frames per latent position."""
+        return Compression(self.spatial_factor, self.temporal_factor)
 
     @property
     def spatial_factor(self) -> int:

@@ -15,6 +15,7 @@ from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.latent_shards import LatentSample, sample_id
 from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch, SampleRef, deal
+from megatron_fsvideo.models.codecs import LatentScale
 from megatron_fsvideo.parallel.groups import ProcessGroups, broadcast_object
 
 
@@ -54,17 +55,16 @@ class Batch:
 def collate(
     samples: Sequence[LatentSample],
     epochs: Sequence[int],
-    normalization: tuple[Sequence[float], Sequence[float]],
+    scale: LatentScale,
     text_length: int,
 ) -> Batch:
     """Make a batch of samples of one bucket.
 
     Args:
         epochs: of each sample.
-        normalization: per-channel mean and std.
+        scale: of the latents that the model knows.
         text_length: rows to pad (with zeros) the text to.
     """
-    mean, std = (torch.tensor(values, dtype=torch.float32)[:, None, None, None] for values in normalization)
     latents = torch.stack([sample.latents.float() for sample in samples])  # [b, c, t, h, w]
     text = torch.zeros(len(samples), text_length, samples[0].text.shape[1])  # [b, l, e]
     for row, sample in zip(text, samples, strict=True):
@@ -73,7 +73,7 @@ def collate(
     return Batch(
         sample_ids=torch.tensor([sample_id(sample.key) for sample in samples], dtype=torch.int64),
         epochs=torch.tensor(list(epochs), dtype=torch.int64),
-        latents=(latents - mean) / std,
+        latents=scale.normalize(latents),
         text=text,
         text_lengths=torch.tensor([len(sample.text) for sample in samples], dtype=torch.int64),
         image=image if image.shape[2] else None,
@@ -84,7 +84,7 @@ def collate(
 def read_batch(dataset: LatentDataset, refs: Sequence[SampleRef]) -> Batch:
     """Read and collate the samples of one micro-batch."""
     samples = [dataset.read(ref.stream_index, ref.position) for ref in refs]
-    return collate(samples, [ref.epoch for ref in refs], dataset.normalization, dataset.text_length)
+    return collate(samples, [ref.epoch for ref in refs], dataset.scale, dataset.text_length)
 
 
 class BatchLoader:

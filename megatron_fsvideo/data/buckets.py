@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log
 
+from megatron_fsvideo.config import Compression
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
@@ -17,7 +19,7 @@ class Bucket:
     width: int
 
     def __post_init__(self) -> None:
-        check_num_frames(self.num_frames)
+        Compression(1).check_frames(self.num_frames)
         if min(self.height, self.width) < 1:
             raise ValueError(f"bucket {self}: sides must be positive")
 
@@ -47,24 +49,13 @@ class Bucket:
         Raises:
             ValueError: with the numbers and the nearest size that works.
         """
-        check_num_frames(self.num_frames, temporal_factor)
-        for name, side in (("height", self.height), ("width", self.width)):
-            if side % spatial_factor:
-                below = side // spatial_factor * spatial_factor
-                nearest = f"{below} or {below + spatial_factor}" if below else f"{spatial_factor}"
-                raise ValueError(
-                    f"bucket {self}: {name} {side} is not a multiple of the autoencoder's spatial factor "
-                    f"{spatial_factor}; try {nearest}"
-                )
+        compression = Compression(spatial_factor, temporal_factor)
+        compression.check(self.num_frames, self.height, self.width, f"bucket {self}")
 
     def latent_shape(self, spatial_factor: int, temporal_factor: int = 4) -> tuple[int, int, int]:
         """(t, h, w) of the clip's latents."""
-        self.check_factors(spatial_factor, temporal_factor)
-        return (
-            1 + (self.num_frames - 1) // temporal_factor,
-            self.height // spatial_factor,
-            self.width // spatial_factor,
-        )
+        compression = Compression(spatial_factor, temporal_factor)
+        return compression.latent_shape(self.num_frames, self.height, self.width, f"bucket {self}")
 
     def num_tokens(
         self,
@@ -84,20 +75,6 @@ class Bucket:
                 raise ValueError(f"bucket {self}: {length} latent {name} are not a multiple of the patch's {patch}")
             count *= length // patch
         return count
-
-
-def check_num_frames(num_frames: int, temporal_factor: int = 4) -> None:
-    """Refuse a frame count that is not `temporal_factor` k + 1.
-
-    Raises:
-        ValueError: with the neighbouring counts that work.
-    """
-    if num_frames < 1 or num_frames % temporal_factor != 1 % temporal_factor:
-        below = max(0, num_frames - 1) // temporal_factor * temporal_factor + 1
-        raise ValueError(
-            f"a clip of {num_frames} frames: the count must be {temporal_factor}k+1; "
-            f"try {below} or {below + temporal_factor}"
-        )
 
 
 def choose_bucket(buckets: Sequence[Bucket], height: int, width: int, num_frames: int) -> Bucket | None:

@@ -29,6 +29,7 @@ from megatron_fsvideo.data.latent_shards import (
     read_record,
     read_sample,
 )
+from megatron_fsvideo.models.codecs import LatentScale, is_same_encoder
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,8 @@ class LatentDataset:
     Args:
         data_path: folders, or weights and folders in turn: `0.7 videos/ 0.3 images/`.
         max_bad_fraction: a larger share of unreadable samples raises; up to it they are replaced, counted and named.
-        normalization: (mean, std) per channel to use instead of the folders' own. Validation passes the training
-            data's: `normalization=train_dataset.normalization`.
+        scale: what latents are normalised with instead of the folders' own mean and std. Validation passes the
+            training data's: `scale=train_dataset.scale`.
         sample_filter: which samples are used; mean and std stay those of all.
 
     Raises:
@@ -115,7 +116,7 @@ class LatentDataset:
         self,
         data_path: Sequence[str],
         max_bad_fraction: float = 0.01,
-        normalization: tuple[Sequence[float], Sequence[float]] | None = None,
+        scale: LatentScale | None = None,
         sample_filter: SampleFilter = NO_FILTER,
     ) -> None:
         weights, self.folders = parse_data_path(data_path)
@@ -134,7 +135,7 @@ class LatentDataset:
                 size = len(table[bucket])
                 self.streams.append(Stream(bucket, folder_index, size, share * size))
         _warn_of_missing(sample_filter, self._samples)
-        self.normalization = normalization or _pooled_normalization(self._datasets)
+        self.scale = scale or _pooled_scale(self._datasets)
         self.null_text, self.negative_text = self._read_null_text()
 
     def __len__(self) -> int:
@@ -167,11 +168,10 @@ class LatentDataset:
 
     def description(self) -> dict[str, Any]:
         """What a checkpoint stores about its data, JSON-able: generation needs no dataset folder."""
-        mean, std = self.normalization
         shared = {name: self._datasets[0][name] for name in SHARED_FIELDS}
         return shared | {
-            "latent_mean": list(mean),
-            "latent_std": list(std),
+            "latent_mean": list(self.scale.mean),
+            "latent_std": list(self.scale.std),
             "fps": self._datasets[0]["fps"],
             "buckets": [str(bucket) for bucket in self.buckets],
             "streams": [[str(stream.bucket), stream.num_samples, str(stream.share)] for stream in self.streams],
@@ -336,11 +336,11 @@ def _warn_of_missing(sample_filter: SampleFilter, samples: list[list[tuple[Path,
 
 def _check_agreement(folders: Sequence[Path], datasets: Sequence[dict[str, Any]]) -> None:
     for folder, values in zip(folders[1:], datasets[1:], strict=True):
-        ours, theirs = datasets[0]["autoencoder"]["fingerprint"], values["autoencoder"]["fingerprint"]
-        if ours != theirs:
+        ours, theirs = datasets[0]["autoencoder"], values["autoencoder"]
+        if not is_same_encoder(ours, theirs):
             raise ShardError(
-                f"{folders[0]} was made by autoencoder {ours[:12]}, {folder} by {theirs[:12]}: latents of two "
-                "autoencoders do not mix; encode both with one"
+                f"{folders[0]} was made by autoencoder {ours['fingerprint'][:12]}, {folder} by "
+                f"{theirs['fingerprint'][:12]}: latents of two autoencoders do not mix; encode both with one"
             )
         for name in ("text_encoder", "image_encoder"):
             if datasets[0][name] != values[name]:
@@ -350,12 +350,12 @@ def _check_agreement(folders: Sequence[Path], datasets: Sequence[dict[str, Any]]
                 )
 
 
-def _pooled_normalization(datasets: Sequence[dict[str, Any]]) -> tuple[list[float], list[float]]:
+def _pooled_scale(datasets: Sequence[dict[str, Any]]) -> LatentScale:
     """Mean and std of one folder as stored; of several folders, of all their latents together."""
     if len(datasets) == 1:
-        return datasets[0]["latent_mean"], datasets[0]["latent_std"]
+        return LatentScale(datasets[0]["latent_mean"], datasets[0]["latent_std"])
     pooled = LatentStatistics()
     for values in datasets:
         sums = values["statistics"]
         pooled += LatentStatistics(sums["count"], tuple(sums["total"]), tuple(sums["total_square"]))
-    return pooled.mean_std()
+    return LatentScale(*pooled.mean_std())

@@ -11,9 +11,10 @@ from megatron_fsvideo.checkpoint.dit_release import DiTRecord, is_dit_release, o
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder
 from megatron_fsvideo.config import DiTJob, DiTParallelConfig, from_dict
+from megatron_fsvideo.models.codecs.identity import fingerprint
 from megatron_fsvideo.models.dit import DiTModel, build_dit
 from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
-from megatron_fsvideo.models.fsae import FSAE, fingerprint
+from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
 

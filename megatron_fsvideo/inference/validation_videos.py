@@ -84,14 +84,13 @@ class ValidationVideos:
 
     def _make(self, index: int, folder: Path) -> Made:
         sample = self.dataset.read(*self.chosen[index])
-        batch = collate([sample], [0], self.dataset.normalization, self.dataset.text_length).to(self.pgs.device)
+        batch = collate([sample], [0], self.dataset.scale, self.dataset.text_length).to(self.pgs.device)
         latents = self._sample(batch)
         error = (latents - batch.latents).square().mean().item()
         label = f"{index:02d} {batch.captions[0]}"[:LABEL_LENGTH]
         if not self._writes:
             return label, error, None
-        mean, std = (torch.tensor(v, device=latents.device)[:, None, None, None] for v in self.dataset.normalization)
-        restored = latents * std + mean
+        restored = self.dataset.scale.restore(latents)
         if self.fsae is None:
             tensors = {"latents": restored[0].bfloat16().cpu().contiguous()}
             safetensors.torch.save_file(tensors, folder / f"{index:02d}.safetensors")

@@ -17,24 +17,9 @@ from torch import Tensor
 from megatron_fsvideo.config import LatentUpsamplingLossConfig
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
 from megatron_fsvideo.losses.lpips import sliced_perceptual_loss
+from megatron_fsvideo.models.codecs import LatentScale
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.latent_upsampler import FACTOR
-
-
-@dataclass(frozen=True)
-class LatentScale:
-    """A latent dataset's mean and standard deviation per channel, which make its latents normalised and back."""
-
-    mean: Sequence[float]
-    std: Sequence[float]
-
-    def normalize(self, latents: Tensor) -> Tensor:
-        """The encoder's latents [b, c, t, h, w] -> with mean 0 and deviation 1."""
-        return (latents - _per_channel(self.mean, latents)) / _per_channel(self.std, latents)
-
-    def restore(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalize`: what the decoder takes."""
-        return latents * _per_channel(self.std, latents) + _per_channel(self.mean, latents)
 
 
 @dataclass(frozen=True)
@@ -122,7 +107,3 @@ def upsampling_loss(
     parts["perceptual"] = sliced_perceptual_loss(perceptual, *videos, perceptual_frames)
     loss = config.latent_weight * parts["latent"] + config.pixel_weight * parts["l1"] + alpha * parts["perceptual"]
     return loss, {name: value.detach() for name, value in parts.items()}
-
-
-def _per_channel(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(-1, 1, 1, 1)

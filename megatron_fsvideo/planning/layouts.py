@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
-from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, check_layout, check_token_count
+from megatron_fsvideo.config import Compression, DiTConfig, DiTParallelConfig, check_layout, check_token_count
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.memory import MemoryByPart, peak_memory
 from megatron_fsvideo.planning.rates import RateConfig
@@ -98,11 +98,8 @@ class PlanConfig:
         Raises:
             ValueError: the patch does not divide the latents.
         """
-        sides = (
-            1 + (self.frames - 1) // self.temporal_factor,
-            self.height // self.spatial_factor,
-            self.width // self.spatial_factor,
-        )
+        compression = Compression(self.spatial_factor, self.temporal_factor)
+        sides = compression.latent_shape(self.frames, self.height, self.width)
         tokens = 1
         for side, patch in zip(sides, model.patch_size, strict=True):
             if side % patch:

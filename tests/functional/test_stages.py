@@ -73,7 +73,7 @@ def switch(first: list[str], second: list[str]) -> dict:
     reached = after.load()
     result = {
         "counters": [reached.iteration, reached.consumed_samples],
-        "normalization": [list(values) for values in after.dataset.normalization],
+        "normalization": [list(values) for values in (after.dataset.scale.mean, after.dataset.scale.std)],
         "learning_rates": sorted({group["lr"] for group in after.optimizer.param_groups}),
         "optimizer": [optimizer_tensors(step) for step in (before, after)],
         "weights": [[p.detach().clone() for p in step.chunks.parameters()] for step in (before, after)],

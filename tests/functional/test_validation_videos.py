@@ -9,7 +9,8 @@ import torch
 from megatron_fsvideo.checkpoint.release import save_fsae
 from megatron_fsvideo.config import DIT_PRESETS, FSAE_PRESETS, DiTJob, FSAEJob, build_job, parse_job
 from megatron_fsvideo.data.video import read_video
-from megatron_fsvideo.models.fsae import FSAE, fingerprint
+from megatron_fsvideo.models.codecs.identity import fingerprint
+from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from tests.functional.runs import debug_arguments, run_to_end
 from tests.latent_fixtures import write_latent_dataset

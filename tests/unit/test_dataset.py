@@ -10,6 +10,7 @@ from megatron_fsvideo.data.latent_dataset import LatentDataset, SampleFilter, pa
 from megatron_fsvideo.data.latent_shards import ShardError, sample_id
 from megatron_fsvideo.data.preprocessing import preprocess
 from megatron_fsvideo.data.sampler import BucketSampler, SampleRef
+from megatron_fsvideo.models.codecs import LatentScale
 from tests.latent_fixtures import write_latent_dataset
 
 
@@ -62,7 +63,7 @@ def test_a_batch(folder):
     assert batch.captions == [sample.record["caption"] for sample in samples]
     assert batch.text_lengths.tolist() == [6, 6] and batch.text[:, 6:].abs().max() == 0
     assert torch.equal(batch.text[0, :6], samples[0].text.float())
-    mean, std = (torch.tensor(values)[:, None, None, None] for values in dataset.normalization)
+    mean, std = (torch.tensor(values)[:, None, None, None] for values in (dataset.scale.mean, dataset.scale.std))
     torch.testing.assert_close(batch.latents[1] * std + mean, samples[1].latents.float(), atol=1e-5, rtol=1e-5)
 
 
@@ -74,8 +75,8 @@ def test_the_whole_dataset_is_normalised(folder):
 
 
 def test_validation_uses_the_training_data_s_normalisation(folder):
-    other = [0.5] * 6, [2.0] * 6
-    assert LatentDataset([str(folder)], normalization=other).description()["latent_std"] == [2.0] * 6
+    other = LatentScale([0.5] * 6, [2.0] * 6)
+    assert LatentDataset([str(folder)], scale=other).description()["latent_std"] == [2.0] * 6
 
 
 def test_data_path():
@@ -201,7 +202,7 @@ def test_a_sample_list_keeps_those_samples_and_the_normalisation(tmp_path):
     listed.write_text("# a comment\n\n" + "".join(f"{record['key']} {record['caption']}\n" for record in wanted))
     dataset = LatentDataset([folder], sample_filter=SampleFilter(keys=read_sample_list(listed)))
     assert [record["key"] for record in dataset.records()] == [record["key"] for record in wanted]
-    assert dataset.normalization == whole.normalization
+    assert dataset.scale == whole.scale
     assert [stream.num_samples for stream in dataset.streams] == [2, 1]
     listed.write_text("0123 nothing of this dataset\n")
     with pytest.raises(ShardError, match="none of its 12 samples is among the 1 keys of sample_list"):

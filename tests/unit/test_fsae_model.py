@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from megatron_fsvideo.config import FSAEConfig
-from megatron_fsvideo.models.fsae import FSAE, StreamCache, begin_video, fingerprint
+from megatron_fsvideo.models.codecs.identity import fingerprint
+from megatron_fsvideo.models.fsae import FSAE, StreamCache, begin_video
 from megatron_fsvideo.models.fsae.attention import EViTBlock, LinearAttention
 from megatron_fsvideo.models.fsae.convolutions import CausalConv3d
 from megatron_fsvideo.models.fsae.inflation import fold_interpolation

@@ -20,7 +20,8 @@ from megatron_fsvideo.config import (
 from megatron_fsvideo.data.clip_dataset import ClipDataset, open_clips
 from megatron_fsvideo.data.shots import Shot
 from megatron_fsvideo.data.video import read_video, to_unit, write_video
-from megatron_fsvideo.models.fsae import FSAE, fingerprint
+from megatron_fsvideo.models.codecs.identity import fingerprint
+from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.training.logging import MetricsLogger
 from megatron_fsvideo.training.loop import train

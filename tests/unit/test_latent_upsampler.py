@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from megatron_fsvideo.config import LatentUpsamplerConfig, LatentUpsamplingLossConfig
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
 from megatron_fsvideo.losses.latent_upsampling import (
-    LatentScale,
     decode_upsampled,
     encode_pair,
     half_sized,
     perceptual_weight,
     upsampling_loss,
 )
+from megatron_fsvideo.models.codecs import LatentScale
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.latent_upsampler import LatentUpsampler
 from tests.unit import fsae_fixtures

@@ -1,7 +1,7 @@
 """The video autoencoder (paper section 2.2): encoder; causal, Standard, Lite decoders; streams, tiles, patches."""
 
 from megatron_fsvideo.models.fsae.inflation import begin_video
-from megatron_fsvideo.models.fsae.model import FSAE, fingerprint
+from megatron_fsvideo.models.fsae.model import FSAE
 from megatron_fsvideo.models.fsae.patch import PatchBox, VideoRegion, decode_patch, draw_box
 from megatron_fsvideo.models.fsae.phases import inherit
 from megatron_fsvideo.models.fsae.sliced_encoder import encode_sliced
@@ -18,6 +18,5 @@ __all__ = [
     "draw_box",
     "encode_sliced",
     "encode_tiled",
-    "fingerprint",
     "inherit",
 ]

@@ -7,10 +7,8 @@ is frames 4i-3 .. 4i. A video may be encoded in chunks with equal results, and d
     latents = torch.cat([fsae.encode_chunk(chunk, cache) for chunk in chunks], dim=2)
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import FSAEConfig
@@ -181,15 +179,6 @@ def noisy(latents: Tensor, noise: Tensor) -> Tensor:
     # With its gradient: a constant scale would reward larger latents, which grow without bound then.
     scale = latents.float().std(dim=(0, 2, 3, 4), keepdim=True)
     return latents + (scale * noise).to(latents.dtype)
-
-
-def fingerprint(fsae: FSAE) -> str:
-    """SHA-256 of the weights, in hex: names, shapes and values in fp32, so that device and storage do not matter."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(fsae.state_dict().items()):
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _frames_message(frames: int, factor: int) -> str:

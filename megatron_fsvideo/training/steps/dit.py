@@ -26,6 +26,7 @@ from megatron_fsvideo.data.batch import Batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
 from megatron_fsvideo.diffusion.losses import loss_of_mse
+from megatron_fsvideo.models.codecs import LatentScale
 from megatron_fsvideo.models.dit import Denoiser, build_dit_chunks
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
 from megatron_fsvideo.parallel.pipeline import run_schedule
@@ -252,7 +253,7 @@ class DiTStep:
         """The weights know latents of this mean and std per channel, whatever another dataset's are."""
         for dataset in (self.dataset, self.valid_dataset):
             if dataset is not None:
-                dataset.normalization = mean, std
+                dataset.scale = LatentScale(mean, std)
 
     def _checkpoint_source(self) -> tuple[Path | None, bool]:
         """The folder to continue from, or None for a fresh start; and whether only its weights are taken."""
@@ -360,7 +361,7 @@ class DiTStep:
             raise ValueError("eval_iters is positive, but valid_data_path names no dataset")
         data = self.job.data
         dataset = LatentDataset(
-            data.valid_data_path, data.max_bad_fraction, self.dataset.normalization, validation_filter(data)
+            data.valid_data_path, data.max_bad_fraction, self.dataset.scale, validation_filter(data)
         )
         check_data_fits_model(dataset, self.job.model, self.job.parallel)
         check_batches(dataset, self.job, self.pgs.dp_size)

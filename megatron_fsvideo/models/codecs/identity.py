@@ -1,0 +1,50 @@
+"""Whose latents these are: an autoencoder's encoder decides what latents mean, any decoder of it reads them.
+
+A dataset's and a checkpoint's record hold both fingerprints. Records of earlier versions hold that of all weights alone
+(in `fingerprint`): they agree with whatever has the same weights throughout.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class CodecIdentity:
+    """Fingerprints of stored weights, whatever format they are then rounded to.
+
+    Attributes:
+        encoder: of the encoder's weights.
+        weights: of all weights.
+    """
+
+    encoder: str
+    weights: str
+
+    def record(self) -> dict[str, str]:
+        """The two fields of an autoencoder's record."""
+        return {"fingerprint": self.encoder, "weights_fingerprint": self.weights}
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of a module's weights, in hex: names, shapes and values in fp32."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_same_encoder(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether two autoencoders' records have a fingerprint in common."""
+    first, second = ({record["fingerprint"], record.get("weights_fingerprint")} - {None} for record in (ours, theirs))
+    return bool(first & second)
+
+
+def spell_autoencoder(record: Mapping[str, Any]) -> str:
+    """An autoencoder's path and the start of its fingerprint, for messages."""
+    return f"{record['path']} ({record['fingerprint'][:12]})"
