@@ -43,6 +43,11 @@ class Bucket:
         """Width over height."""
         return self.width / self.height
 
+    @property
+    def num_pixels(self) -> int:
+        """Pixels of all frames."""
+        return self.num_frames * self.height * self.width
+
     def check_factors(self, spatial_factor: int, temporal_factor: int = 4) -> None:
         """Refuse sides or frames that the autoencoder cannot divide.
 

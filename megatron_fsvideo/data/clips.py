@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_fsvideo.data.buckets import Bucket, choose_bucket
 from megatron_fsvideo.data.latent_shards import hash_key
-from megatron_fsvideo.data.shots import find_shots
+from megatron_fsvideo.data.shots import scan_shots
 from megatron_fsvideo.data.video import VideoError, VideoReader, list_videos
 
 DIGEST_BYTES = 1 << 16
@@ -149,16 +149,39 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()[:32]
 
 
-def expand(entry: VideoEntry, reader: VideoReader, options: ClipOptions) -> list[Clip]:
+class Source:
+    """The file of an entry, decoded once for its frames' times and, if the entry takes the whole file, its shots.
+
+    Raises:
+        VideoError: nothing in it can be read.
+    """
+
+    def __init__(self, entry: VideoEntry) -> None:
+        self.path = entry.path
+        self._shots: list[tuple[int, int]] | None = None
+        table = None
+        if entry.start is None:
+            table, self._shots = scan_shots(entry.path)
+        self.reader = VideoReader(entry.path, table)
+
+    def shots(self) -> list[tuple[int, int]]:
+        """Ranges [start, end) of frames between cuts."""
+        if self._shots is None:
+            self._shots = scan_shots(self.path)[1]
+        return self._shots
+
+
+def expand(entry: VideoEntry, source: Source, options: ClipOptions) -> list[Clip]:
     """The clips of an entry: one from the start of its range, or as many as fit one after another into each shot.
 
     Raises:
         VideoError: no clip fits, or the range lies outside the file.
     """
+    reader = source.reader
     info, timeline = reader.info, reader.timeline
     fps = options.fps or info.fps / options.frame_stride
     if entry.start is None:
-        ranges = [(shot.start, shot.start + shot.num_frames) for shot in find_shots(entry.path, min_frames=1)]
+        ranges = source.shots()
     else:
         ranges = [(entry.start, entry.start + (entry.num_frames or 0))]
         if entry.start < 0 or ranges[0][1] > info.num_frames:
@@ -171,6 +194,8 @@ def expand(entry: VideoEntry, reader: VideoReader, options: ClipOptions) -> list
                 break
             clips.append(Clip(entry, start, fps, bucket))
             start = end if entry.start is not None else timeline.clip_indices(start, bucket.num_frames, fps)[-1] + 1
+    if not ranges:
+        raise VideoError(f"{entry.name}: all of its {info.num_frames} frames are dark or damaged")
     if not clips:
         start, end = max(ranges, key=lambda chosen: chosen[1] - chosen[0])
         least = min(bucket.num_frames for bucket in options.buckets)

@@ -10,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
@@ -24,6 +25,7 @@ from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.clips import (
     Clip,
     ClipOptions,
+    Source,
     VideoEntry,
     expand,
     file_digest,
@@ -57,6 +59,8 @@ logger = logging.getLogger(__name__)
 # A whole file becomes an unknown number of clips; it counts as this many when files are dealt to shards.
 CLIPS_PER_FILE = 16
 TEXT_BATCH = 32
+PIXELS_WAITING = 1 << 27
+"""Pixels x frames of the clips that wait to be encoded together: one of 121x704x1280, or 1,600 of 9x96x96."""
 
 
 class Autoencoder(Protocol):
@@ -116,7 +120,7 @@ class PreprocessOptions:
     """How the work is done.
 
     Attributes:
-        batch_size: clips encoded at once.
+        batch_size: clips encoded at once; fewer where those do not fit into `PIXELS_WAITING`.
         samples_per_shard: clips a shard is planned for.
         max_bad_fraction: a larger share of unreadable entries stops the run.
         negative_prompt: stored encoded, for guidance.
@@ -256,29 +260,26 @@ class _Loaded:
 def _readable_clips(
     job: Job, shard: PlannedShard, skipped: list[tuple[str, str]], skipped_before: int
 ) -> Iterator[_Loaded]:
-    """Clips of a shard, decoded. Entries that cannot be read are appended to `skipped`.
+    """Clips of a shard, each decoded when it is asked for. Entries that cannot be read are appended to `skipped`.
 
     Raises:
         ValueError: more than the allowed share of the run's entries is unreadable.
     """
-    reader: VideoReader | None = None
-    try:
+    with ExitStack() as opened:
+        source: Source | None = None
         for entry, digest in shard.entries:
             try:
-                if reader is None or reader.path != entry.path:
-                    if reader is not None:
-                        reader.close()
-                    reader = VideoReader(entry.path)
-                loaded = [_load(job, clip, digest, reader) for clip in expand(entry, reader, job.options.clips)]
-            except VideoError as error:
+                if source is None or source.path != entry.path:
+                    opened.close()
+                    source = None
+                    source = Source(entry)
+                    opened.enter_context(source.reader)
+                for clip in expand(entry, source, job.options.clips):
+                    yield _load(job, clip, digest, source.reader)
+            except (VideoError, OSError) as error:
                 skipped.append((entry.name, str(error)))
                 logger.warning("skipped: %s", error)
                 _check_bad(job, skipped_before + len(skipped), str(error))
-                continue
-            yield from loaded
-    finally:
-        if reader is not None:
-            reader.close()
 
 
 def _load(job: Job, clip: Clip, digest: str, reader: VideoReader) -> _Loaded:
@@ -298,16 +299,25 @@ def _load(job: Job, clip: Clip, digest: str, reader: VideoReader) -> _Loaded:
 
 
 def _encode(job: Job, clips: Iterator[_Loaded]) -> Iterator[LatentSample]:
-    """Encode clips in batches of one bucket."""
+    """Encode clips in batches of one bucket, with at most `PIXELS_WAITING` in memory, or one clip."""
     waiting: dict[Bucket, list[_Loaded]] = {}
     captions: dict[str, torch.Tensor] = {}
     for loaded in clips:
-        batch = waiting.setdefault(loaded.clip.bucket, [])
+        bucket = loaded.clip.bucket
+        # Room is made first: the clip that has just been read is in memory already.
+        while waiting and _pixels(waiting) + bucket.num_pixels > PIXELS_WAITING:
+            fullest = max(sorted(waiting), key=lambda b: len(waiting[b]) * b.num_pixels)
+            yield from _encode_batch(job.encoders, waiting.pop(fullest), captions)
+        batch = waiting.setdefault(bucket, [])
         batch.append(loaded)
-        if len(batch) == job.options.batch_size:
-            yield from _encode_batch(job.encoders, waiting.pop(loaded.clip.bucket), captions)
+        if len(batch) == job.options.batch_size or bucket.num_pixels * len(batch) >= PIXELS_WAITING:
+            yield from _encode_batch(job.encoders, waiting.pop(bucket), captions)
     for bucket in sorted(waiting):
         yield from _encode_batch(job.encoders, waiting[bucket], captions)
+
+
+def _pixels(waiting: dict[Bucket, list[_Loaded]]) -> int:
+    return sum(len(batch) * bucket.num_pixels for bucket, batch in waiting.items())
 
 
 def _encode_batch(

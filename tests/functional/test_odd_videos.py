@@ -14,7 +14,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from megatron_fsvideo.checkpoint.release import save_fsae
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.clips import ClipOptions, VideoEntry, expand
+from megatron_fsvideo.data.clips import ClipOptions, Source, VideoEntry, expand
 from megatron_fsvideo.data.video import VideoError, VideoReader, iterate_frames, probe, read_video
 from megatron_fsvideo.models.fsae import FSAE
 from tests.functional.cli import run_cli
@@ -165,10 +165,11 @@ def test_variable_frame_rate_is_sampled_by_time(suffix, tmp_path):
         assert shades(reader.read(6, 4, fps=5)) == [6, 7, 7, 8]  # 0.6, 0.8, 1.0, 1.2 s
         # In steps of frames, time does not count.
         assert shades(reader.read(2, 4, stride=3)) == [2, 5, 8, 11]
-        clips = expand(VideoEntry(str(path), "a", "", 0, 13), reader, ClipOptions((Bucket(5, 32, 32),), fps=2))
-        assert [(clip.start, clip.bucket.num_frames) for clip in clips] == [(0, 5)]
-        with pytest.raises(VideoError, match="13 frames make 7 at 2 frames per second, the shortest bucket has 9"):
-            expand(VideoEntry(str(path), "a", "", 0, 13), reader, ClipOptions((Bucket(9, 32, 32),), fps=2))
+    entry = VideoEntry(str(path), "a", "", 0, 13)
+    clips = expand(entry, Source(entry), ClipOptions((Bucket(5, 32, 32),), fps=2))
+    assert [(clip.start, clip.bucket.num_frames) for clip in clips] == [(0, 5)]
+    with pytest.raises(VideoError, match="13 frames make 7 at 2 frames per second, the shortest bucket has 9"):
+        expand(entry, Source(entry), ClipOptions((Bucket(9, 32, 32),), fps=2))
 
 
 def test_rounded_times_are_no_variable_frame_rate(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import pytest
 import torch
 from data_fixtures import (
@@ -23,6 +24,7 @@ from data_fixtures import (
 from megatron_fsvideo.checkpoint.release import save_fsae
 from megatron_fsvideo.config import FSAEConfig
 from megatron_fsvideo.data.clips import (
+    Source,
     VideoEntry,
     expand,
     folder_entries,
@@ -32,7 +34,7 @@ from megatron_fsvideo.data.clips import (
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.latent_shards import ShardError, find_manifests, read_json, read_manifest, read_sample
 from megatron_fsvideo.data.preprocessing import preprocess
-from megatron_fsvideo.data.video import VideoReader, read_video, to_unit, write_video
+from megatron_fsvideo.data.video import read_video, to_unit, write_video
 from megatron_fsvideo.models.fsae import FSAE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,6 +152,65 @@ def test_too_many_bad_videos_stop_the_run(tmp_path, entries):
             preprocess(tmp_path / "two", entries, tiny_encoders(), tiny_options(max_bad_fraction=0.2), rank, 2)
 
 
+@pytest.mark.parametrize("name", ["truncated", "resolution changes", "a folder", "gone"])
+def test_a_bad_item_among_others_costs_only_itself(name, tmp_path, entries):
+    bad = Path(entries[3].path)
+    if name == "truncated":
+        bad.write_bytes(bad.read_bytes()[:-300])
+    elif name == "resolution changes":
+        streams = [raw_h264(tmp_path / f"{side}.h264", side) for side in (32, 48)]
+        bad.write_bytes(b"".join(streams))
+    else:
+        bad.unlink()
+        if name == "a folder":
+            bad.mkdir()
+    assert preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options(max_bad_fraction=0.1))
+    values = read_json(tmp_path / "out" / "dataset.json")
+    assert values["num_samples"] == 9 and [skipped[0] for skipped in values["skipped"]] == ["video3.mp4:0-9"]
+    assert "video3.mp4" in values["skipped"][0][1]
+
+
+def raw_h264(path: Path, side: int) -> bytes:
+    with av.open(str(path), "w", format="h264") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.height, stream.width, stream.pix_fmt = side, side, "yuv420p"
+        for frame in moving_video(9, side, side).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path.read_bytes()
+
+
+def test_a_film_of_twice_the_length_needs_the_same_memory(tmp_path):
+    for repeats in (3, 6):
+        parts = [moving_video(40, 256, 320, seed) for seed in range(4)] * repeats
+        write_video(tmp_path / str(repeats) / "film.mp4", torch.cat(parts), 8)
+    growth = []
+    for repeats in (3, 6):
+        # A process each: what an earlier run has freed would serve the next.
+        code = (
+            "import sys; sys.path.insert(0, 'tests/unit')\n"
+            "import torch; torch.set_num_threads(1)\n"
+            "from data_fixtures import tiny_encoders, tiny_options\n"
+            "from pathlib import Path\n"
+            "from megatron_fsvideo.data.clips import folder_entries\n"
+            "from megatron_fsvideo.data.preprocessing import preprocess\n"
+            f"folder = Path({str(tmp_path / str(repeats))!r})\n"
+            "rss = lambda key: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
+            "before = rss('VmRSS')\n"
+            "options = tiny_options('9x256x320', batch_size=2)\n"
+            "assert preprocess(folder / 'out', folder_entries(folder), tiny_encoders(), options)\n"
+            "print(before, rss('VmHWM'))\n"
+        )
+        result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        before, peak = map(int, result.stdout.split())
+        growth.append((peak, peak - before))
+    (short, _), (long, grown) = growth
+    assert long / short < 1.05, growth
+    # The long film's frames would take 236 MB.
+    assert grown < 150_000, growth
+
+
 def test_sizes_the_autoencoder_cannot_divide_are_refused_first(tmp_path, entries):
     with pytest.raises(ValueError, match="bucket 9x30x32: height 30 is not a multiple .* 4; try 28 or 32"):
         preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options("9x30x32"))
@@ -184,14 +245,14 @@ def test_whole_files_become_clips_inside_shots(tmp_path):
     (tmp_path / "a.txt").write_text("two\nscenes")
     (entry,) = folder_entries(tmp_path)
     assert entry == VideoEntry(str(path), "a.mp4", "two scenes")
-    with VideoReader(path) as reader:
-        clips = expand(entry, reader, tiny_options("9x32x32", "5x32x32").clips)
-        # 9 + 9 of the first 20 frames, 5 of 5, 9 of the last 12.
-        assert [(clip.start, clip.bucket.num_frames) for clip in clips] == [(0, 9), (9, 9), (20, 5), (25, 9)]
-        halved = replace(tiny_options("9x32x32").clips, fps=4.0)
-        assert [(clip.start, clip.fps) for clip in expand(entry, reader, halved)] == [(0, 4.0)]
-        with pytest.raises(ValueError, match=re.escape("a.mp4: 20 frames make 3 at 1 frames per second, the shortest")):
-            expand(entry, reader, replace(halved, fps=1.0))
+    source = Source(entry)
+    clips = expand(entry, source, tiny_options("9x32x32", "5x32x32").clips)
+    # 9 + 9 of the first 20 frames, 5 of 5, 9 of the last 12.
+    assert [(clip.start, clip.bucket.num_frames) for clip in clips] == [(0, 9), (9, 9), (20, 5), (25, 9)]
+    halved = replace(tiny_options("9x32x32").clips, fps=4.0)
+    assert [(clip.start, clip.fps) for clip in expand(entry, source, halved)] == [(0, 4.0)]
+    with pytest.raises(ValueError, match=re.escape("a.mp4: 20 frames make 3 at 1 frames per second, the shortest")):
+        expand(entry, source, replace(halved, fps=1.0))
 
 
 def test_many_clips_in_one_file(tmp_path):
