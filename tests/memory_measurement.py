@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_fsvideo.config import OptimizerConfig, TrainingConfig
+from megatron_fsvideo.config import OptimizerConfig
 from megatron_fsvideo.models.dit import build_dit, patchify
+from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
+from megatron_fsvideo.optim.optimizer import build_optimizer, step_if_finite, wrap_ddp
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.pipeline import run_schedule
 from megatron_fsvideo.parallel.sequence import local_slice
 from megatron_fsvideo.planning.case import Case
-from megatron_fsvideo.training.optimizer import build_optimizer, step_if_finite, wrap_ddp
 from megatron_fsvideo.training.peak_memory import profiled_allocation
 
 
@@ -50,10 +51,10 @@ def measure(case: Case, grid: tuple[int, int, int]) -> dict[str, float]:
     pgs = groups.initialize(case.parallel)
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     settings = OptimizerConfig()
-    training = TrainingConfig(case.micro_batch_size, case.global_batch_size, bf16=case.bf16)
     model, weights, _ = profiled_allocation(lambda: build_dit(case.model, case.parallel, pgs, params_dtype=dtype))
-    wrapped, gradients, _ = profiled_allocation(lambda: wrap_ddp(model, case.parallel, pgs))
-    optimizer, master, _ = profiled_allocation(lambda: build_optimizer(wrapped, settings, case.parallel, training, pgs))
+    (wrapped,), gradients, _ = profiled_allocation(lambda: wrap_ddp([model], case.parallel, pgs))
+    rules = dit_parameter_rules([model], settings.router_lr_mult)
+    optimizer, master, _ = profiled_allocation(lambda: build_optimizer([wrapped], settings, rules, pgs))
     for group in optimizer.param_groups:
         group["lr"] = 1e-4
     batches = [random_batch(case, grid) for _ in range(case.num_microbatches)]

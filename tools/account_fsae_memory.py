@@ -30,9 +30,9 @@ from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, VGG16Trunk
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.discriminator import Discriminator
+from megatron_fsvideo.optim.matrix_exchange import deal_out
 from megatron_fsvideo.training.ema import EMA
 from megatron_fsvideo.training.fsae_adversary import Adversary
-from megatron_fsvideo.training.fsae_optimizer import deal_out
 from megatron_fsvideo.training.steps.fsae_objective import FSAEObjective, whole_reconstruction
 from megatron_fsvideo.training.steps.fsae_shares import ClipShare, draw_patch, whole_region
 from megatron_fsvideo.training.steps.fsae_trainee import FSAETrainee

@@ -137,14 +137,16 @@ def synthetic_batch(job: BenchmarkJob, device: torch.device) -> dict[str, Tensor
 def our_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
     """Our model and one optimizer step of it: Megatron's schedule, DDP buffers, clipping and AdamW."""
     from megatron_fsvideo.models.dit import build_dit, patchify
+    from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
+    from megatron_fsvideo.optim.optimizer import build_optimizer, step_if_finite, wrap_ddp
     from megatron_fsvideo.parallel import groups
     from megatron_fsvideo.parallel.pipeline import run_schedule
-    from megatron_fsvideo.training.optimizer import build_optimizer, step_if_finite, wrap_ddp
 
     pgs = groups.initialize(job.parallel)
     model = build_dit(job.model, job.parallel, pgs, params_dtype=job.dtype, seed=job.training.seed)
-    wrapped = wrap_ddp(model, job.parallel, pgs)
-    optimizer = build_optimizer(wrapped, job.optimizer, job.parallel, job.training, pgs)
+    (wrapped,) = wrap_ddp([model], job.parallel, pgs)
+    rules = dit_parameter_rules([model], job.optimizer.router_lr_mult)
+    optimizer = build_optimizer([wrapped], job.optimizer, rules, pgs)
     for group in optimizer.param_groups:
         group["lr"] = job.optimizer.lr
     batch = synthetic_batch(job, pgs.device)

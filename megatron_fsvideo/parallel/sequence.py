@@ -70,6 +70,21 @@ def share_in_turn(made: list[Tensor], like: list[Tensor], group: ProcessGroup) -
     return shared
 
 
+def exchange_parts(sent: list[list[Tensor]], filled: list[list[Tensor]], like: Tensor, group: ProcessGroup) -> None:
+    """Send `sent[r]` to each rank r, and copy what it sends into `filled[r]`: flat parts, in the same order on both.
+
+    Args:
+        like: a tensor of the parts' type; a rank may have none.
+    """
+    outgoing = torch.cat([like.new_empty(0), *(part for parts in sent for part in parts)])
+    sizes = [[sum(part.numel() for part in parts) for parts in side] for side in (filled, sent)]
+    incoming = like.new_empty(sum(sizes[0]))
+    dist.all_to_all_single(incoming, outgoing, *sizes, group=group)
+    targets = [part for parts in filled for part in parts]
+    for target, values in zip(targets, incoming.split([target.numel() for target in targets]), strict=True):
+        target.copy_(values)
+
+
 def enter_tensor_parallel(hidden_states: Tensor, sequence_parallel: bool, group: ProcessGroup) -> Tensor:
     """The input of column-parallel linears that are built without a reduction of their own.
 

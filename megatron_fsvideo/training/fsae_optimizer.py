@@ -9,9 +9,10 @@ from torch.distributed import ProcessGroup
 
 from megatron_fsvideo.config import OptimizerConfig
 from megatron_fsvideo.models.fsae.convolutions import VideoConv3d
+from megatron_fsvideo.optim.matrix_exchange import deal_out
+from megatron_fsvideo.optim.schedule import learning_rate
 from megatron_fsvideo.parallel.groups import broadcast_tensor, gather_objects
 from megatron_fsvideo.training.muon import Muon
-from megatron_fsvideo.training.schedule import learning_rate_factor
 
 MUON_MOMENTUM = 0.95
 
@@ -52,7 +53,8 @@ class FSAEOptimizer:
         """
         limit = self.config.clip_grad or math.inf
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-        factor = learning_rate_factor(iteration + 1, self.train_iters, self.config)
+        floor = self.config.min_lr / self.config.lr
+        factor = learning_rate(iteration + 1, self.train_iters, self.config, 1.0, floor)
         for parameter in self.parameters:
             if not self._is_own(parameter):
                 parameter.grad = None  # the optimizers leave it and make no moments for it
@@ -123,17 +125,6 @@ class FSAEOptimizer:
                     moment = optimizer.state[parameter][name] if is_here else torch.empty_like(parameter)
                     whole[number][name] = broadcast_tensor(moment, self._sharers, owner).detach().cpu()
         return whole
-
-
-def deal_out(parameters: list[nn.Parameter], num_ranks: int) -> dict[nn.Parameter, int]:
-    """Which rank keeps the moments of which weight, about as many numbers each: the largest first, to who has least."""
-    held = [0] * num_ranks
-    owners = {}
-    for parameter in sorted(parameters, key=lambda p: -p.numel()):
-        owner = held.index(min(held))
-        owners[parameter] = owner
-        held[owner] += parameter.numel()
-    return owners
 
 
 def dense_kernels(model: nn.Module) -> list[nn.Parameter]:

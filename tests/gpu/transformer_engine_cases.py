@@ -12,13 +12,14 @@ import torch
 import transformer_engine.pytorch as te
 from torch import Tensor
 
-from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, OptimizerConfig, TrainingConfig
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, OptimizerConfig
 from megatron_fsvideo.models.backends import check_backend
 from megatron_fsvideo.models.dit import DiTModel, build_dit
+from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
 from megatron_fsvideo.models.dot_product_attention import choose_kernel, dot_product_attention
+from megatron_fsvideo.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.pipeline import run_schedule
-from megatron_fsvideo.training.optimizer import build_optimizer, wrap_ddp_chunks
 from tests.parallel.test_layouts import FULL, SELECTIVE, forward_step, randomize, relative
 
 MODEL = DiTConfig(
@@ -80,8 +81,8 @@ def compare(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dic
 def train(pgs: groups.ProcessGroups, **settings: Any) -> list[float]:
     """Losses of ten steps on one batch."""
     model, parallel = build(pgs, **settings), DiTParallelConfig(**settings)
-    wrapped = wrap_ddp_chunks([model], parallel, pgs)
-    optimizer = build_optimizer(wrapped, OptimizerConfig(lr=1e-3), parallel, TrainingConfig(bf16=True), pgs)
+    wrapped = wrap_ddp([model], parallel, pgs)
+    optimizer = build_optimizer(wrapped, OptimizerConfig(lr=1e-3), dit_parameter_rules([model], 10.0), pgs)
     losses = []
     for _ in range(10):
         wrapped[0].zero_grad_buffer()

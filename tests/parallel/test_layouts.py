@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, OptimizerConfig, TrainingConfig
+from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, OptimizerConfig
 from megatron_fsvideo.diffusion.losses import per_sample_loss, squared_errors
 from megatron_fsvideo.models.dit import build_dit_chunks, patchify
+from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
 from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
+from megatron_fsvideo.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
 from megatron_fsvideo.parallel.pipeline import run_schedule
 from megatron_fsvideo.parallel.seeds import weight_generator
 from megatron_fsvideo.parallel.sequence import all_gather_slices, local_slice, sum_for_same_loss
-from megatron_fsvideo.training.optimizer import build_optimizer, wrap_ddp_chunks
 from tests.parallel.harness import run_workers
 
 NUM_MICROBATCHES = 4
@@ -159,6 +160,27 @@ LAYOUTS = [
     layout("without_memory_pp2", 2, WITHOUT_MEMORY, pp=2),
     layout("muon_tp2_sp", 2, MODEL, "muon", tp=2, sequence_parallel=True),
     layout("muon_pp2", 2, MODEL, "muon", pp=2),
+    layout("muon_dp2_distributed_optimizer", 2, MODEL, "muon", use_distributed_optimizer=True),
+    layout(
+        "muon_tp2_sp_dp2_overlap_distributed_optimizer_mixed_batches",
+        4,
+        MODEL,
+        "muon",
+        "mixed",
+        tp=2,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+    ),
+    layout(
+        "muon_pp2_virtual2_dp2_distributed_optimizer",
+        4,
+        MODEL,
+        "muon",
+        pp=2,
+        num_virtual_stages_per_pipeline_rank=2,
+        use_distributed_optimizer=True,
+    ),
     # 48 tokens, 5 of text and 3 of the image become 56 (a rank 28 or 35), 7 and 7.
     layout("padded", 1, token_multiple=7),
     layout("padded_tp2_sp", 2, token_multiple=7, tp=2, sequence_parallel=True),
@@ -249,11 +271,11 @@ def train(case: Layout) -> dict:
         case.model, case.parallel, pgs, params_dtype=torch.float32, token_multiple=case.token_multiple
     )
     randomize(chunks, pgs)
-    wrapped = wrap_ddp_chunks(chunks, case.parallel, pgs)
+    wrapped = wrap_ddp(chunks, case.parallel, pgs)
     settings = OptimizerConfig(
         optimizer=case.optimizer, muon_precision="fp32", lr=1e-2, weight_decay=0.1, clip_grad=0.05, router_lr_mult=3.0
     )
-    optimizer = build_optimizer(wrapped, settings, case.parallel, TrainingConfig(), pgs)
+    optimizer = build_optimizer(wrapped, settings, dit_parameter_rules(chunks, settings.router_lr_mult), pgs)
 
     result: dict = {"losses": [], "norms": [], "gradients": {}, "weights": {}}
     for step in range(NUM_STEPS):

@@ -11,9 +11,9 @@ from megatron_fsvideo.checkpoint.distributed_weights import DistributedWeights
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, parse_job
 from megatron_fsvideo.inference.loading import load_dit
 from megatron_fsvideo.models.dit.weights import named_global_parameters
+from megatron_fsvideo.optim.held import boxes
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.training.ema import EMA
-from megatron_fsvideo.training.sharded_ema import ShardedEMA, boxes
 from megatron_fsvideo.training.steps.dit import DiTStep
 from tests.functional.runs import debug_arguments
 from tests.latent_fixtures import write_latent_dataset
@@ -69,7 +69,6 @@ def train(argv: list[str], data: Path, save: Path, load: Path) -> dict:
     step.finish_save()
     stored = DistributedWeights(iteration_folder(save, state.iteration), "ema.")
     result = {
-        "is_sharded": isinstance(step.ema, ShardedEMA),
         "restored": restored,
         "is_whole": is_whole,
         "error": error,
@@ -113,10 +112,10 @@ def test_a_sharded_average_equals_one_process_s(layout, data, tmp_path):
     batch = flags[flags.index("--global-batch-size") :][:2] if "--global-batch-size" in flags else []
     alone = run_workers(train, 1, batch, data, tmp_path / "alone", tmp_path / "alone")[0]
     ranks = run_workers(train, world_size, flags, data, tmp_path / "run", tmp_path / "run")
-    assert not alone["is_sharded"] and alone["bytes"] == 4 * alone["parameters"] and alone["restored"]
+    assert alone["bytes"] == 4 * alone["parameters"] and alone["restored"]
     share = world_size if layout.startswith(("dp", "cp")) else 2
     for rank in ranks:
-        assert rank["is_sharded"] and rank["restored"]
+        assert rank["restored"]
         assert rank["is_whole"], "bit for bit what an average of the whole weights would be"
         # Megatron pads buckets to multiples of the group; the shards hold no padding.
         assert rank["bytes"] == pytest.approx(4 * rank["parameters"] / share, rel=0.02)

@@ -16,13 +16,14 @@ import torch
 import transformer_engine
 
 import pretrain_dit
-from megatron_fsvideo.config import DiTParallelConfig, OptimizerConfig, TrainingConfig
+from megatron_fsvideo.config import DiTParallelConfig, OptimizerConfig
 from megatron_fsvideo.models import backends
 from megatron_fsvideo.models.dit import build_dit_chunks
+from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
+from megatron_fsvideo.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
 from megatron_fsvideo.parallel.pipeline import run_schedule
-from megatron_fsvideo.training.optimizer import build_optimizer, wrap_ddp_chunks
 from tests.functional.runs import debug_arguments, losses, run_to_end
 from tests.latent_fixtures import write_latent_dataset
 from tests.parallel import test_layouts
@@ -121,9 +122,9 @@ def _train_in_bf16(parallel: DiTParallelConfig, keeps_no_weights: bool) -> dict[
     linears = [module for module in chunks[0].modules() if isinstance(module, transformer_engine.pytorch.Linear)]
     for linear in linears:
         linear.disable_parameter_transpose_cache = keeps_no_weights
-    wrapped = wrap_ddp_chunks(chunks, parallel, pgs)
+    wrapped = wrap_ddp(chunks, parallel, pgs)
     settings = OptimizerConfig(lr=1e-2, clip_grad=0.05)
-    optimizer = build_optimizer(wrapped, settings, parallel, TrainingConfig(bf16=True), pgs)
+    optimizer = build_optimizer(wrapped, settings, dit_parameter_rules(chunks, settings.router_lr_mult), pgs)
     batches, found = microbatches(4, 0, "mixed"), []
     for _ in range(2):
         wrapped[0].zero_grad_buffer()

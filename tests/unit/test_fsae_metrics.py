@@ -13,8 +13,9 @@ from megatron_fsvideo.config import OptimizerConfig, ReconstructionLossConfig
 from megatron_fsvideo.evaluation.perceptual import VGG16Trunk, load_perceptual_loss
 from megatron_fsvideo.evaluation.psnr import psnr, psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
+from megatron_fsvideo.optim.muon import orthogonalize
 from megatron_fsvideo.training.fsae_optimizer import FSAEOptimizer
-from megatron_fsvideo.training.muon import Muon, orthogonalize
+from megatron_fsvideo.training.muon import Muon
 from megatron_fsvideo.training.steps.fsae_objective import draw_latent_noise, latent_penalty, reconstruction_loss
 
 CPU = torch.device("cpu")
@@ -202,7 +203,7 @@ def test_muon_treats_a_kernel_as_a_matrix() -> None:
     optimizer = Muon([kernel], lr=0.1, momentum=0.9, weight_decay=0.5)
     optimizer.step()
     # First step: buffer 0.1 g, Nesterov update g + 0.9 (buffer - g): a multiple of g, whose size does not matter.
-    step = orthogonalize(gradient.flatten(1)).view_as(kernel)
+    step = orthogonalize(gradient.flatten(1), torch.bfloat16).view_as(kernel)
     assert torch.allclose(kernel, before * (1 - 0.1 * 0.5) - 0.1 * step, atol=3e-3)
 
 

@@ -21,9 +21,10 @@ RANK = {
     "checkpoint": 4,
     "evaluation": 4,
     "losses": 5,
-    "training": 6,
-    "inference": 6,
-    "planning": 7,
+    "optim": 6,
+    "training": 7,
+    "inference": 7,
+    "planning": 8,
 }
 # torch.distributed modules that are no communication.
 HARMLESS = ("torch.distributed.checkpoint",)

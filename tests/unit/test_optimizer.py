@@ -1,86 +1,84 @@
 """Which parameters decay and at which rate they learn, the schedule, and AdamW and Muon against plain torch."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, OptimizerConfig, TrainingConfig, build_job
+from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, OptimizerConfig, build_job
 from megatron_fsvideo.models.dit import build_dit
+from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
+from megatron_fsvideo.optim.optimizer import build_optimizer, wrap_ddp
+from megatron_fsvideo.optim.schedule import set_learning_rates
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
-from megatron_fsvideo.training.optimizer import LateDecayScheduler, build_optimizer, decayed_lr, wrap_ddp
 from tests.parallel.harness import run_workers
 
-BATCH = 4
 
-
-def rates(iterations, steps=None, **settings):
-    """Learning rate of each of the first `steps` (all) iterations of a run, and the scheduler."""
-    group = {"max_lr": 1.0, "min_lr": settings.get("min_lr", 0.0), "lr": 0.0, "wd_mult": 1.0}
-    fake = SimpleNamespace(param_groups=[group])
-    training = TrainingConfig(global_batch_size=BATCH, train_iters=iterations)
-    scheduler = LateDecayScheduler(fake, OptimizerConfig(lr=1.0, **settings), training)
+def rates(iterations, **settings):
+    """Learning rate of each iteration of a run, of a group whose peak is 1."""
+    optimizer = OptimizerConfig(lr=1.0, **settings)
+    groups_of_run = [{"max_lr": 1.0, "min_lr": optimizer.min_lr}]
     values = []
-    for _ in range(iterations if steps is None else steps):
-        values.append(group["lr"])
-        scheduler.step(increment=BATCH)
-    return values, scheduler
+    for iteration in range(1, iterations + 1):
+        set_learning_rates(groups_of_run, iteration, iterations, optimizer)
+        values.append(groups_of_run[0]["lr"])
+    return values
 
 
 def test_warmup_then_constant_then_cosine():
-    values, _ = rates(100, lr_warmup_iters=10, lr_decay_style="cosine", lr_decay_start=0.5, min_lr=0.1)
-    assert values[:11] == pytest.approx([k / 10 for k in range(11)])
-    assert values[10:51] == pytest.approx([1.0] * 41)
-    for k in range(50, 100):
-        assert values[k] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (k - 50) / 50)))
+    values = rates(100, lr_warmup_iters=10, lr_decay_style="cosine", lr_decay_start=0.5, min_lr=0.1)
+    assert values[:10] == pytest.approx([k / 10 for k in range(1, 11)])
+    assert values[9:50] == [1.0] * 41
+    for k in range(51, 101):
+        assert values[k - 1] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (k - 50) / 50)))
+
+
+def test_the_first_step_learns_and_the_last_has_the_least_rate():
+    assert rates(8, lr_warmup_iters=4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    for style in ("linear", "cosine"):
+        for warmup in (0, 3, 7, 8, 100):
+            values = rates(8, lr_warmup_iters=warmup, lr_decay_style=style, min_lr=0.3)
+            assert values[0] > 0 and values[-1] == 0.3, (style, warmup)
 
 
 def test_constant_and_linear():
-    assert rates(8)[0] == pytest.approx([1.0] * 8)
-    assert rates(10, lr_decay_style="linear")[0] == pytest.approx([1 - k / 10 for k in range(10)])
+    assert rates(8) == [1.0] * 8
+    assert rates(10, lr_decay_style="linear") == pytest.approx([1 - k / 10 for k in range(1, 11)])
 
 
 def test_more_warmup_than_iterations():
-    values, _ = rates(4, lr_warmup_iters=100, lr_decay_style="cosine")
-    assert values == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert rates(4, lr_warmup_iters=100) == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert rates(1, lr_warmup_iters=100) == [1.0]
 
 
-def test_resume_and_a_longer_run():
-    values, _ = rates(20, lr_decay_style="linear")
-    _, half = rates(10, lr_decay_style="linear")
-    _, longer = rates(20, steps=0, lr_decay_style="linear")
-    # Ten iterations of a ten-iteration run, continued to twenty: this run's schedule holds.
-    longer.load_state_dict(half.state_dict())
-    assert longer.optimizer.param_groups[0]["lr"] == pytest.approx(values[10])
-
-
-def test_unknown_style():
-    with pytest.raises(ValueError, match="constant, linear, cosine"):
-        decayed_lr("square", 0.5, 1.0, 0.0)
+def test_each_group_moves_between_its_own_rates():
+    found = [{"max_lr": 1.0, "min_lr": 0.1}, {"max_lr": 10.0, "min_lr": 1.0}]
+    set_learning_rates(found, 5, 10, OptimizerConfig(lr=1.0, min_lr=0.1, lr_decay_style="linear"))
+    assert [group["lr"] for group in found] == pytest.approx([0.55, 5.5])
 
 
 def built(settings, **changes):
-    """(model, wrapped, optimizer) of the debug preset, one process."""
+    """(model, optimizer) of the debug preset, one process."""
     job = build_job(DiTJob, DIT_PRESETS["dit_debug"] | changes)
     pgs = groups.initialize(DiTParallelConfig())
     dtype = torch.bfloat16 if job.training.bf16 else torch.float32
     model = build_dit(job.model, job.parallel, pgs, params_dtype=dtype)
-    wrapped = wrap_ddp(model, job.parallel, pgs)
-    return model, wrapped, build_optimizer(wrapped, settings, job.parallel, job.training, pgs)
+    wrapped = wrap_ddp([model], job.parallel, pgs)
+    rules = dit_parameter_rules([model], settings.router_lr_mult)
+    return model, build_optimizer(wrapped, settings, rules, pgs)
 
 
 def group_of_each_parameter(kind):
-    settings = OptimizerConfig(optimizer=kind, lr=0.5, muon_lr=0.25, router_lr_mult=10.0)
-    model, _, optimizer = built(settings)
+    settings = OptimizerConfig(optimizer=kind, lr=0.5, muon_lr=0.25, weight_decay=1.0, router_lr_mult=10.0)
+    model, optimizer = built(settings)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = {}
     for index, link in enumerate(optimizer.chained_optimizers):
         for group in link.param_groups:
             for parameter in group["params"]:
                 assert names[id(parameter)] not in found, "a parameter is in two groups"
-                found[names[id(parameter)]] = index, group["wd_mult"], group["max_lr"]
+                found[names[id(parameter)]] = index, group["weight_decay"], group["max_lr"]
     assert found.keys() == set(names.values())
     return found
 
@@ -103,9 +101,7 @@ def test_groups(kind):
 def first_step(kind):
     """Each parameter before and after one step with a known gradient."""
     settings = OptimizerConfig(optimizer=kind, lr=1e-2, muon_lr=0.02, weight_decay=0.1, clip_grad=0, router_lr_mult=1)
-    model, wrapped, optimizer = built(settings)
-    scheduler = LateDecayScheduler(optimizer, settings, TrainingConfig())
-    assert scheduler.num_steps == 0
+    model, optimizer = built(settings)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     gradients = {}
     for name, parameter in model.named_parameters():

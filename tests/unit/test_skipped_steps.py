@@ -7,13 +7,20 @@ import torch
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, OptimizerConfig, build_job
 from megatron_fsvideo.models.dit import build_dit
+from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
+from megatron_fsvideo.optim.optimizer import build_optimizer, step_if_finite, wrap_ddp
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
-from megatron_fsvideo.training.optimizer import build_optimizer, step_if_finite, wrap_ddp
 from tests.parallel.harness import run_workers
 
-KINDS = [("adam", {}), ("adam", {"bf16": True}), ("adam", {"use_distributed_optimizer": True}), ("muon", {})]
-IDS = ["adam", "bf16", "distributed", "muon"]
+CASES = {
+    "adam": ("adam", {}),
+    "bf16": ("adam", {"bf16": True}),
+    "distributed": ("adam", {"use_distributed_optimizer": True}),
+    "muon": ("muon", {}),
+    "muon_distributed": ("muon", {"use_distributed_optimizer": True}),
+    "muon_bf16_distributed": ("muon", {"bf16": True, "use_distributed_optimizer": True}),
+}
 
 
 def build(kind, flags, pgs):
@@ -21,8 +28,8 @@ def build(kind, flags, pgs):
     job = build_job(DiTJob, DIT_PRESETS["dit_debug"] | flags)
     dtype = torch.bfloat16 if job.training.bf16 else torch.float32
     model = build_dit(job.model, job.parallel, pgs, params_dtype=dtype)
-    wrapped = wrap_ddp(model, job.parallel, pgs)
-    return model, build_optimizer(wrapped, settings, job.parallel, job.training, pgs)
+    wrapped = wrap_ddp([model], job.parallel, pgs)
+    return model, build_optimizer(wrapped, settings, dit_parameter_rules([model], settings.router_lr_mult), pgs)
 
 
 def fill_gradients(model, seed):
@@ -65,7 +72,7 @@ def two_steps_with_wrong_ones_between(kind, flags, world_size):
     return expected, weights_of(model), [has_stepped for _, has_stepped in reported], reported[-1][0] == norm
 
 
-@pytest.mark.parametrize(("kind", "flags"), KINDS, ids=IDS)
+@pytest.mark.parametrize(("kind", "flags"), CASES.values(), ids=CASES)
 def test_what_is_skipped_leaves_no_trace(kind, flags):
     for expected, found, stepped, same_norm in run_workers(two_steps_with_wrong_ones_between, 2, kind, flags, 2):
         assert stepped == [True, False, False, False, True]

@@ -28,23 +28,15 @@ from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
 from megatron_fsvideo.diffusion.losses import loss_of_mse
 from megatron_fsvideo.models.codecs import LatentScale
 from megatron_fsvideo.models.dit import Denoiser, build_dit_chunks
+from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
+from megatron_fsvideo.optim.moving_average import MovingAverage
+from megatron_fsvideo.optim.optimizer import build_optimizer, step_if_finite, wrap_ddp
+from megatron_fsvideo.optim.schedule import learning_rate, set_learning_rates
+from megatron_fsvideo.optim.state import load_optimizer_state, sharded_optimizer_state, sharded_weights
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
 from megatron_fsvideo.parallel.pipeline import run_schedule
 from megatron_fsvideo.training.flops import dit_training_flops
-from megatron_fsvideo.training.optimizer import (
-    LateDecayScheduler,
-    build_optimizer,
-    step_if_finite,
-    wrap_ddp_chunks,
-)
-from megatron_fsvideo.training.optimizer_state import (
-    CHECKPOINT_METADATA,
-    load_optimizer_state,
-    master_weights,
-    sharded_optimizer_state,
-)
 from megatron_fsvideo.training.router_images import RouterImages
-from megatron_fsvideo.training.sharded_ema import ReplicatedEMA, ShardedEMA
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.steps.dit_batches import (
     BatchSource,
@@ -86,10 +78,11 @@ class DiTStep:
         dtype = torch.bfloat16 if job.training.bf16 else torch.float32
         chunks = build_dit_chunks(job.model, job.parallel, pgs, params_dtype=dtype, seed=job.training.seed)
         self.chunks = nn.ModuleList(chunks)  # one, or with virtual pipeline stages this rank's several
-        self.wrapped = wrap_ddp_chunks(chunks, job.parallel, pgs)
-        self.optimizer = build_optimizer(self.wrapped, job.optimizer, job.parallel, job.training, pgs)
-        self.scheduler = LateDecayScheduler(self.optimizer, job.optimizer, job.training)
-        self.ema = self._build_ema() if job.optimizer.ema_decay else None
+        self.wrapped = wrap_ddp(chunks, job.parallel, pgs)
+        rules = dit_parameter_rules(chunks, job.optimizer.router_lr_mult)
+        self.optimizer = build_optimizer(self.wrapped, job.optimizer, rules, pgs)
+        decay = job.optimizer.ema_decay
+        self.ema = MovingAverage(self.optimizer, sharded_weights(chunks, pgs), decay) if decay else None
         self.null_text = pad_rows(self.dataset.null_text, self.dataset.text_length)
         self.router_images = RouterImages(job, pgs)
         checkpoint = job.checkpoint
@@ -106,7 +99,9 @@ class DiTStep:
         if self._source is None:
             self._source = self._batches(self.dataset, state.consumed_samples, shuffle=True)
         batches, num_samples, tokens = self._source.next()
-        learning_rate = self.scheduler.get_lr({"max_lr": self.job.optimizer.lr, "min_lr": self.job.optimizer.min_lr})
+        settings, iterations = self.job.optimizer, self.job.training.train_iters
+        # The schedule is one of iterations, whatever the size of this bucket's batch.
+        set_learning_rates(self.optimizer.param_groups, state.iteration + 1, iterations, settings)
 
         self._errors.clear()
         for chunk in self.wrapped:
@@ -117,15 +112,13 @@ class DiTStep:
             collected = self._run(batches, self._training_step, forward_only=False)
         loss, mse = self._mean_over_batch(collected, len(batches))
         grad_norm, has_stepped = step_if_finite(self.optimizer, loss, self.pgs)
-        # The schedule is one of iterations, whatever the size of this bucket's batch.
-        self.scheduler.step(increment=self.job.training.global_batch_size)
         if self.ema is not None and has_stepped:
             self.ema.update(state.iteration + 1)
 
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            "learning_rate": learning_rate,
+            "learning_rate": learning_rate(state.iteration + 1, iterations, settings, settings.lr, settings.min_lr),
             "velocity_mse": mse,
             "bad_samples": float(len(self.dataset.bad_samples)),
         }
@@ -179,7 +172,7 @@ class DiTStep:
             "iteration": state.iteration,
             "consumed_samples": state.consumed_samples,
         }
-        content = self._sharded_state(is_loading=False)
+        content = self._sharded_state()
         content |= {"iteration": state.iteration, "consumed_samples": state.consumed_samples}
         self.writer.save(
             state.iteration,
@@ -223,7 +216,7 @@ class DiTStep:
         if record["data"] is not None:
             self._normalize_with(record["data"]["latent_mean"], record["data"]["latent_std"])
         had_ema = record["job"]["optimizer"]["ema_decay"] > 0
-        state = self._sharded_state(is_loading=True, with_ema=had_ema, with_optimizer=not finetune)
+        state = self._sharded_state(with_ema=had_ema, with_optimizer=not finetune)
         content = load_checkpoint(folder, iteration, state)
         missing, _ = self.chunks.load_state_dict(content["model"], strict=False)
         assert all(name.endswith("_extra_state") for name in missing), missing
@@ -237,17 +230,7 @@ class DiTStep:
             self.ema.restart()
         if finetune:
             return TrainState()
-        self.scheduler.go_to(content["iteration"])
         return TrainState(content["iteration"], 0 if new_stage else content["consumed_samples"])
-
-    def _build_ema(self) -> ReplicatedEMA | ShardedEMA:
-        """The moving average of the fp32 weights, shared over the data-parallel ranks if the optimizer is."""
-        names = {parameter: name for name, parameter in self.chunks.named_parameters()}
-        decay = self.job.optimizer.ema_decay
-        if self.job.parallel.use_distributed_optimizer:
-            return ShardedEMA(self.wrapped, self.optimizer, names, decay)
-        masters = {names[parameter]: master for parameter, master in master_weights(self.optimizer)}
-        return ReplicatedEMA(self.chunks, decay, masters)
 
     def _normalize_with(self, mean: list[float], std: list[float]) -> None:
         """The weights know latents of this mean and std per channel, whatever another dataset's are."""
@@ -367,21 +350,15 @@ class DiTStep:
         check_batches(dataset, self.job, self.pgs.dp_size)
         return dataset
 
-    def _sharded_state(self, is_loading: bool, with_ema: bool = True, with_optimizer: bool = True) -> dict[str, Any]:
+    def _sharded_state(self, with_ema: bool = True, with_optimizer: bool = True) -> dict[str, Any]:
         """What a checkpoint holds, as Megatron's sharded tensors of this rank's slices."""
         model = self._sharded_weights()
         content: dict[str, Any] = {"model": model}
         if self.ema is not None and with_ema:
             content["ema"] = self.ema.sharded_state(self._sharded_weights())
         if with_optimizer:
-            content["optimizer"] = sharded_optimizer_state(self.optimizer, model, is_loading)
+            content["optimizer"] = sharded_optimizer_state(self.optimizer, model)
         return content
 
     def _sharded_weights(self) -> dict[str, ShardedTensor]:
-        """This rank's weights by their names in `chunks`; without `_extra_state`, pickles that hold nothing."""
-        return {
-            f"{index}.{name}": tensor
-            for index, chunk in enumerate(self.chunks)
-            for name, tensor in chunk.sharded_state_dict(metadata=CHECKPOINT_METADATA).items()
-            if isinstance(tensor, ShardedTensor)
-        }
+        return sharded_weights(self.chunks, self.pgs)

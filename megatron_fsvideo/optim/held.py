@@ -1,0 +1,144 @@
+"""What this rank holds of a network's optimizer state: for each parameter a range of it, or nothing.
+
+Without the distributed optimizer every data-parallel rank holds all of every parameter. With it a rank holds ranges of
+AdamW's parameters, wherever Megatron's buffers are cut, and whole matrices of Muon's. What a checkpoint keeps of the
+optimizer and the moving average follow from this list.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from math import prod
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from torch import Tensor, nn
+
+from megatron_fsvideo.optim.muon import OwnedMuonBF16, OwnedMuonFP32
+from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape
+
+
+@dataclass(frozen=True)
+class Held:
+    """A range of a flattened parameter that the optimizer of this rank steps.
+
+    Attributes:
+        master: what is stepped, in fp32: the parameter or its range itself, or a copy where that is bf16.
+        start, stop: the range.
+        is_cut: it is a shard, which need not end where an axis does.
+        is_alone: no other rank of the data-parallel group holds it.
+        optimizer: whose state of `master` it is.
+    """
+
+    parameter: nn.Parameter
+    master: Tensor
+    start: int
+    stop: int
+    is_cut: bool
+    is_alone: bool
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def target(self) -> Tensor:
+        """The same range of the parameter itself, in its own type; as long or of the same shape as `master`."""
+        whole = self.parameter.detach()
+        return whole.view(-1)[self.start : self.stop] if self.is_cut else whole
+
+    def sharded(self, weight: ShardedTensor, values: Tensor, key: str) -> dict[str, ShardedTensor]:
+        """Values of the range as sharded tensors of the whole weight, numbered: one, or the boxes that make up a shard.
+
+        Args:
+            weight: the parameter's own sharded tensor.
+            values: of `master`'s shape.
+        """
+        assert weight.prepend_axis_num == 0, "each layer has its own key"
+        # The last of a replica's numbers is the place in the data-parallel group.
+        replica_id = (*weight.replica_id[:-1], 0) if self.is_alone else weight.replica_id
+        if not self.is_cut:
+            return {"0": replace(weight, key=key, data=values, dtype=values.dtype, replica_id=replica_id)}
+        parts, begin = {}, 0
+        for number, (offset, shape) in enumerate(boxes(weight.local_shape, self.start, self.stop)):
+            part = values[begin : begin + prod(shape)].view(shape)
+            begin += prod(shape)
+            parts[str(number)] = replace(
+                weight,
+                key=key,
+                data=part,
+                dtype=part.dtype,
+                local_shape=shape,
+                global_offset=tuple(a + b for a, b in zip(weight.global_offset, offset, strict=True)),
+                axis_fragmentations=None,  # no regular grid
+                replica_id=replica_id,
+            )
+        return parts
+
+
+def held_by_this_rank(optimizer: ChainedOptimizer) -> list[Held]:
+    """All that the optimizer steps on this rank."""
+    return [held for link in optimizer.chained_optimizers for held in _held(link)]
+
+
+@torch.no_grad()
+def fill(target: Tensor, parts: dict[str, Tensor]) -> None:
+    """Overwrite values with what a checkpoint had for `Held.sharded` of them."""
+    if len(parts) == 1:
+        target.copy_(parts["0"].view(target.shape))
+    else:
+        target.copy_(torch.cat([parts[str(number)].flatten() for number in range(len(parts))]))
+
+
+def spread_weights(optimizer: ChainedOptimizer) -> None:
+    """Give every data-parallel rank the whole weights, after each has written the ranges that it holds."""
+    with megatron_on_cpu():
+        for link in optimizer.chained_optimizers:
+            if isinstance(link, OwnedMuonBF16 | OwnedMuonFP32):
+                link.exchange.weights_to_shards()
+        for chunk in optimizer.model_chunks:  # of links that are Megatron's distributed optimizer
+            chunk.start_param_sync(force_sync=True)
+
+
+def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
+    """The range [start, stop) of a flattened tensor as rectangles of the tensor, in order."""
+    if start == stop:
+        return []
+    if len(shape) <= 1:
+        return [((start,) * len(shape), (stop - start,) * len(shape))]
+    row = prod(shape[1:])
+    head, tail = -(-start // row), stop // row  # the whole rows are [head, tail)
+    if head > tail:  # inside one row
+        return _in_row(shape, tail, start - tail * row, stop - tail * row)
+    found = _in_row(shape, head - 1, start - (head - 1) * row, row) if start % row else []
+    if tail > head:
+        found.append(((head, *[0] * (len(shape) - 1)), (tail - head, *shape[1:])))
+    return found + _in_row(shape, tail, 0, stop - tail * row)
+
+
+def _in_row(shape: tuple[int, ...], row: int, start: int, stop: int) -> list[Box]:
+    return [((row, *offset), (1, *size)) for offset, size in boxes(shape[1:], start, stop)]
+
+
+def _held(link: MegatronOptimizer) -> Iterator[Held]:
+    if isinstance(link, DistributedOptimizer):
+        pairs = _zipped(link.model_float16_groups, link.shard_fp32_from_float16_groups)
+        for parameter, master in chain(pairs, _zipped(link.model_fp32_groups, link.shard_fp32_groups)):
+            span = link._get_model_param_range_map(parameter)["param"]
+            yield Held(parameter, master, span.start, span.end, True, True, link.optimizer)
+        return
+    if isinstance(link, Float16OptimizerWithFloat16Params):
+        pairs = _zipped(link.float16_groups, link.fp32_from_float16_groups)
+        pairs = chain(pairs, _zipped(link.fp32_from_fp32_groups, link.fp32_from_fp32_groups))
+    else:
+        pairs = ((parameter, parameter) for parameter in link.get_parameters())
+    is_alone = isinstance(link, OwnedMuonBF16 | OwnedMuonFP32)
+    for parameter, master in pairs:
+        yield Held(parameter, master, 0, parameter.numel(), False, is_alone, link.optimizer)
+
+
+def _zipped(models: list[list[nn.Parameter]], masters: list[list[Tensor]]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    for ours, theirs in zip(models, masters, strict=True):
+        yield from zip(ours, theirs, strict=True)

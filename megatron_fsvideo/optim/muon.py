@@ -1,0 +1,174 @@
+"""Muon: momentum, orthogonalised matrix by matrix (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
+
+Its step has a size of its own, whatever the gradient's: on the autoencoder's convolutions, whose fan-in is in the
+thousands, AdamW at a rate that learns in minutes diverges, and Muon does not.
+"""
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_fsvideo.optim.matrix_exchange import MatrixExchange, in_batches
+from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.parallel.sequence import all_gather_each, local_slice, share_in_turn
+
+MOMENTUM = 0.95
+MOMENTUM_BUFFER = "momentum_buffer"
+# Coefficients of the quintic iteration, from the reference above: singular values end in about [0.7, 1.2].
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+# Numbers that are gathered over the tensor-parallel ranks at once: 1 GiB in fp32.
+GATHERED_AT_ONCE = 2**28
+
+
+def orthogonalize(matrix: Tensor, dtype: torch.dtype, num_steps: int = 5) -> Tensor:
+    """U V^T of a matrix's singular value decomposition, nearly: [rows, columns] -> the same shape, fp32.
+
+    The iteration bears bf16, which is several times faster; fp32 is for comparing layouts to many digits.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.T
+    for _ in range(num_steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).float()
+
+
+def scaled_orthogonal(update: Tensor, dtype: torch.dtype) -> Tensor:
+    """The orthogonal factor of an update, scaled so that a step moves outputs of tall and wide matrices alike.
+
+    Args:
+        update: [out, ...]; the axes after the first count as one, so that a convolution's kernel is [out, in * taps].
+    """
+    matrix = update.flatten(1)
+    rows, columns = matrix.shape
+    return (orthogonalize(matrix, dtype) * max(1.0, rows / columns) ** 0.5).view_as(update)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon with Nesterov momentum and decoupled weight decay on weights of two or more axes.
+
+    The momentum of a weight that tensor parallelism slices is gathered first, so that the update is the one that a
+    single process makes. Rows may be gathered in another order, which orthogonalisation commutes with.
+
+    Args:
+        param_groups: with `lr` and `weight_decay`.
+        tp: the tensor-parallel group.
+        dtype: arithmetic of the orthogonalisation.
+    """
+
+    def __init__(self, param_groups: list[dict], tp: ProcessGroup, dtype: torch.dtype) -> None:
+        super().__init__(param_groups, {"momentum": MOMENTUM})
+        self.tp = tp
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every weight that has a gradient. Its size depends on `lr` alone."""
+        for group in self.param_groups:
+            for weights in in_batches([w for w in group["params"] if w.grad is not None], GATHERED_AT_ONCE):
+                updates = [self._nesterov(weight, group["momentum"]) for weight in weights]
+                for weight, direction in zip(weights, self._directions(weights, updates), strict=True):
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(direction.to(weight.dtype), alpha=-group["lr"])
+
+    def _nesterov(self, weight: Tensor, momentum: float) -> Tensor:
+        state = self.state[weight]
+        if not state:
+            state[MOMENTUM_BUFFER] = torch.zeros_like(weight)
+        state[MOMENTUM_BUFFER].lerp_(weight.grad, 1 - momentum)
+        return weight.grad.lerp(state[MOMENTUM_BUFFER], momentum)
+
+    def _directions(self, weights: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
+        """The scaled orthogonal factor of each update; a slice of it where the update is a slice.
+
+        The tensor-parallel ranks share the work: each makes every tp_size-th direction. Two collectives in all.
+        """
+        if self.tp.size() == 1:
+            return [scaled_orthogonal(update, self.dtype) for update in updates]
+        dims = [_sliced_dim(weight) for weight in weights]
+        sliced = [k for k, dim in enumerate(dims) if dim is not None]
+        wholes = list(updates)
+        if sliced:
+            gathered = all_gather_each([updates[k] for k in sliced], [dims[k] for k in sliced], self.tp)
+            for k, whole in zip(sliced, gathered, strict=True):
+                wholes[k] = whole
+        made = [scaled_orthogonal(whole, self.dtype) for whole in wholes[self.tp.rank() :: self.tp.size()]]
+        directions = share_in_turn(made, wholes, self.tp)
+        for k in sliced:
+            directions[k] = local_slice(directions[k], dims[k], self.tp)
+        return directions
+
+
+def build_muon(
+    config: MegatronOptimizerConfig,
+    groups: list[dict],
+    pgs: ProcessGroups,
+    dtype: torch.dtype,
+    exchange: MatrixExchange | None,
+) -> MegatronOptimizer:
+    """Muon as one link of Megatron's optimizer chain.
+
+    Args:
+        groups: parameter groups of matrices, those of the whole data-parallel group.
+        exchange: what moves matrices between the data-parallel ranks that own them; None where each rank keeps the
+            momentum of all of them.
+    """
+    if exchange is not None:
+        groups = [group | {"params": [p for p in group["params"] if exchange.owns(p)]} for group in groups]
+    muon = Muon(groups, pgs.tp, dtype)
+    link: MegatronOptimizer
+    if exchange is not None:
+        link = (OwnedMuonBF16 if config.bf16 else OwnedMuonFP32)(muon, config, exchange)
+    elif config.bf16:
+        link = Float16OptimizerWithFloat16Params(muon, config, None, None)
+    else:
+        link = FP32Optimizer(muon, config, None)
+    link.grad_stats_parallel_group = pgs.collection.mp if exchange is None else pgs.collection.intra_dist_opt
+    link.tp_group = pgs.tp
+    return link
+
+
+class _OwnedMuon:
+    """What Megatron's optimizers do around a step, for matrices of which each data-parallel rank updates its own."""
+
+    exchange: MatrixExchange
+
+    def prepare_grads(self) -> bool:
+        """Bring the owners the whole gradients of their matrices."""
+        self.exchange.gradients_to_owners()
+        return super().prepare_grads()
+
+    def step_with_ready_grads(self) -> bool:
+        """Step, and write the new weights where Megatron's distributed optimizer gathers them from."""
+        has_stepped = super().step_with_ready_grads()
+        self.exchange.weights_to_shards()
+        return has_stepped
+
+
+class OwnedMuonBF16(_OwnedMuon, Float16OptimizerWithFloat16Params):
+    """Muon with fp32 masters of this rank's own bf16 matrices."""
+
+    def __init__(self, muon: Muon, config: MegatronOptimizerConfig, exchange: MatrixExchange) -> None:
+        super().__init__(muon, config, None, None)
+        self.exchange = exchange
+
+
+class OwnedMuonFP32(_OwnedMuon, FP32Optimizer):
+    """Muon on this rank's own fp32 matrices."""
+
+    def __init__(self, muon: Muon, config: MegatronOptimizerConfig, exchange: MatrixExchange) -> None:
+        super().__init__(muon, config, None)
+        self.exchange = exchange
+
+
+def _sliced_dim(weight: Tensor) -> int | None:
+    # Megatron's parallel linears mark their weights; a plain parameter has no mark, master copies inherit it.
+    if not getattr(weight, "tensor_model_parallel", False):
+        return None
+    return weight.partition_dim

@@ -1,0 +1,173 @@
+"""Megatron's data parallelism and optimizers, set up for any network: one in Megatron's modules, or a plain one."""
+
+import math
+from copy import copy
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, _get_megatron_optimizer_based_on_param_groups
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+
+from megatron_fsvideo.config import OptimizerConfig, ParallelConfig
+from megatron_fsvideo.models.parameter_rules import ParameterRules
+from megatron_fsvideo.optim.matrix_exchange import MatrixExchange
+from megatron_fsvideo.optim.muon import build_muon
+from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+from megatron_fsvideo.parallel.groups import ProcessGroups
+
+MUON_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def wrap_ddp(chunks: list[nn.Module], parallel: ParallelConfig, pgs: ProcessGroups) -> list[DistributedDataParallel]:
+    """Megatron's DDP: gradients are summed in fp32 over the data- and context-parallel ranks.
+
+    Args:
+        chunks: this rank's part of a network, in several chunks with virtual pipeline stages, which then share one
+            configuration; or one plain module, which is whole on every rank.
+    """
+    is_megatron = isinstance(chunks[0], MegatronModule)
+    # A plain module has no configuration of Megatron's: of this one nothing but the defaults is asked.
+    config = chunks[0].config if is_megatron else TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    with megatron_on_cpu():
+        wrapped = [
+            DistributedDataParallel(config, copy(ddp_config), chunk, pg_collection=pgs.collection) for chunk in chunks
+        ]
+    # Megatron's schedule finds these on the configuration.
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = None
+    if parallel.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped
+
+
+def build_optimizer(
+    wrapped: list[DistributedDataParallel], optimizer: OptimizerConfig, rules: ParameterRules, pgs: ProcessGroups
+) -> ChainedOptimizer:
+    """AdamW on everything, or Muon on the matrices and AdamW on the rest. Parameters without gradient are left out.
+
+    Args:
+        wrapped: this rank's chunks; they decide whether the optimizer's state is shared out, and bf16 weights get fp32
+            masters.
+        rules: of every parameter of theirs.
+    """
+    trained = [parameter for chunk in wrapped for parameter in chunk.module.parameters() if parameter.requires_grad]
+    has_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in trained)
+    is_shared = wrapped[0].ddp_config.use_distributed_optimizer
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=has_bf16,
+        params_dtype=torch.bfloat16 if has_bf16 else torch.float32,
+        use_distributed_optimizer=is_shared,
+    )
+    has_muon = optimizer.optimizer == "muon"
+    matrices = [parameter for parameter in trained if has_muon and rules[parameter].takes_muon]
+    taken = set(matrices)
+    others = [parameter for parameter in trained if parameter not in taken]
+    links = []
+    with megatron_on_cpu():
+        if has_muon:
+            groups = parameter_groups(matrices, rules, optimizer, optimizer.muon_lr)
+            exchange = MatrixExchange(wrapped, matrices, pgs.dp_cp) if is_shared else None
+            links.append(build_muon(config, groups, pgs, MUON_DTYPES[optimizer.muon_precision], exchange))
+        groups = parameter_groups(others, rules, optimizer, optimizer.lr)
+        links.append(_build_adam(config, wrapped, groups, taken, pgs))
+    return ChainedOptimizer(links)
+
+
+def parameter_groups(
+    parameters: list[nn.Parameter], rules: ParameterRules, optimizer: OptimizerConfig, max_lr: float
+) -> list[dict]:
+    """Parameter groups by rule; the schedule moves each group's rate between its `max_lr` and `min_lr`."""
+    by_kind: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        rule = rules[parameter]
+        by_kind.setdefault((not rule.decays, -rule.lr_mult), []).append(parameter)
+    floor = optimizer.min_lr / optimizer.lr
+    return [
+        {
+            "params": by_kind[kind],
+            "max_lr": -kind[1] * max_lr,
+            "min_lr": -kind[1] * floor * max_lr,
+            "lr": -kind[1] * max_lr,
+            "weight_decay": 0.0 if kind[0] else optimizer.weight_decay,
+        }
+        for kind in sorted(by_kind)
+    ]
+
+
+def step_if_finite(optimizer: ChainedOptimizer, loss: float, pgs: ProcessGroups) -> tuple[float, bool]:
+    """Clip and step as Megatron does, but leave everything alone if the loss or the gradient norm is not finite.
+
+    Megatron's own `step` clips by the norm without checking that it is finite: one such batch would turn all weights
+    into NaN.
+
+    Returns:
+        The gradient norm before clipping, and whether the step was done: all ranks do the same.
+    """
+    with megatron_on_cpu():
+        optimizer.prepare_grads()
+        grad_norm = float(optimizer.get_grad_norm())
+        (is_wrong,) = pgs.any_rank([not math.isfinite(loss + grad_norm)])
+        if is_wrong:
+            return grad_norm, False
+        for link in optimizer.chained_optimizers:
+            parameters = link.get_parameters()
+            if parameters and link.config.clip_grad > 0.0:
+                clip_grad_by_total_norm_fp32(parameters, max_norm=link.config.clip_grad, total_norm=grad_norm)
+        optimizer.step_with_ready_grads()
+    return grad_norm, True
+
+
+def forget_moments(optimizer: ChainedOptimizer) -> None:
+    """Start the optimizer anew: the weights have just been moved. Masters are taken from the weights."""
+    with megatron_on_cpu():
+        optimizer.reload_model_params()
+    for link in optimizer.chained_optimizers:
+        link.optimizer.state.clear()
+        for group in link.optimizer.param_groups:
+            group.pop("step", None)  # fused implementations count here
+
+
+def _build_adam(
+    config: MegatronOptimizerConfig,
+    wrapped: list[DistributedDataParallel],
+    groups: list[dict],
+    taken: set[nn.Parameter],
+    pgs: ProcessGroups,
+) -> MegatronOptimizer:
+    """Megatron's AdamW, or its distributed optimizer, which sees nothing of the parameters that another link has."""
+    buffers = {}
+    for index, chunk in enumerate(wrapped):
+        buffers[index] = [copy(buffer) for buffer in chunk.buffers]
+        for buffer in buffers[index]:
+            buffer.param_index_map = {p: place for p, place in buffer.param_index_map.items() if p not in taken}
+    return _get_megatron_optimizer_based_on_param_groups(
+        config,
+        wrapped,
+        groups,
+        per_model_buffers=buffers,
+        model_parallel_group=pgs.collection.mp,
+        data_parallel_group=pgs.dp_cp,
+        data_parallel_group_idx=pgs.collection.mp.rank(),
+        intra_dist_opt_group=pgs.collection.intra_dist_opt,
+        pg_collection=pgs.collection,
+    )

@@ -1,0 +1,129 @@
+"""The optimizer's part of a checkpoint: state by weight name, so that any layout and any chain of optimizers reads it.
+
+Megatron's own code numbers states by their place in parameter groups, which goes wrong where bf16 and fp32 parameters
+share a group, and gathers the distributed optimizer's shards in one process. Here each rank writes what it holds.
+
+Parameter groups are not stored: learning rates come from the schedule, everything else from the job.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+from megatron_fsvideo.optim.held import Held, fill, held_by_this_rank
+from megatron_fsvideo.optim.muon import MOMENTUM_BUFFER
+from megatron_fsvideo.parallel.groups import ProcessGroups, gather_objects
+
+# As Megatron's own checkpoints name the fp32 copy of a bf16 weight.
+MASTER = "fp32_param"
+STEP = "step"
+
+OptimizerState = dict[str, Any]
+
+
+def sharded_weights(chunks: nn.ModuleList | list[nn.Module], pgs: ProcessGroups) -> dict[str, ShardedTensor]:
+    """This rank's weights by their names in `chunks`, as `<index of the chunk>.<name>`; keys are the network's names.
+
+    Left out is `_extra_state`, pickles that hold nothing. A plain module is whole on every rank.
+    """
+    found = {}
+    for index, chunk in enumerate(chunks):
+        if isinstance(chunk, MegatronModule):  # knows how it is sliced
+            tensors = chunk.sharded_state_dict()
+        else:
+            weights = chunk.state_dict(keep_vars=True)
+            tensors = make_sharded_tensors_for_checkpoint(weights, "", tp_group=pgs.tp, dp_cp_group=pgs.dp_cp)
+        for name, tensor in tensors.items():
+            if isinstance(tensor, ShardedTensor):
+                found[f"{index}.{name}"] = tensor
+    return found
+
+
+def weight_names(weights: dict[str, ShardedTensor]) -> dict[nn.Parameter, str]:
+    """Parameter -> its name in `weights`."""
+    # Not by key: virtual stages of a rank have copies of the embedders, which share it.
+    return {tensor.data: name for name, tensor in weights.items()}
+
+
+def sharded_optimizer_state(
+    optimizer: ChainedOptimizer, weights: dict[str, ShardedTensor], prefix: str = ""
+) -> OptimizerState:
+    """What a checkpoint holds of the optimizer; every rank of the job calls this.
+
+    Args:
+        weights: of `sharded_weights`, whose `data` are the parameters themselves.
+        prefix: in front of the keys `optimizer.<kind of state>.<weight>`.
+    """
+    names = weight_names(weights)
+    tensors: dict[str, dict[str, dict[str, ShardedTensor]]] = {}
+    steps = [0]
+    for held in held_by_this_rank(optimizer):
+        # Nothing has been stepped yet in a run that loads, or whose every step so far was skipped.
+        _make_empty_state(held)
+        weight = weights[names[held.parameter]]
+        tensors[names[held.parameter]] = {
+            kind: held.sharded(weight, tensor, f"{prefix}optimizer.{kind}.{weight.key}")
+            for kind, tensor in _state_tensors(held)
+        }
+        steps.append(_steps_of(held))
+    # All AdamW parameters have been stepped equally often; Muon keeps no count. A rank may hold none of AdamW's.
+    return {"tensors": tensors, STEP: max(gather_objects(max(steps)))}
+
+
+@torch.no_grad()
+def load_optimizer_state(
+    optimizer: ChainedOptimizer, weights: dict[str, ShardedTensor], content: OptimizerState
+) -> None:
+    """Take in what a checkpoint had for `sharded_optimizer_state`."""
+    names = weight_names(weights)
+    for held in held_by_this_rank(optimizer):
+        _make_empty_state(held)
+        saved = content["tensors"].get(names[held.parameter], {})
+        for kind, tensor in _state_tensors(held):
+            fill(tensor, saved[kind])
+        _set_steps(held, content[STEP])
+
+
+def _state_tensors(held: Held) -> Iterator[tuple[str, Tensor]]:
+    state = held.optimizer.state[held.master]
+    yield from ((kind, state[kind]) for kind in _kinds(held.optimizer))
+    if held.parameter.dtype != held.master.dtype:
+        yield MASTER, held.master
+
+
+def _kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    return ("exp_avg", "exp_avg_sq") if _is_adam(optimizer) else (MOMENTUM_BUFFER,)
+
+
+def _make_empty_state(held: Held) -> None:
+    """What the first step makes."""
+    state = held.optimizer.state[held.master]
+    for kind in _kinds(held.optimizer):
+        state.setdefault(kind, torch.zeros_like(held.master, requires_grad=False))
+    if isinstance(held.optimizer, torch.optim.AdamW):
+        state.setdefault(STEP, torch.zeros((), dtype=torch.float32))
+
+
+def _steps_of(held: Held) -> int:
+    if isinstance(held.optimizer, torch.optim.AdamW):
+        return int(held.optimizer.state[held.master][STEP])
+    # Fused implementations count per group, from their first step on; empty groups do not count.
+    return max(int(group.get(STEP, 0)) for group in held.optimizer.param_groups)
+
+
+def _set_steps(held: Held, step: int) -> None:
+    if isinstance(held.optimizer, torch.optim.AdamW):
+        held.optimizer.state[held.master][STEP].fill_(step)
+    elif _is_adam(held.optimizer):
+        for group in held.optimizer.param_groups:
+            group[STEP] = step
+
+
+def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    return "betas" in optimizer.defaults
