@@ -52,7 +52,7 @@ def measure(case: Case, grid: tuple[int, int, int]) -> dict[str, float]:
     dtype = torch.bfloat16 if case.bf16 else torch.float32
     settings = OptimizerConfig()
     model, weights, _ = profiled_allocation(lambda: build_dit(case.model, case.parallel, pgs, params_dtype=dtype))
-    (wrapped,), gradients, _ = profiled_allocation(lambda: wrap_ddp([model], case.parallel, pgs))
+    (wrapped,), gradients, _ = profiled_allocation(lambda: wrap_ddp([model], model.config, case.parallel, pgs))
     rules = dit_parameter_rules([model], settings.router_lr_mult)
     optimizer, master, _ = profiled_allocation(lambda: build_optimizer([wrapped], settings, rules, pgs))
     for group in optimizer.param_groups:

@@ -144,7 +144,7 @@ def our_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
 
     pgs = groups.initialize(job.parallel)
     model = build_dit(job.model, job.parallel, pgs, params_dtype=job.dtype, seed=job.training.seed)
-    (wrapped,) = wrap_ddp([model], job.parallel, pgs)
+    (wrapped,) = wrap_ddp([model], model.config, job.parallel, pgs)
     rules = dit_parameter_rules([model], job.optimizer.router_lr_mult)
     optimizer = build_optimizer([wrapped], job.optimizer, rules, pgs)
     for group in optimizer.param_groups:

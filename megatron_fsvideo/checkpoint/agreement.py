@@ -41,7 +41,6 @@ def check_agreement(
     if finetune:
         return
     kind = _only(differences(saved.optimizer, job.optimizer), ("optimizer",))
-    kind += _only(differences(saved.parallel, job.parallel), ("use_distributed_optimizer",))
     if kind:
         raise ValueError(
             f"the optimizer state in {where} does not fit: {'; '.join(kind)}; finetune loads the weights alone"

@@ -61,16 +61,15 @@ class MovingAverage:
         finally:
             self._write(trained)
 
-    def sharded_state(self, weights: dict[str, ShardedTensor], prefix: str = "") -> dict[str, dict[str, ShardedTensor]]:
-        """What a checkpoint holds of the average.
+    def sharded_state(self, weights: dict[str, ShardedTensor]) -> dict[str, dict[str, ShardedTensor]]:
+        """What a checkpoint holds of the average, under the keys `ema.<weight>`.
 
         Args:
             weights: of `optim.state.sharded_weights`. Those that are not trained are their own average.
-            prefix: in front of the keys `ema.<weight>`.
         """
         state = {}
         for name, weight in weights.items():
-            key = f"{prefix}ema.{weight.key}"
+            key = f"ema.{weight.key}"
             if name in self._untrained:
                 frozen = weight.data.detach().float()
                 state[name] = {"0": replace(weight, key=key, data=frozen, dtype=torch.float32)}

@@ -12,7 +12,6 @@ from megatron.core.distributed import (
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, _get_megatron_optimizer_based_on_param_groups
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
@@ -26,16 +25,15 @@ from megatron_fsvideo.parallel.groups import ProcessGroups
 MUON_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def wrap_ddp(chunks: list[nn.Module], parallel: ParallelConfig, pgs: ProcessGroups) -> list[DistributedDataParallel]:
+def wrap_ddp(
+    chunks: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, pgs: ProcessGroups
+) -> list[DistributedDataParallel]:
     """Megatron's DDP: gradients are summed in fp32 over the data- and context-parallel ranks.
 
     Args:
-        chunks: this rank's part of a network, in several chunks with virtual pipeline stages, which then share one
-            configuration; or one plain module, which is whole on every rank.
+        chunks: this rank's part of a network: one module, or with virtual pipeline stages several.
+        config: Megatron's settings, of this network alone: its schedule's functions are kept in them.
     """
-    is_megatron = isinstance(chunks[0], MegatronModule)
-    # A plain module has no configuration of Megatron's: of this one nothing but the defaults is asked.
-    config = chunks[0].config if is_megatron else TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -137,10 +135,15 @@ def step_if_finite(optimizer: ChainedOptimizer, loss: float, pgs: ProcessGroups)
     return grad_norm, True
 
 
-def forget_moments(optimizer: ChainedOptimizer) -> None:
-    """Start the optimizer anew: the weights have just been moved. Masters are taken from the weights."""
+def reload_masters(optimizer: ChainedOptimizer) -> None:
+    """Take the fp32 masters of bf16 weights from the weights, which have just been overwritten."""
     with megatron_on_cpu():
         optimizer.reload_model_params()
+
+
+def forget_moments(optimizer: ChainedOptimizer) -> None:
+    """Start the optimizer anew from the present weights."""
+    reload_masters(optimizer)
     for link in optimizer.chained_optimizers:
         link.optimizer.state.clear()
         for group in link.optimizer.param_groups:

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.optimizer import ChainedOptimizer
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from megatron_fsvideo.optim.held import Held, fill, held_by_this_rank
 from megatron_fsvideo.optim.muon import MOMENTUM_BUFFER
-from megatron_fsvideo.parallel.groups import ProcessGroups, gather_objects
+from megatron_fsvideo.parallel.groups import gather_objects
 
 # As Megatron's own checkpoints name the fp32 copy of a bf16 weight.
 MASTER = "fp32_param"
@@ -27,22 +26,18 @@ STEP = "step"
 OptimizerState = dict[str, Any]
 
 
-def sharded_weights(chunks: nn.ModuleList | list[nn.Module], pgs: ProcessGroups) -> dict[str, ShardedTensor]:
+def sharded_weights(chunks: nn.ModuleList | list[nn.Module]) -> dict[str, ShardedTensor]:
     """This rank's weights by their names in `chunks`, as `<index of the chunk>.<name>`; keys are the network's names.
 
-    Left out is `_extra_state`, pickles that hold nothing. A plain module is whole on every rank.
+    Megatron's modules know how they are sliced; a plain module is whole on every rank. `_extra_state` is left out:
+    pickles that hold nothing.
     """
-    found = {}
-    for index, chunk in enumerate(chunks):
-        if isinstance(chunk, MegatronModule):  # knows how it is sliced
-            tensors = chunk.sharded_state_dict()
-        else:
-            weights = chunk.state_dict(keep_vars=True)
-            tensors = make_sharded_tensors_for_checkpoint(weights, "", tp_group=pgs.tp, dp_cp_group=pgs.dp_cp)
-        for name, tensor in tensors.items():
-            if isinstance(tensor, ShardedTensor):
-                found[f"{index}.{name}"] = tensor
-    return found
+    return {
+        f"{index}.{name}": tensor
+        for index, chunk in enumerate(chunks)
+        for name, tensor in sharded_state_dict_default(chunk).items()
+        if isinstance(tensor, ShardedTensor)
+    }
 
 
 def weight_names(weights: dict[str, ShardedTensor]) -> dict[nn.Parameter, str]:
@@ -51,14 +46,11 @@ def weight_names(weights: dict[str, ShardedTensor]) -> dict[nn.Parameter, str]:
     return {tensor.data: name for name, tensor in weights.items()}
 
 
-def sharded_optimizer_state(
-    optimizer: ChainedOptimizer, weights: dict[str, ShardedTensor], prefix: str = ""
-) -> OptimizerState:
-    """What a checkpoint holds of the optimizer; every rank of the job calls this.
+def sharded_optimizer_state(optimizer: ChainedOptimizer, weights: dict[str, ShardedTensor]) -> OptimizerState:
+    """What a checkpoint holds of the optimizer, under the keys `optimizer.<kind>.<weight>`; every rank calls this.
 
     Args:
         weights: of `sharded_weights`, whose `data` are the parameters themselves.
-        prefix: in front of the keys `optimizer.<kind of state>.<weight>`.
     """
     names = weight_names(weights)
     tensors: dict[str, dict[str, dict[str, ShardedTensor]]] = {}
@@ -68,7 +60,7 @@ def sharded_optimizer_state(
         _make_empty_state(held)
         weight = weights[names[held.parameter]]
         tensors[names[held.parameter]] = {
-            kind: held.sharded(weight, tensor, f"{prefix}optimizer.{kind}.{weight.key}")
+            kind: held.sharded(weight, tensor, f"optimizer.{kind}.{weight.key}")
             for kind, tensor in _state_tensors(held)
         }
         steps.append(_steps_of(held))

@@ -8,9 +8,8 @@ megatron-core assumes CUDA in three ways, and each has one answer here:
 | schedules, p2p_communication, checkpointing | `torch.cuda.synchronize()` works | it does nothing |
 | schedules, clip_grads, optimizer | `device="cuda"`, `.cuda()`, `.to("cuda")` | the mode reads cuda as cpu |
 | clip_grads, optimizer, distrib_optimizer | `tensor.type() == "torch.cuda.FloatTensor"` | the mode spells it so |
-| distrib_optimizer | `step` is per group, as in FusedAdam | torch's per-parameter `step` stays as loaded |
 
-`install()` makes the first two and the last, for the process. The others are made by a mode, `megatron_on_cpu()`: it
+`install()` makes the first two, for the process. The others are made by a mode, `megatron_on_cpu()`: it
 lies to every library that looks at a tensor, costs about 1.3 us per operation and stops torch.compile, so it holds in
 one thread, only around calls of Megatron's schedule, optimizer and checkpointing.
 """
@@ -41,7 +40,6 @@ def install() -> None:
         raise RuntimeError("the CPU backend is for machines without a CUDA device")
     torch.cuda.current_device = lambda: CPU
     torch.cuda.synchronize = lambda device=None: None
-    _keep_adam_steps()
 
 
 @contextmanager
@@ -74,20 +72,3 @@ def _means_cuda(value: Any) -> bool:
     if isinstance(value, torch.device):
         return value.type == "cuda"
     return isinstance(value, str) and value.startswith("cuda")
-
-
-def _keep_adam_steps() -> None:
-    """Let a `fully_reshardable` checkpoint load although its tensors have no `step`: see the table above."""
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-    if original.__module__ == __name__:
-        return
-
-    def _set_main_param_and_optimizer_states(self, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        group_index, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][order]]
-        steps = {"step": state["step"]} if "step" in state else {}
-        original(self, model_param, steps | tensors)
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = _set_main_param_and_optimizer_states

@@ -11,33 +11,22 @@ Both end with the gradients of the global batch on every rank, which `step` uses
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedBase
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import OptimizerConfig, ParallelConfig, TrainingConfig
-from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+from megatron_fsvideo.models.parameter_rules import ParameterRules
+from megatron_fsvideo.optim.moving_average import MovingAverage
+from megatron_fsvideo.optim.optimizer import build_optimizer, forget_moments, reload_masters, step_if_finite, wrap_ddp
+from megatron_fsvideo.optim.schedule import learning_rate, set_learning_rates
+from megatron_fsvideo.optim.state import load_optimizer_state, sharded_optimizer_state, sharded_weights
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.parallel.pipeline import finalize_gradients, run_schedule
-from megatron_fsvideo.training.optimizer import LateDecayScheduler, build_optimizer, step_if_finite
-from megatron_fsvideo.training.optimizer_state import (
-    CHECKPOINT_METADATA,
-    load_optimizer_state,
-    master_weights,
-    sharded_optimizer_state,
-)
-from megatron_fsvideo.training.sharded_ema import ReplicatedEMA, ShardedEMA
 
 
 @dataclass(frozen=True)
@@ -63,6 +52,7 @@ class TrainedNetwork:
         chunks: the network on this rank: one module, or with virtual pipeline stages several. Weights that do not
             require a gradient now are never trained.
         config: Megatron's settings. They belong to this network alone, for its schedule's functions are kept in them.
+        rules: how each parameter is trained, as the network declares it.
         record: what generation, conversion and other jobs must know of it, JSON-able: kind, model, settings.
     """
 
@@ -71,6 +61,7 @@ class TrainedNetwork:
         name: str,
         chunks: Sequence[nn.Module],
         config: TransformerConfig,
+        rules: ParameterRules,
         optimizer: OptimizerConfig,
         parallel: ParallelConfig,
         training: TrainingConfig,
@@ -80,12 +71,12 @@ class TrainedNetwork:
         self.name = name
         self.pgs = pgs
         self.chunks = nn.ModuleList(chunks)
-        self.wrapped = _in_ddp(list(chunks), config, parallel, pgs)
-        self.optimizer = build_optimizer(self.wrapped, optimizer, parallel, training, pgs)
-        self.scheduler = LateDecayScheduler(self.optimizer, optimizer, training)
-        self.average = self._build_average(optimizer.ema_decay, parallel) if optimizer.ema_decay else None
+        self.wrapped = wrap_ddp(list(chunks), config, parallel, pgs)
+        self.optimizer = build_optimizer(self.wrapped, optimizer, rules, pgs)
+        decay = optimizer.ema_decay
+        self.average = MovingAverage(self.optimizer, sharded_weights(chunks), decay) if decay else None
         self._record = record
-        self._settings = optimizer
+        self._settings, self._train_iters = optimizer, training.train_iters
 
     @property
     def model(self) -> nn.Module:
@@ -145,13 +136,14 @@ class TrainedNetwork:
 
     def step(self, iteration: int, loss: float) -> StepOutcome:
         """Clip, step and average after `iteration` steps; leave all alone if loss or norm is not finite on any rank."""
-        self.scheduler.go_to(iteration)
-        learning_rate = self.scheduler.get_lr({"max_lr": self._settings.lr, "min_lr": self._settings.min_lr})
+        settings, iterations = self._settings, self._train_iters
+        set_learning_rates(self.optimizer.param_groups, iteration + 1, iterations, settings)
+        rate = learning_rate(iteration + 1, iterations, settings, settings.lr, settings.min_lr)
         grad_norm, has_stepped = step_if_finite(self.optimizer, loss, self.pgs)
         if self.average is not None and has_stepped:
             self.average.update(iteration + 1)
         self.discard()
-        return StepOutcome(grad_norm, learning_rate, has_stepped)
+        return StepOutcome(grad_norm, rate, has_stepped)
 
     def discard(self) -> None:
         """Clear the gradients."""
@@ -173,9 +165,7 @@ class TrainedNetwork:
 
     def restart(self) -> None:
         """Take the weights as they are now for the start: no momentum, no memory in the average."""
-        self.optimizer.reload_model_params()
-        for link in self.optimizer.chained_optimizers:
-            link.optimizer.state.clear()
+        forget_moments(self.optimizer)
         if self.average is not None:
             self.average.restart()
 
@@ -194,7 +184,7 @@ class TrainedNetwork:
         if self.average is not None and with_average:
             content["ema"] = self.average.sharded_state(sharded_weights(self.chunks))
         if with_optimizer:
-            content["optimizer"] = sharded_optimizer_state(self.optimizer, sharded_weights(self.chunks), is_loading)
+            content["optimizer"] = sharded_optimizer_state(self.optimizer, sharded_weights(self.chunks))
         content["model"] = prefixed(sharded_weights(self.chunks), "model.")
         return prefixed(content, f"{self.name}.")
 
@@ -205,48 +195,11 @@ class TrainedNetwork:
         if with_optimizer:
             load_optimizer_state(self.optimizer, sharded_weights(self.chunks), content["optimizer"])
         else:
-            self.optimizer.reload_model_params()
+            reload_masters(self.optimizer)
         if self.average is not None and with_average:
             self.average.load_state(content["ema"])
         elif self.average is not None:
             self.average.restart()
-
-    def _build_average(self, decay: float, parallel: ParallelConfig) -> ReplicatedEMA | ShardedEMA:
-        """The moving average of the fp32 weights, shared over the data-parallel ranks if the optimizer is."""
-        names = {parameter: name for name, parameter in self.chunks.named_parameters()}
-        if parallel.use_distributed_optimizer:
-            return ShardedEMA(self.wrapped, self.optimizer, names, decay)
-        masters = {names[parameter]: master for parameter, master in master_weights(self.optimizer)}
-        return ReplicatedEMA(self.chunks, decay, masters)
-
-
-def _in_ddp(
-    chunks: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, pgs: ProcessGroups
-) -> list[DistributedDataParallel]:
-    """Megatron's DDP: gradients are summed in fp32 over the data- and context-parallel ranks."""
-    settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-    )
-    with megatron_on_cpu():
-        wrapped = [DistributedDataParallel(config, replace(settings), c, pg_collection=pgs.collection) for c in chunks]
-    # The schedule finds these on the model's config.
-    config.finalize_model_grads_func = finalize_model_grads
-    if parallel.overlap_grad_reduce:
-        functions = [chunk.no_sync for chunk in wrapped]
-        config.no_sync_func = functions if len(functions) > 1 else functions[0]
-    return wrapped
-
-
-def sharded_weights(chunks: nn.ModuleList) -> dict[str, ShardedTensor]:
-    """This rank's weights by their names in `chunks`; without `_extra_state`, pickles that hold nothing."""
-    return {
-        f"{index}.{name}": tensor
-        for index, chunk in enumerate(chunks)
-        for name, tensor in sharded_state_dict_default(chunk, metadata=dict(CHECKPOINT_METADATA)).items()
-        if isinstance(tensor, ShardedTensor)
-    }
 
 
 def prefixed(content: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ PP2 = ["--pipeline-model-parallel-size", "2"]
 CP2 = ["--context-parallel-size", "2"]
 SP = ["--sequence-parallel"]
 DISTRIBUTED = ["--use-distributed-optimizer"]
+MUON = ["--optimizer", "muon", "--muon-precision", "fp32"]
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,12 @@ def save_at(data, folder, extra, world_size):
 def saved_at_dp2(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "dp2"
     return folder, save_at(data, folder, [], 2)
+
+
+@pytest.fixture(scope="module")
+def muon_saved_at_dp2(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "muon"
+    return folder, save_at(data, folder, [*MUON, *DISTRIBUTED], 2)
 
 
 def continue_in(data, source, target, extra, world_size):
@@ -62,6 +69,21 @@ def test_distributed_optimizer_saved_at_dp2(extra, world_size, data, tmp_path):
     expected = save_at(data, tmp_path / "saved", DISTRIBUTED, 2)
     got = continue_in(data, tmp_path / "saved", tmp_path / "continued", DISTRIBUTED + extra, world_size)
     assert got == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("extra", "world_size"), [([], 1), (TP2, 2), ([*DISTRIBUTED, *TP2], 4)], ids=["one_process", "tp2", "tp2_dp2"]
+)
+def test_muon_with_the_distributed_optimizer_saved_at_dp2(extra, world_size, data, muon_saved_at_dp2, tmp_path):
+    folder, expected = muon_saved_at_dp2
+    got = continue_in(data, folder, tmp_path / "continued", [*MUON, *extra], world_size)
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_muon_in_bf16_with_the_distributed_optimizer_continues_exactly(data, tmp_path):
+    flags = ["--optimizer", "muon", "--bf16", *DISTRIBUTED]
+    expected = save_at(data, tmp_path / "saved", flags, 2)
+    assert continue_in(data, tmp_path / "saved", tmp_path / "continued", flags, 2) == expected
 
 
 def test_distributed_optimizer_with_several_buckets(data, tmp_path):

@@ -81,7 +81,7 @@ def compare(found: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dic
 def train(pgs: groups.ProcessGroups, **settings: Any) -> list[float]:
     """Losses of ten steps on one batch."""
     model, parallel = build(pgs, **settings), DiTParallelConfig(**settings)
-    wrapped = wrap_ddp([model], parallel, pgs)
+    wrapped = wrap_ddp([model], model.config, parallel, pgs)
     optimizer = build_optimizer(wrapped, OptimizerConfig(lr=1e-3), dit_parameter_rules([model], 10.0), pgs)
     losses = []
     for _ in range(10):

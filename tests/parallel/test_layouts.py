@@ -271,7 +271,7 @@ def train(case: Layout) -> dict:
         case.model, case.parallel, pgs, params_dtype=torch.float32, token_multiple=case.token_multiple
     )
     randomize(chunks, pgs)
-    wrapped = wrap_ddp(chunks, case.parallel, pgs)
+    wrapped = wrap_ddp(chunks, chunks[0].config, case.parallel, pgs)
     settings = OptimizerConfig(
         optimizer=case.optimizer, muon_precision="fp32", lr=1e-2, weight_decay=0.1, clip_grad=0.05, router_lr_mult=3.0
     )

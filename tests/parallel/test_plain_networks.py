@@ -8,23 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from megatron.core.distributed import finalize_model_grads
-from torch import nn
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fsvideo.checkpoint.distributed import load_checkpoint
 from megatron_fsvideo.checkpoint.sharded_state import plan_checkpoint
 from megatron_fsvideo.checkpoint.writer import CheckpointWriter
-from megatron_fsvideo.config import DiTParallelConfig, OptimizerConfig, ParallelConfig
+from megatron_fsvideo.config import DiTParallelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_fsvideo.losses.adversarial import discriminator_loss, generator_loss
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.discriminator import Discriminator
 from megatron_fsvideo.models.fsae.parameter_rules import fsae_parameter_rules
-from megatron_fsvideo.optim.moving_average import MovingAverage
-from megatron_fsvideo.optim.optimizer import build_optimizer, forget_moments, step_if_finite, wrap_ddp
-from megatron_fsvideo.optim.schedule import set_learning_rates
-from megatron_fsvideo.optim.state import load_optimizer_state, sharded_optimizer_state, sharded_weights
 from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
+from megatron_fsvideo.training.network import TrainedNetwork
 from tests.parallel.harness import run_workers
 from tests.unit.fsae_fixtures import config
 
@@ -41,78 +36,46 @@ SETTINGS = OptimizerConfig(
 )
 
 
-class Network:
-    """One network with all that trains it."""
-
-    def __init__(self, model: nn.Module, settings: OptimizerConfig, parallel: ParallelConfig, pgs) -> None:
-        self.model, self.settings, self.pgs = model, settings, pgs
-        self.chunks = wrap_ddp([model], parallel, pgs)
-        self.optimizer = build_optimizer(self.chunks, settings, fsae_parameter_rules(model), pgs)
-        self.average = MovingAverage(self.optimizer, self.weights(), settings.ema_decay)
-
-    def weights(self):
-        return sharded_weights([self.model], self.pgs)
-
-    def begin(self) -> None:
-        self.chunks[0].zero_grad_buffer()
-        self.optimizer.zero_grad()
-
-    def step(self, iteration: int, loss: float) -> float:
-        with megatron_on_cpu():
-            finalize_model_grads(self.chunks, pg_collection=self.pgs.collection)
-        set_learning_rates(self.optimizer.param_groups, iteration, END, self.settings)
-        norm, has_stepped = step_if_finite(self.optimizer, loss, self.pgs)
-        assert has_stepped
-        self.average.update(iteration)
-        return norm
-
-    def section(self, name: str) -> dict:
-        weights = self.weights()
-        model = {key: replace(tensor, key=f"{name}.model.{tensor.key}") for key, tensor in weights.items()}
-        return {
-            "model": model,
-            "ema": self.average.sharded_state(weights, f"{name}."),
-            "optimizer": sharded_optimizer_state(self.optimizer, weights, f"{name}."),
-        }
-
-    def load_section(self, content: dict) -> None:
-        self.model.load_state_dict({name.removeprefix("0."): tensor for name, tensor in content["model"].items()})
-        self.average.load_state(content["ema"])
-        load_optimizer_state(self.optimizer, self.weights(), content["optimizer"])
-
-
-def build(optimizer: str, is_shared: bool, pgs) -> dict[str, Network]:
-    parallel = DiTParallelConfig(use_distributed_optimizer=is_shared)
+def build(optimizer: str, is_shared: bool, pgs) -> dict[str, TrainedNetwork]:
+    parallel = ParallelConfig(use_distributed_optimizer=is_shared)
     settings = replace(SETTINGS, optimizer=optimizer)
     torch.manual_seed(0)
     fsae, discriminator = FSAE(config(attention_stages=0)), Discriminator(width=4, num_scales=2, num_layers=1)
     fsae.encoder.stem.requires_grad_(False)  # a part that is not trained
     of_discriminator = replace(settings, optimizer="adam", weight_decay=0.0, clip_grad=0.0)
-    return {
-        "fsae": Network(fsae, settings, parallel, pgs),
-        "discriminator": Network(discriminator, of_discriminator, parallel, pgs),
-    }
+    networks = {}
+    for name, model, chosen in (("fsae", fsae, settings), ("discriminator", discriminator, of_discriminator)):
+        own = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
+        networks[name] = TrainedNetwork(
+            name, [model], own, fsae_parameter_rules(model), chosen, parallel, TrainingConfig(train_iters=END), pgs, {}
+        )
+    return networks
 
 
-def train_step(networks: dict[str, Network], iteration: int, pgs) -> list[float]:
+def train_step(networks: dict[str, TrainedNetwork], iteration: int, pgs) -> list[float]:
     """Both networks on the same reconstructions; the norms of their gradients."""
     fsae, discriminator = networks["fsae"], networks["discriminator"]
     generator = torch.Generator().manual_seed(iteration)
     video = torch.rand(NUM_SAMPLES, 3, 5, 16, 16, generator=generator)[pgs.dp_rank :: pgs.dp_size] * 2 - 1
-    fsae.begin()
-    discriminator.begin()
-    for part in video.chunk(2 // pgs.dp_size):
-        discriminator.model.requires_grad_(False)
-        reconstruction, _ = fsae.chunks[0](part)
-        loss = (reconstruction - part).square().mean() + 0.1 * generator_loss(discriminator.model(reconstruction))
-        (loss * len(part) / len(video)).backward()
-        discriminator.model.requires_grad_(True)
-        judged = discriminator_loss(discriminator.chunks[0](part), discriminator.chunks[0](reconstruction.detach()))
-        (judged * len(part) / len(video)).backward()
-    return [network.step(iteration, 1.0) for network in networks.values()]
+    micro_batches = video.chunk(2 // pgs.dp_size)
+    for index, part in enumerate(micro_batches):
+        is_last, weight = index == len(micro_batches) - 1, len(part) / len(video)
+        with discriminator.frozen():
+            reconstruction, _ = fsae.wrapped[0](part)
+            loss = (reconstruction - part).square().mean() + 0.1 * generator_loss(discriminator.model(reconstruction))
+            fsae.backward(loss, weight, is_last)
+        judged = discriminator_loss(discriminator.wrapped[0](part), discriminator.wrapped[0](reconstruction.detach()))
+        discriminator.backward(judged, weight, is_last)
+    norms = []
+    for network in networks.values():
+        network.finish_gradients()
+        outcome = network.step(iteration - 1, 1.0)
+        assert outcome.has_stepped
+        norms.append(outcome.grad_norm)
+    return norms
 
 
-def weights_of(networks: dict[str, Network]) -> dict[str, torch.Tensor]:
+def weights_of(networks: dict[str, TrainedNetwork]) -> dict[str, torch.Tensor]:
     """All weights of both networks, and all averages."""
     found = {}
     for name, network in networks.items():
@@ -127,7 +90,7 @@ def run(optimizer: str, is_shared: bool, folder: Path, is_resumed: bool) -> dict
     pgs = groups.initialize(DiTParallelConfig())
     networks, norms = build(optimizer, is_shared, pgs), []
     if is_resumed:
-        content = load_checkpoint(folder, SAVED, {name: net.section(name) for name, net in networks.items()})
+        content = load_checkpoint(folder, SAVED, {name: net.section(True) for name, net in networks.items()})
         for name, network in networks.items():
             network.load_section(content[name])
     for iteration in range(SAVED + 1 if is_resumed else 1, END + 1):
@@ -141,9 +104,9 @@ def run(optimizer: str, is_shared: bool, folder: Path, is_resumed: bool) -> dict
     return result
 
 
-def save(networks: dict[str, Network], folder: Path, pgs) -> None:
+def save(networks: dict[str, TrainedNetwork], folder: Path, pgs) -> None:
     writer = CheckpointWriter(folder, pgs, 0, False)
-    content = {name: network.section(name) for name, network in networks.items()}
+    content = {name: network.section(False) for name, network in networks.items()}
     writer.save(
         SAVED, lambda target: plan_checkpoint(target, content, {}, is_rank_zero=pgs.is_rank_zero, in_background=False)
     )
@@ -194,7 +157,7 @@ def forgetful() -> bool:
     pgs = groups.initialize(DiTParallelConfig())
     networks = build("muon", False, pgs)
     train_step(networks, 1, pgs)
-    forget_moments(networks["fsae"].optimizer)
+    networks["fsae"].restart()
     is_empty = all(not link.optimizer.state for link in networks["fsae"].optimizer.chained_optimizers)
     groups.shutdown()
     return is_empty

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, OptimizerConfig, TrainingConfig
 from megatron_fsvideo.models.dit import DiTModel, build_dit_chunks
+from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum
 from megatron_fsvideo.training.frozen_network import FrozenNetwork
 from megatron_fsvideo.training.network import TrainedNetwork
@@ -51,7 +52,15 @@ class ToyTask:
         for seed, (name, settings) in enumerate(SETTINGS.items(), 2):
             chunks = randomize(build(seed))
             self.networks[name] = TrainedNetwork(
-                name, chunks, chunks[0].config, settings, parallel, TRAINING, pgs, {"kind": "toy"}
+                name,
+                chunks,
+                chunks[0].config,
+                dit_parameter_rules(chunks, settings.router_lr_mult),
+                settings,
+                parallel,
+                TRAINING,
+                pgs,
+                {"kind": "toy"},
             )
 
     def train_step(self, state: TrainState) -> StepResult:

@@ -122,7 +122,7 @@ def _train_in_bf16(parallel: DiTParallelConfig, keeps_no_weights: bool) -> dict[
     linears = [module for module in chunks[0].modules() if isinstance(module, transformer_engine.pytorch.Linear)]
     for linear in linears:
         linear.disable_parameter_transpose_cache = keeps_no_weights
-    wrapped = wrap_ddp(chunks, parallel, pgs)
+    wrapped = wrap_ddp(chunks, chunks[0].config, parallel, pgs)
     settings = OptimizerConfig(lr=1e-2, clip_grad=0.05)
     optimizer = build_optimizer(wrapped, settings, dit_parameter_rules(chunks, settings.router_lr_mult), pgs)
     batches, found = microbatches(4, 0, "mixed"), []

@@ -64,7 +64,7 @@ def built(settings, **changes):
     pgs = groups.initialize(DiTParallelConfig())
     dtype = torch.bfloat16 if job.training.bf16 else torch.float32
     model = build_dit(job.model, job.parallel, pgs, params_dtype=dtype)
-    wrapped = wrap_ddp([model], job.parallel, pgs)
+    wrapped = wrap_ddp([model], model.config, job.parallel, pgs)
     rules = dit_parameter_rules([model], settings.router_lr_mult)
     return model, build_optimizer(wrapped, settings, rules, pgs)
 

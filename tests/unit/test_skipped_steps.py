@@ -28,7 +28,7 @@ def build(kind, flags, pgs):
     job = build_job(DiTJob, DIT_PRESETS["dit_debug"] | flags)
     dtype = torch.bfloat16 if job.training.bf16 else torch.float32
     model = build_dit(job.model, job.parallel, pgs, params_dtype=dtype)
-    wrapped = wrap_ddp([model], job.parallel, pgs)
+    wrapped = wrap_ddp([model], model.config, job.parallel, pgs)
     return model, build_optimizer(wrapped, settings, dit_parameter_rules([model], settings.router_lr_mult), pgs)
 
 

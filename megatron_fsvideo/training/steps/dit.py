@@ -30,7 +30,7 @@ from megatron_fsvideo.models.codecs import LatentScale
 from megatron_fsvideo.models.dit import Denoiser, build_dit_chunks
 from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
 from megatron_fsvideo.optim.moving_average import MovingAverage
-from megatron_fsvideo.optim.optimizer import build_optimizer, step_if_finite, wrap_ddp
+from megatron_fsvideo.optim.optimizer import build_optimizer, reload_masters, step_if_finite, wrap_ddp
 from megatron_fsvideo.optim.schedule import learning_rate, set_learning_rates
 from megatron_fsvideo.optim.state import load_optimizer_state, sharded_optimizer_state, sharded_weights
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
@@ -78,11 +78,11 @@ class DiTStep:
         dtype = torch.bfloat16 if job.training.bf16 else torch.float32
         chunks = build_dit_chunks(job.model, job.parallel, pgs, params_dtype=dtype, seed=job.training.seed)
         self.chunks = nn.ModuleList(chunks)  # one, or with virtual pipeline stages this rank's several
-        self.wrapped = wrap_ddp(chunks, job.parallel, pgs)
+        self.wrapped = wrap_ddp(chunks, chunks[0].config, job.parallel, pgs)
         rules = dit_parameter_rules(chunks, job.optimizer.router_lr_mult)
         self.optimizer = build_optimizer(self.wrapped, job.optimizer, rules, pgs)
         decay = job.optimizer.ema_decay
-        self.ema = MovingAverage(self.optimizer, sharded_weights(chunks, pgs), decay) if decay else None
+        self.ema = MovingAverage(self.optimizer, sharded_weights(chunks), decay) if decay else None
         self.null_text = pad_rows(self.dataset.null_text, self.dataset.text_length)
         self.router_images = RouterImages(job, pgs)
         checkpoint = job.checkpoint
@@ -221,7 +221,7 @@ class DiTStep:
         missing, _ = self.chunks.load_state_dict(content["model"], strict=False)
         assert all(name.endswith("_extra_state") for name in missing), missing
         if finetune:
-            self.optimizer.reload_model_params()
+            reload_masters(self.optimizer)
         else:
             load_optimizer_state(self.optimizer, self._sharded_weights(), content["optimizer"])
         if self.ema is not None and had_ema:
@@ -361,4 +361,4 @@ class DiTStep:
         return content
 
     def _sharded_weights(self) -> dict[str, ShardedTensor]:
-        return sharded_weights(self.chunks, self.pgs)
+        return sharded_weights(self.chunks)
