@@ -13,6 +13,7 @@ REQUIREMENTS = [
     # The newest release for Python 3.11; the CPU backend and the checkpoint format are tested against exactly this one.
     "megatron-core==0.16.1",
     "psutil",  # megatron-core's checkpointing imports it without declaring it
+    "msgspec",
     "numpy",
     "av",
     "safetensors",

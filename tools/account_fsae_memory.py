@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from megatron_fsvideo.config import FSAE_PRESETS, AlignmentConfig, FSAEJob, parse_job, run_script, to_dict
+from megatron_fsvideo.config.rules import Checked, PathText, Positive
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, VGG16Trunk
 from megatron_fsvideo.models.fsae import FSAE
@@ -42,15 +43,15 @@ ADAM_MOMENTS = 2
 
 
 @dataclass(frozen=True)
-class AccountFlags:
+class AccountFlags(Checked):
     """what to count"""
 
-    clip: str = "121x1024x1024"
-    """Frames x height x width of the clips."""
-    out: str | None = None
+    clip: PathText = "121x1024x1024"
+    """Shape of the clips, frames x height x width."""
+    out: PathText | None = None
     """JSON file to write."""
-    limit_gb: float = 80.0
-    """Memory of a device in GB (10^9 bytes); the exit code says whether the step fits."""
+    limit_gb: Positive = 80.0
+    """Memory of a device in GB (10^9 bytes). The exit code is 1 if the step does not fit."""
 
 
 @dataclass(frozen=True)

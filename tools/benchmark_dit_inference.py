@@ -32,6 +32,7 @@ from megatron_fsvideo.config import (
     presets_for,
     run_script,
 )
+from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.diffusion.conditions import first_frame_condition
 from megatron_fsvideo.diffusion.guidance import Velocity, guided
 from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
@@ -47,31 +48,31 @@ GUIDANCE_SCALE = 5.0
 
 
 @dataclass(frozen=True)
-class BenchmarkFlags:
+class BenchmarkFlags(Checked):
     """what is measured; the defaults are Table 4's"""
 
-    base_grid: tuple[int, int, int] = (31, 6, 10)
+    base_grid: tuple[PositiveInt, PositiveInt, PositiveInt] = (31, 6, 10)
     """Latent frames, rows and columns of the base DiT."""
-    base_steps: int = 30
-    """Its steps; each is two evaluations, with the prompt and without."""
-    refiner_grid: tuple[int, int, int] = (31, 12, 20)
+    base_steps: PositiveInt = 30
+    """Steps of the base DiT. Each step evaluates it twice, with the prompt and without."""
+    refiner_grid: tuple[PositiveInt, PositiveInt, PositiveInt] = (31, 12, 20)
     """Latent frames, rows and columns of the refiner."""
-    refiner_steps: int = 8
-    """Its steps; each is one evaluation."""
+    refiner_steps: PositiveInt = 8
+    """Steps of the refiner. Each step evaluates it once."""
     batch_guidance: bool = False
-    """Evaluate with and without the prompt as one batch of two; off, one after the other, as the pipeline does."""
+    """Evaluate with and without the prompt as one batch of two. If off, one after the other, as the pipeline does."""
     two_models: bool = False
-    """Give the refiner weights of its own; off, both use one model's, which takes half the memory and the same time."""
-    text_length: int = 512
-    """Text tokens."""
-    image_length: int = 257
-    """Image tokens."""
-    runs: int = 3
-    """Times that everything is generated."""
-    num_threads: int = 0
-    """Threads on a CPU; 0 takes torch's default."""
-    json: str | None = None
-    """File for the figures."""
+    """Give the refiner its own weights. If off, both stages use one model: half the memory in the same time."""
+    text_length: PositiveInt = 512
+    """Number of text tokens."""
+    image_length: PositiveInt = 257
+    """Number of image tokens."""
+    runs: PositiveInt = 3
+    """Number of times that everything is generated."""
+    num_threads: Count = 0
+    """Number of threads on a CPU. 0 takes torch's default."""
+    json: PathText | None = None
+    """JSON file for the figures."""
 
 
 @dataclass(frozen=True)

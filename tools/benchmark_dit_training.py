@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,13 @@ from megatron_fsvideo.config import (
     require,
     run_script,
 )
+from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.training.contenders import Contender, answer, ratio
 from megatron_fsvideo.training.flops import Rows, hardware_flops, peak_tflops, total, training_flops
 from megatron_fsvideo.training.machine import describe_measurement, device_name
 
-OURS, WITHOUT_MEMORY, DIFFUSERS = "ours", "ours_without_memory", "diffusers"
-CONTENDERS = (OURS, WITHOUT_MEMORY, DIFFUSERS)
+ContenderName = Literal["ours", "ours_without_memory", "diffusers"]
+CONTENDERS = OURS, WITHOUT_MEMORY, DIFFUSERS = get_args(ContenderName)
 
 # What diffusers keeps in fp32 when it loads a model in bf16.
 DIFFUSERS_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
@@ -50,31 +51,31 @@ Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class BenchmarkFlags:
+class BenchmarkFlags(Checked):
     """what is measured"""
 
-    contenders: tuple[str, ...] = CONTENDERS
-    """Who takes part, of ours, ours_without_memory and diffusers."""
-    latent_grid: tuple[int, int, int] = (31, 8, 8)
+    contenders: tuple[ContenderName, ...] = CONTENDERS
+    """Implementations to compare."""
+    latent_grid: tuple[PositiveInt, PositiveInt, PositiveInt] = (31, 8, 8)
     """Latent frames, rows and columns: 31 8 8 is 121 frames of 512x512."""
-    text_length: int = 512
-    """Text tokens."""
-    image_length: int = 257
-    """Image tokens."""
-    rounds: int = 5
-    """Turns of each contender."""
-    iterations: int = 3
-    """Timed optimizer steps in a turn."""
-    warmup_iterations: int = 2
-    """Steps before the first timed one of a process."""
+    text_length: PositiveInt = 512
+    """Number of text tokens."""
+    image_length: PositiveInt = 257
+    """Number of image tokens."""
+    rounds: PositiveInt = 5
+    """Number of turns of each contender."""
+    iterations: PositiveInt = 3
+    """Timed optimizer steps per turn."""
+    warmup_iterations: Count = 2
+    """Optimizer steps of a process before the first timed one."""
     resident: bool = True
-    """Keep all contenders in memory between their turns; off, each turn starts and warms up a new process."""
-    num_threads: int = 0
-    """Threads of a process on a CPU; 0 takes torch's default."""
-    json: str | None = None
-    """File for the figures."""
-    worker: str | None = None
-    """Be this contender's process (the script starts itself so)."""
+    """Keep all contenders in memory between turns. If off, each turn starts and warms up a new process."""
+    num_threads: Count = 0
+    """Number of threads of a process on a CPU. 0 takes torch's default."""
+    json: PathText | None = None
+    """JSON file for the figures."""
+    worker: PathText | None = None
+    """Run as the process of this contender (used by the script itself)."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,6 @@ class BenchmarkJob:
             raise ValueError(
                 f"this benchmark runs on one device, got {self.parallel.model_parallel_size} ranks a model"
             )
-        if unknown := set(self.benchmark.contenders) - set(CONTENDERS):
-            raise ValueError(f"contenders are {', '.join(CONTENDERS)}, got {', '.join(sorted(unknown))}")
         if DIFFUSERS in self.benchmark.contenders and self.benchmark.text_length != 512:
             raise ValueError(f"diffusers' Wan assumes text_length 512, got {self.benchmark.text_length}")
         if self.model.text_embed_dim == 0 or self.model.image_embed_dim == 0:

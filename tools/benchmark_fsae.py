@@ -17,23 +17,24 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job, parse_job, require, run_script
+from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, encode_frames
 from megatron_fsvideo.training.contenders import Contender, answer, ratio
 from megatron_fsvideo.training.machine import describe_measurement
 from megatron_fsvideo.training.peak_memory import peak_allocation, process_peak, reset_process_peak
 
-OURS = ("standard", "standard_tiled", "lite", "lite_streamed", "lite_tiled")
-WAN, LTX = "wan", "ltx"
-CONTENDERS = (*OURS, WAN, LTX)
-PHASES = ("encode", "first_frame", "decode")
+ContenderName = Literal["standard", "standard_tiled", "lite", "lite_streamed", "lite_tiled", "wan", "ltx"]
+PhaseName = Literal["encode", "first_frame", "decode"]
+CONTENDERS, PHASES = get_args(ContenderName), get_args(PhaseName)
+*OURS, WAN, LTX = CONTENDERS
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # The classes' defaults are the published sizes: Wan 2.1's VAE, and LTX-Video 0.9.0's.
@@ -51,53 +52,49 @@ DEBUG_SIZES: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class BenchmarkFlags:
+class BenchmarkFlags(Checked):
     """what is measured"""
 
-    contenders: tuple[str, ...] = CONTENDERS
-    """Who takes part, of standard, standard_tiled, lite, lite_streamed, lite_tiled, wan and ltx."""
-    phases: tuple[str, ...] = PHASES
-    """What is timed, of encode, first_frame (its features, once a video) and decode."""
+    contenders: tuple[ContenderName, ...] = CONTENDERS
+    """Autoencoders to compare."""
+    phases: tuple[PhaseName, ...] = PHASES
+    """Parts to time; first_frame is the features of the first frame, once per video."""
     size: Literal["paper", "debug"] = "paper"
-    """Published sizes, or tiny ones to try the script."""
-    clip: tuple[int, int, int] | None = None
-    """Frames, height and width: 8k+1 frames and sides that are multiples of 64 fit all contenders; without it
-    17 256 256 on a CPU, 121 768 1280 on a GPU."""
+    """Published sizes, or tiny sizes to try the script."""
+    clip: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    """Frames, height and width of the clip: 8k + 1 frames, sides that are multiples of 64. None takes 17 256 256 on a
+    CPU and 121 768 1280 on a GPU."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations."""
-    stream_latents: int = 1
-    """Latent frames that lite_streamed and lite_tiled take at a time."""
-    tile_latents: int = 16
-    """Latent frames of a tile of standard_tiled; a quarter of them is shared by two tiles."""
-    tile_rows: int = 8
-    """Rows of latents of a spatial tile (standard_tiled, lite_tiled): 8 are 512 pixels."""
-    tile_columns: int = 8
-    """Columns of latents of a spatial tile."""
-    tile_overlap: int = 2
-    """Rows and columns that two spatial tiles share."""
-    rounds: int = 3
-    """Turns of each contender."""
-    iterations: int = 1
-    """Timed repetitions in a turn."""
+    stream_latents: PositiveInt = 1
+    """Latent frames that lite_streamed and lite_tiled process at a time."""
+    tile_latents: PositiveInt = 16
+    """Latent frames of a tile of standard_tiled. Neighbouring tiles share a quarter of them."""
+    tile_rows: PositiveInt = 8
+    """Latent rows of a spatial tile (standard_tiled, lite_tiled). 8 rows are 512 pixels."""
+    tile_columns: PositiveInt = 8
+    """Latent columns of a spatial tile."""
+    tile_overlap: Count = 2
+    """Latent rows and columns that two neighbouring tiles share."""
+    rounds: PositiveInt = 3
+    """Number of turns of each contender."""
+    iterations: PositiveInt = 1
+    """Timed repetitions per turn."""
     resident: bool = True
-    """Keep all contenders in memory between their turns; off, each turn starts and warms up a new process."""
-    num_threads: int = 0
-    """Threads of a process on a CPU; 0 takes torch's default."""
-    seed: int = 1
+    """Keep all contenders in memory between turns. If off, each turn starts and warms up a new process."""
+    num_threads: Count = 0
+    """Number of threads of a process on a CPU. 0 takes torch's default."""
+    seed: Count = 1
     """Seed of weights, clip and latents."""
-    json: str | None = None
-    """File for the figures."""
-    worker: str | None = None
-    """Be this contender's process (the script starts itself so)."""
+    json: PathText | None = None
+    """JSON file for the figures."""
+    worker: PathText | None = None
+    """Run as the process of this contender (used by the script itself)."""
 
     def __post_init__(self) -> None:
-        for what, known in (("contenders", CONTENDERS), ("phases", PHASES)):
-            if unknown := set(getattr(self, what)) - set(known):
-                raise ValueError(f"{what} are {', '.join(known)}, got {', '.join(sorted(unknown))}")
-        if min(self.rounds, self.iterations) < 1:
-            raise ValueError(f"rounds and iterations must be at least 1, got {self.rounds} and {self.iterations}")
+        super().__post_init__()
         frames, height, width = self.clip_shape
-        if frames % 8 != 1 or height % 64 or width % 64 or min(self.clip_shape) < 1:
+        if frames % 8 != 1 or height % 64 or width % 64:
             raise ValueError(
                 f"a clip for all contenders has 8k+1 frames and sides that are multiples of 64, got {self.clip}"
             )

@@ -19,53 +19,52 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from torch import Tensor
 
 from megatron_fsvideo.config import parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.kernels import Mixer, MixSettings, mixer_for
 from megatron_fsvideo.training.machine import describe_measurement
 
-TRITON, TORCH, EINSUM = "triton", "torch", "einsum"
+Implementation = Literal["triton", "torch", "einsum"]
+TRITON, TORCH, EINSUM = get_args(Implementation)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERATIONS = {"forward": ("mix",), "backward": ("mix_backward", "pull")}
 EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class BenchmarkFlags:
+class BenchmarkFlags(Checked):
     """what is measured; the defaults are the 14B model's at 1024x1024x121"""
 
-    implementations: tuple[str, ...] = ()
-    """Who takes part, of triton, torch and einsum; by default all, but triton only where there is a GPU."""
-    hidden_size: int = 5120
-    """Channels of a state."""
-    tokens: int = 7936
-    """Tokens of a sample on this device: 31x16x16 latents."""
-    num_layers: int = 40
-    """Layers of the model, of which all but the first read."""
-    micro_batch_size: int = 1
-    """Samples."""
+    implementations: tuple[Implementation, ...] = ()
+    """Implementations to compare. By default all; triton only where there is a GPU."""
+    hidden_size: PositiveInt = 5120
+    """Width of a hidden state."""
+    tokens: PositiveInt = 7936
+    """Tokens of a sample on this device. 7936 tokens are 31x16x16 latents."""
+    num_layers: Annotated[int, Meta(ge=2)] = 40
+    """Layers of the model. All but the first read layer memory."""
+    micro_batch_size: PositiveInt = 1
+    """Samples in one pass."""
     layer_memory_norm: Literal["raw", "normalized"] = "raw"
-    """As in training."""
+    """Order of mixing and norm, as in training."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Type of the states."""
-    rounds: int = 5
-    """Timed passes of each, taking turns."""
-    num_threads: int = 0
-    """Threads on a CPU; 0 takes torch's default."""
-    json: str | None = None
-    """File for the figures."""
+    """Number format of the hidden states."""
+    rounds: PositiveInt = 5
+    """Timed passes of each implementation. They take turns."""
+    num_threads: Count = 0
+    """Number of threads on a CPU. 0 takes torch's default."""
+    json: PathText | None = None
+    """JSON file for the figures."""
 
     def __post_init__(self) -> None:
-        sizes = (self.hidden_size, self.tokens, self.micro_batch_size, self.rounds)
-        if min(sizes) < 1 or self.num_layers < 2:
-            raise ValueError(f"sizes {sizes} must be positive, and num_layers {self.num_layers} at least 2")
-        if unknown := set(self.implementations) - {TRITON, TORCH, EINSUM}:
-            raise ValueError(f"there is no implementation {', '.join(sorted(unknown))}: take triton, torch or einsum")
+        super().__post_init__()
         if TRITON in self.implementations and not torch.cuda.is_available():
             raise ValueError("Triton's kernels need a CUDA device, and there is none: leave triton out")
 

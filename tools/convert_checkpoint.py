@@ -12,44 +12,49 @@ weight that starts fresh is listed. docs/conversion.md has the details.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 from tqdm import tqdm
 
 from megatron_fsvideo.checkpoint.conversion import Conversion, plan_conversion, write_target
 from megatron_fsvideo.checkpoint.conversion_source import open_source
 from megatron_fsvideo.checkpoint.safetensors_shards import parse_size
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, Count, PathText
 from megatron_fsvideo.parallel import groups
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class ConvertFlags:
+class ConvertFlags(Checked):
     """what to convert to what"""
 
-    input: str
-    """Folder to read: of diffusers' transformer (or its pipeline), of Wan2.1, a release, or a --save folder."""
-    output: str
-    """Folder to write; it must not exist."""
+    input: PathText
+    """Folder to read: a transformer of diffusers (or its pipeline), Wan2.1, a release, or a --save folder."""
+    output: PathText
+    """Folder to write. It must not exist."""
     output_format: Literal["diffusers", "wan", "release", "distributed"]
-    """Format to write. A distributed checkpoint is what pretrain_dit.py --load --finetune reads at any layout."""
+    """Format to write. pretrain_dit.py --load --finetune reads a distributed checkpoint at any layout."""
     input_format: Literal["diffusers", "wan", "release", "distributed"] | None = None
-    """Format to read; none recognises it."""
+    """Format to read. None detects it."""
     dtype: Literal["keep", "bf16", "fp32"] = "keep"
-    """Number format of the weights; bf16 leaves in fp32 what the model has so (time, modulation, head, router)."""
-    max_shard_size: str = "4GB"
-    """Largest safetensors file, as 5GB or 500MB."""
+    """Number format of the weights. bf16 leaves the weights in fp32 that the model keeps in fp32: time embedding,
+    modulation, head and router."""
+    max_shard_size: PathText = "4GB"
+    """Largest size of a safetensors file, such as 5GB or 500MB."""
     use_ema: bool = True
-    """Of a distributed checkpoint, take the moving average of the weights where there is one."""
-    to_preset: str | None = None
-    """Start this preset's model from the weights: new routers and, for other latents, new patch embedding and head."""
-    layer_memory_init: float = 0.99
-    """With to_preset: new routers' softmax weight of the latest hidden state; 1.0 is the model without them."""
-    seed: int = 1234
-    """Seed of weights that start fresh."""
+    """Take the moving average of the weights of a distributed checkpoint, if it has one."""
+    to_preset: PathText | None = None
+    """Preset of the model to start from the weights. Routers are new; for other latents, so are patch embedding and
+    head."""
+    layer_memory_init: Annotated[float, Meta(gt=0, le=1)] = 0.99
+    """With --to-preset: softmax weight of the latest hidden state in new routers. 1.0 equals the model without
+    routers."""
+    seed: Count = 1234
+    """Seed of new weights."""
 
 
 @dataclass(frozen=True)

@@ -29,24 +29,25 @@ from megatron_fsvideo.checkpoint.release import (
     save_fsae,
 )
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEConfig, from_dict, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, Count, PathText
 from megatron_fsvideo.evaluation.weight_files import read_weight_file
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.phases import inherit
 
 
 @dataclass(frozen=True)
-class ConvertFlags:
+class ConvertFlags(Checked):
     """what to convert"""
 
-    load: str
-    """Release folder or --save folder of an FSAE, or a DC-AE in diffusers' or MIT's names: a safetensors file, a
-    folder of them, or a torch file that holds tensors only."""
-    save: str
+    load: PathText
+    """Release folder or --save folder of an FSAE, or a DC-AE with the names of diffusers or MIT: a safetensors file, a
+    folder of such files, or a torch file that holds only tensors."""
+    save: PathText
     """Release folder to write."""
     match_dc_ae: bool = False
-    """Take the sizes of the DC-AE instead of the model flags."""
-    seed: int = 0
-    """Seed of the tensors that start fresh."""
+    """Take the model's sizes from the DC-AE instead of from flags."""
+    seed: Count = 0
+    """Seed of new tensors."""
 
 
 @dataclass(frozen=True)

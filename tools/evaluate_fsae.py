@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_fsvideo.checkpoint.distributed import JOB_FILE
 from megatron_fsvideo.checkpoint.release import load_fsae, resolve_release
 from megatron_fsvideo.config import VideoDataConfig, from_dict, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.shots import Shot
 from megatron_fsvideo.evaluation.autoencoders import (
     Autoencoder,
@@ -51,54 +52,57 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class EvaluateFlags:
+class EvaluateFlags(Checked):
     """what to judge and where to write"""
 
-    load: str
-    """Release folder, or --save folder of pretrain_fsae.py."""
-    video_dir: str
+    load: PathText
+    """Autoencoder to evaluate: a release folder, or a --save folder of pretrain_fsae.py."""
+    video_dir: PathText
     """Folder of video files."""
-    out: str
-    """JSON file to write; a PNG of the same name shows originals and reconstructions."""
-    compare: tuple[str, ...] = ()
-    """Other autoencoders on the same clips: wan:FOLDER, ltx:FOLDER and hunyuan:FOLDER are diffusers' VAEs in local
-    folders, fsae:FOLDER is one of ours."""
-    num_frames: int | None = None
-    """Frames per clip; none takes the training's."""
-    resolution: int | None = None
-    """Side of the centre crops, in pixels; none takes the training's validation size."""
-    short_side: int | None = None
-    """Videos are resized to this short side; none takes the training's."""
-    holdout_every: int | None = None
-    """Every n-th shot of each video is judged, 0 takes all; none takes the training's, so that these are unseen."""
+    out: PathText
+    """JSON file to write. A PNG with the same name shows originals and reconstructions."""
+    compare: tuple[PathText, ...] = ()
+    """Other autoencoders to evaluate on the same clips. wan:FOLDER, ltx:FOLDER and hunyuan:FOLDER are VAEs of diffusers
+    in local folders; fsae:FOLDER is an FSAE."""
+    num_frames: PositiveInt | None = None
+    """Frames per clip. None takes the training's."""
+    resolution: PositiveInt | None = None
+    """Side of the centre crops in pixels. None takes the validation size of the training."""
+    short_side: PositiveInt | None = None
+    """Short side in pixels to which videos are resized. None takes the training's."""
+    holdout_every: Count | None = None
+    """Evaluate every n-th shot of each video; 0 takes all shots. None takes the training's number, so that the shots
+    are unseen."""
     sampling: Literal["shots", "videos"] = "shots"
-    """Clips lie inside shots; or each video is taken whole, from its beginning, and nothing is held out (Table 2)."""
-    num_clips: int = 8
-    """Clips, spread evenly over the shots or videos; of fewer than that, equally many from each, rounded up."""
-    num_shown: int = 3
-    """Clips in the PNG."""
+    """shots: clips lie within shots. videos: each video is one clip from its beginning, and none is held out (Table
+    2)."""
+    num_clips: PositiveInt = 8
+    """Number of clips, spread evenly over the shots or videos. If there are fewer shots than clips, each gives equally
+    many, rounded up."""
+    num_shown: Count = 3
+    """Number of clips in the PNG."""
 
 
 @dataclass(frozen=True)
-class MeasureFlags:
+class MeasureFlags(Checked):
     """how to decode and to measure"""
 
     noise: Literal["both", "on", "off"] = "both"
-    """Judge Standard and Lite decoders with their noise, without, or both ways."""
+    """Noise of Standard and Lite decoders: evaluate with it, without it, or both."""
     first_frame: bool = True
     """Give a Standard or Lite decoder the first frame's features, as image-to-video generation does."""
-    noise_seed: int = 0
-    """Which noise."""
-    lpips_path: str | None = None
-    """File with VGG16's weights and LPIPS's lin weights; none leaves LPIPS out."""
-    lpips_linear_path: str | None = None
-    """File with LPIPS's lin weights, where lpips_path has VGG16's only."""
-    i3d_path: str | None = None
-    """File with I3D's Kinetics-400 weights; none leaves FVD out."""
-    device: str | None = None
-    """cpu, cuda, ...; none takes this process's GPU if there is one."""
+    noise_seed: Count = 0
+    """Seed of the decoders' noise."""
+    lpips_path: PathText | None = None
+    """File with the weights of VGG16 and the lin weights of LPIPS. None measures no LPIPS."""
+    lpips_linear_path: PathText | None = None
+    """File with the lin weights of LPIPS, if lpips_path holds only VGG16."""
+    i3d_path: PathText | None = None
+    """File with the Kinetics-400 weights of I3D. None measures no FVD."""
+    device: PathText | None = None
+    """Device, such as cpu or cuda. None takes the GPU of this process, if there is one."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the autoencoders; measures are fp32."""
+    """Number format of the autoencoders. Metrics are computed in fp32."""
 
 
 @dataclass(frozen=True)

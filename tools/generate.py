@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from megatron_fsvideo.config import DiTParallelConfig, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, Count, PathText, Positive, PositiveInt
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.video import write_video
 from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
@@ -37,41 +38,41 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class GenerateFlags:
+class GenerateFlags(Checked):
     """what to generate"""
 
-    load: str
-    """The --save folder of pretrain_dit.py."""
-    image: str | None = None
-    """The first frame."""
+    load: PathText
+    """Folder of the model: a --save folder of pretrain_dit.py, or a release."""
+    image: PathText | None = None
+    """Image file with the first frame."""
     prompt: str = ""
-    """What happens."""
-    out: str | None = None
-    """The mp4 to write."""
-    requests: str | None = None
-    """JSONL file with image, prompt, out and optionally seed a line, instead of the three flags."""
+    """Description of the video."""
+    out: PathText | None = None
+    """MP4 file to write."""
+    requests: PathText | None = None
+    """JSONL file with one request per line: image, prompt, out and optionally seed. It replaces these flags."""
     negative_prompt: str = ""
-    """What guidance leads away from."""
-    seed: int = 0
-    """Seed of the noise."""
-    num_inference_steps: int = 30
-    """Euler steps."""
+    """Description that guidance leads away from."""
+    seed: Count = 0
+    """Seed of the initial noise."""
+    num_inference_steps: PositiveInt = 30
+    """Number of Euler steps."""
     guidance_scale: float | None = None
-    """Classifier-free guidance; 1 is off. None takes 5, or 1 for a model that was trained without text dropout."""
-    sigma_shift: float | None = None
-    """Timestep shift of the sampler; none takes the training's."""
-    bucket: str | None = None
-    """Frames x height x width; none takes the checkpoint's first."""
-    fps: float | None = None
-    """Frames per second of the mp4; none takes the training data's."""
-    fsae: str | None = None
-    """The autoencoder, when it is no longer where it was in training."""
+    """Scale of classifier-free guidance; 1 is off. None takes 5, or 1 for a model trained without text dropout."""
+    sigma_shift: Positive | None = None
+    """Timestep shift of the sampler. None takes the training's."""
+    bucket: PathText | None = None
+    """Shape of the video, frames x height x width. None takes the checkpoint's first bucket."""
+    fps: Positive | None = None
+    """Frames per second of the MP4. None takes the training data's."""
+    fsae: PathText | None = None
+    """Folder of the autoencoder, if it has moved since training."""
     autoencoder_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the autoencoder; bf16 is several times faster, on CPUs too."""
+    """Number format of the autoencoder. bf16 is several times faster, on CPUs too."""
     use_ema: bool = True
-    """Take the moving average of the weights."""
-    request_batch_size: int = 4
-    """Requests that are generated together."""
+    """Use the moving average of the weights."""
+    request_batch_size: PositiveInt = 4
+    """Number of requests that are generated together."""
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,15 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import VideoDataConfig, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, PathText, PositiveInt
 from megatron_fsvideo.evaluation.autoencoders import Facts
 from megatron_fsvideo.evaluation.clips import list_clips
 from megatron_fsvideo.evaluation.gride import (
@@ -38,39 +40,40 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class DimensionFlags:
+class DimensionFlags(Checked):
     """what to measure"""
 
-    load: str | None = None
-    """The autoencoder: a release folder, or a --save folder of pretrain_fsae.py; needs video_dir."""
-    video_dir: str | None = None
+    load: PathText | None = None
+    """Autoencoder: a release folder, or a --save folder of pretrain_fsae.py. Needs --video-dir."""
+    video_dir: PathText | None = None
     """Folder of video files."""
-    latents: tuple[str, ...] = ()
-    """Instead of load and video_dir: .npy or .safetensors files with a point per row, or latent dataset folders."""
-    bucket: str | None = None
-    """Clip shape of a latent dataset that has several, as 17x256x256."""
-    out: str | None = None
+    latents: tuple[PathText, ...] = ()
+    """Latents, instead of --load and --video-dir: .npy or .safetensors files with one point per row, or latent dataset
+    folders."""
+    bucket: PathText | None = None
+    """Clip shape to use of a latent dataset with several, such as 17x256x256."""
+    out: PathText | None = None
     """JSON file to write."""
-    num_points: int = 5000
-    """Clips or samples, spread evenly."""
-    max_neighbors: int = TABLE_1_NEIGHBORS
-    """Scales go from 2 neighbours to this power of two."""
+    num_points: Annotated[int, Meta(ge=2)] = 5000
+    """Number of clips or samples, spread evenly."""
+    max_neighbors: Annotated[int, Meta(ge=2)] = TABLE_1_NEIGHBORS
+    """Largest number of neighbours, a power of two. Scales begin at 2 neighbours."""
 
 
 @dataclass(frozen=True)
-class ClipFlags:
+class ClipFlags(Checked):
     """which clips of the videos are encoded"""
 
-    num_frames: tuple[int, ...] = (17, 1)
-    """Frames per clip; a line for each."""
-    resolution: int = 256
-    """Side of the centre crops, in pixels."""
-    short_side: int = 256
-    """Videos are resized to this short side."""
+    num_frames: tuple[PositiveInt, ...] = (17, 1)
+    """Frames per clip. Each number gives one line of output."""
+    resolution: PositiveInt = 256
+    """Side of the centre crops in pixels."""
+    short_side: PositiveInt = 256
+    """Short side in pixels to which videos are resized."""
     sampling: Literal["shots", "videos"] = "shots"
-    """Clips lie inside shots; or each video is taken whole, from its beginning."""
-    device: str | None = None
-    """cpu, cuda, ...; none takes this process's GPU if there is one."""
+    """shots: clips lie within shots. videos: each video is one clip, from its beginning."""
+    device: PathText | None = None
+    """Device, such as cpu or cuda. None takes the GPU of this process, if there is one."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Number format of the autoencoder."""
 

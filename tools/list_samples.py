@@ -11,14 +11,15 @@ import json
 from dataclasses import dataclass
 
 from megatron_fsvideo.config import parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, PathText
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 
 
 @dataclass(frozen=True)
-class ListFlags:
+class ListFlags(Checked):
     """which datasets"""
 
-    data_path: tuple[str, ...]
+    data_path: tuple[PathText, ...]
     """Latent dataset folders."""
 
 

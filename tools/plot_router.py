@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_fsvideo.config import DiTParallelConfig, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.batch import read_batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.sampler import SampleRef
@@ -31,29 +32,23 @@ from megatron_fsvideo.training.steps.dit_objective import make_noisy, pad_rows, 
 
 
 @dataclass(frozen=True)
-class PlotFlags:
+class PlotFlags(Checked):
     """which model, which data"""
 
-    load: str
-    """The --save folder of pretrain_dit.py."""
-    data_path: tuple[str, ...]
+    load: PathText
+    """Folder of the model: a --save folder of pretrain_dit.py, or a release."""
+    data_path: tuple[PathText, ...]
     """Latent dataset folders."""
-    out: str = "router.png"
-    """The PNG to write; the numbers go beside it as JSON."""
-    num_samples: int = 16
-    """Samples of each bucket and folder that are looked at, or as many as there are."""
-    micro_batch_size: int = 4
+    out: PathText = "router.png"
+    """PNG file to write. A JSON file with the same name holds the numbers."""
+    num_samples: PositiveInt = 16
+    """Largest number of samples of each bucket and folder."""
+    micro_batch_size: PositiveInt = 4
     """Samples in one forward pass."""
-    seed: int = 1234
+    seed: Count = 1234
     """Seed of noise and noise levels."""
     use_ema: bool = True
-    """Take the moving average of the weights."""
-
-    def __post_init__(self) -> None:
-        if min(self.num_samples, self.micro_batch_size) < 1:
-            raise ValueError(
-                f"num_samples {self.num_samples} and micro_batch_size {self.micro_batch_size} must be positive"
-            )
+    """Use the moving average of the weights."""
 
 
 @dataclass(frozen=True)

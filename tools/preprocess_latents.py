@@ -20,6 +20,7 @@ import torch
 
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, PathText, Positive, PositiveInt, Share
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.clips import ClipOptions, VideoEntry, folder_entries, read_manifest_lines, require_captions
 from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions, check_cache, preprocess
@@ -30,55 +31,56 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
-class SourceFlags:
+class SourceFlags(Checked):
     """which videos"""
 
-    manifest: str | None = None
-    """JSONL file with path, caption and optionally start, num_frames and split a line."""
-    split: str | None = None
-    """Take only the manifest's lines with this split."""
-    video_dir: str | None = None
-    """Folder of videos (searched recursively), with captions in .txt files; cut into clips inside shots."""
+    manifest: PathText | None = None
+    """JSONL file with one clip per line: path, caption and optionally start, num_frames and split."""
+    split: PathText | None = None
+    """Take only lines of the manifest with this split."""
+    video_dir: PathText | None = None
+    """Folder of videos, with captions in .txt files. Subfolders are searched too. Videos are cut into clips within
+    shots."""
 
 
 @dataclass(frozen=True)
-class EncodeFlags:
+class EncodeFlags(Checked):
     """what encodes them, and to what"""
 
-    fsae: str
-    """The autoencoder: a release folder, or a --save folder of pretrain_fsae.py."""
-    output: str
-    """The dataset folder; an unfinished or earlier one is continued."""
-    buckets: tuple[str, ...]
-    """Clip shapes, frames x height x width: 9x96x96 ...; the one of the nearest aspect ratio is taken."""
-    text_encoder: str = "none"
-    """umt5:PATH_OR_HUB_ID, minilm or none."""
-    image_encoder: str = "none"
-    """clip:PATH_OR_HUB_ID, efficientnet-lite0 or none."""
-    text_max_length: int | None = None
-    """Rows of a text embedding; none takes the encoder's usual number."""
+    fsae: PathText
+    """Autoencoder: a release folder, or a --save folder of pretrain_fsae.py."""
+    output: PathText
+    """Folder of the dataset. An unfinished or earlier dataset is continued."""
+    buckets: tuple[PathText, ...]
+    """Clip shapes, frames x height x width, such as 9x96x96. A video takes the shape with the nearest aspect ratio."""
+    text_encoder: PathText = "none"
+    """Text encoder: umt5:PATH_OR_HUB_ID, minilm or none."""
+    image_encoder: PathText = "none"
+    """Image encoder: clip:PATH_OR_HUB_ID, efficientnet-lite0 or none."""
+    text_max_length: PositiveInt | None = None
+    """Number of tokens of a text embedding. None takes the encoder's usual number."""
     negative_prompt: str = "blurry, low quality, distorted, jittery, static"
-    """Stored encoded, for guidance at generation."""
-    fps: float | None = None
-    """Frames per second of the clips; none keeps each video's own."""
-    frame_stride: int = 1
-    """Source frames per clip frame, when fps is not given."""
+    """Negative prompt for guidance at generation, which is stored encoded."""
+    fps: Positive | None = None
+    """Frames per second of the clips. None keeps each video's own rate."""
+    frame_stride: PositiveInt = 1
+    """Step between source frames, if --fps is not given."""
 
 
 @dataclass(frozen=True)
-class WorkFlags:
+class WorkFlags(Checked):
     """how the work is done"""
 
-    encode_batch_size: int = 8
-    """Clips encoded at once."""
-    samples_per_shard: int = 256
-    """Clips per shard: what a restart may have to do again."""
-    max_bad_fraction: float = 0.01
-    """A larger share of unreadable videos stops the run; below it they are skipped and named."""
+    encode_batch_size: PositiveInt = 8
+    """Number of clips that are encoded together."""
+    samples_per_shard: PositiveInt = 256
+    """Clips per shard. A restart repeats at most the unfinished shards."""
+    max_bad_fraction: Share = 0.01
+    """Largest share of unreadable videos. They are skipped and named; a larger share stops the run."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the autoencoder's weights and activations; on a GPU also of the other encoders'."""
-    device: str | None = None
-    """cpu, cuda, ...; none takes this process's GPU if there is one."""
+    """Number format of the autoencoder, and on a GPU also of the other encoders."""
+    device: PathText | None = None
+    """Device, such as cpu or cuda. None takes the GPU of this process, if there is one."""
 
 
 @dataclass(frozen=True)

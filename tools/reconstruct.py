@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from msgspec import Meta
 from torch import Tensor
 from tqdm import tqdm
 
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, Count, PathText, Positive, PositiveInt
 from megatron_fsvideo.data.video import FrameTable, VideoReader, from_unit, measure, to_unit, write_frames
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.models.fsae import FSAE
@@ -31,42 +33,41 @@ USAGE = "usage: reconstruct.py IN.mp4 OUT.mp4 [--load RELEASE] [--side-by-side] 
 
 
 @dataclass(frozen=True)
-class ReconstructFlags:
+class ReconstructFlags(Checked):
     """with what, and how"""
 
-    load: str = "runs/fsae"
-    """Release folder, or --save folder of pretrain_fsae.py."""
+    load: PathText = "runs/fsae"
+    """Autoencoder: a release folder, or a --save folder of pretrain_fsae.py."""
     side_by_side: bool = False
-    """Put the original to the left."""
+    """Show the original to the left of the reconstruction."""
     first_frame: bool = True
     """Give a Standard or Lite decoder the first frame's features, as image-to-video generation does."""
-    noise_seed: int = 0
-    """Which noise a Standard or Lite decoder adds."""
-    fps: float | None = None
-    """Frames per second, from the nearest times of the file; none takes every frame (of a file with variable frame
-    rate, the mean rate)."""
-    quality: int = 18
-    """x264's constant rate factor: 0 is lossless, 28 small."""
-    device: str = "cpu"
-    """Where to run, such as cpu or cuda."""
+    noise_seed: Count = 0
+    """Seed of the noise of a Standard or Lite decoder."""
+    fps: Positive | None = None
+    """Frames per second: the frames nearest in time are taken. None takes every frame, at the mean rate of the file."""
+    quality: Annotated[int, Meta(ge=0, le=51)] = 18
+    """Constant rate factor of x264: 0 is lossless, 28 gives small files."""
+    device: PathText = "cpu"
+    """Device, such as cpu or cuda."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Type of the computation."""
+    """Number format of the computation."""
 
 
 @dataclass(frozen=True)
-class TilingFlags:
+class TilingFlags(Checked):
     """memory: sizes in latents"""
 
-    slice_frames: int = 4
-    """Latent frames that go through at once; a Standard decoder blends tiles of them."""
-    overlap_frames: int = 1
-    """Latent frames that two tiles of a Standard decoder share."""
-    tile_rows: int | None = None
-    """Rows of a spatial tile; none takes whole frames (tiles are an approximation)."""
-    tile_columns: int | None = None
-    """Columns of a spatial tile."""
-    tile_overlap: int = 2
-    """Rows and columns that two spatial tiles share."""
+    slice_frames: PositiveInt = 4
+    """Latent frames that are processed at a time. A Standard decoder blends tiles of this length."""
+    overlap_frames: Count = 1
+    """Latent frames that two neighbouring tiles of a Standard decoder share."""
+    tile_rows: PositiveInt | None = None
+    """Latent rows of a spatial tile. None takes whole frames. Tiles are an approximation."""
+    tile_columns: PositiveInt | None = None
+    """Latent columns of a spatial tile. None takes whole frames."""
+    tile_overlap: Count = 2
+    """Latent rows and columns that two neighbouring tiles share."""
 
 
 @dataclass(frozen=True)

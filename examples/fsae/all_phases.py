@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fsvideo.config import FSAE_PRESETS, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, PathText, Positive
 
 PRESET = "fsae_quickstart"
 ITERATIONS = {1: 660, 2: 96, 3: 56, 4: 32, 5: 160, 6: 120}
@@ -47,15 +48,15 @@ FLAGS = {
 
 
 @dataclass(frozen=True)
-class AllPhasesFlags:
+class AllPhasesFlags(Checked):
     """what to run"""
 
-    output_dir: str = "runs/fsae_all_phases"
-    """Everything goes here."""
-    video_dir: str | None = None
-    """Your own films instead of the fetched ones; several shots each, of 33 frames or more."""
-    scale: float = 1.0
-    """Iterations of each phase, as a multiple; 0.01 only shows that every phase runs."""
+    output_dir: PathText = "runs/fsae_all_phases"
+    """Folder for all results."""
+    video_dir: PathText | None = None
+    """Folder of your own films, with several shots of at least 33 frames each. None fetches films."""
+    scale: Positive = 1.0
+    """Factor of the number of iterations of each phase. 0.01 only shows that every phase runs."""
 
 
 @dataclass(frozen=True)

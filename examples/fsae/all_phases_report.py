@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import FSAE_PRESETS, VideoDataConfig, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, PathText, PositiveInt
 from megatron_fsvideo.data.clip_dataset import open_clips
 from megatron_fsvideo.data.video import from_unit
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, load_perceptual_loss
@@ -36,15 +37,15 @@ WHAT = {
 
 
 @dataclass(frozen=True)
-class ReportFlags:
+class ReportFlags(Checked):
     """what to compare"""
 
-    folder: str = "runs/fsae_all_phases"
+    folder: PathText = "runs/fsae_all_phases"
     """Output folder of all_phases.py."""
-    video_dir: str = "runs/fsae_all_phases/videos"
-    """The films that were trained on; their held-out shots are judged."""
-    num_clips: int = 8
-    """Clips, spread evenly over the shots."""
+    video_dir: PathText = "runs/fsae_all_phases/videos"
+    """Folder of the training's films. Their held-out shots are evaluated."""
+    num_clips: PositiveInt = 8
+    """Number of clips, spread evenly over the shots."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fsvideo.config import parse_job, require, run_script
+from megatron_fsvideo.config.rules import Checked, PathText, PositiveInt
 
 # Deep rather than wide: with more layers there is more to remember. Muon off: the paper trains with AdamW.
 MODEL = "--preset dit_quickstart --num-layers 12 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512"
@@ -22,21 +23,21 @@ SWITCHES = {"with layer memory": "--layer-memory", "without": "--no-layer-memory
 
 
 @dataclass(frozen=True)
-class CompareFlags:
+class CompareFlags(Checked):
     """what to compare on"""
 
-    latents: str
-    """Latent dataset to train on."""
-    valid_latents: str
-    """Latent dataset to validate on."""
-    output_dir: str = "runs/layer_memory"
-    """Everything goes here."""
-    num_seeds: int = 3
-    """Pairs of runs."""
-    train_iters: int = 400
+    latents: PathText
+    """Latent dataset for training."""
+    valid_latents: PathText
+    """Latent dataset for validation."""
+    output_dir: PathText = "runs/layer_memory"
+    """Folder for all results."""
+    num_seeds: PositiveInt = 3
+    """Number of pairs of runs."""
+    train_iters: PositiveInt = 400
     """Iterations of each run."""
-    smoothing: int = 25
-    """Iterations that one point of a plotted curve averages."""
+    smoothing: PositiveInt = 25
+    """Number of iterations that each point of a plotted curve averages."""
 
 
 @dataclass(frozen=True)

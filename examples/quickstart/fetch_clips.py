@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fsvideo.config import parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, PathText
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,11 @@ FILMS = (
 
 
 @dataclass(frozen=True)
-class FetchFlags:
+class FetchFlags(Checked):
     """where to"""
 
-    output_dir: str = "runs/quickstart/videos"
-    """Folder the films are put into."""
+    output_dir: PathText = "runs/quickstart/videos"
+    """Folder for the films."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from megatron_fsvideo.config import FSAE_PRESETS, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.shots import Shot, find_shots, split_shots
 from megatron_fsvideo.data.video import VideoReader, list_videos, resize_and_crop, resize_short_side, write_video
@@ -46,29 +47,29 @@ CHUNK = 32
 
 
 @dataclass(frozen=True)
-class PanFlags:
+class PanFlags(Checked):
     """what to make"""
 
-    video_dir: str = "runs/quickstart/videos"
+    video_dir: PathText = "runs/quickstart/videos"
     """Folder of films."""
-    output_dir: str = "runs/quickstart/pans"
+    output_dir: PathText = "runs/quickstart/pans"
     """Folder for the clips and manifest.jsonl."""
-    train_clips: int = 1200
-    """Pans over stills of training shots."""
-    real_clips: int = 120
-    """Clips of real motion from training shots, beside the pans."""
-    heldout_frames: int = 8
-    """First frames from held-out shots; each gives four clips, one per direction."""
-    holdout_every: int = FSAE_PRESETS["fsae_quickstart"]["holdout_every"]
-    """Every n-th shot of each film is held out; the autoencoder's training must hold out the same."""
-    bucket: str = "9x80x80"
+    train_clips: Count = 1200
+    """Number of pans over stills of training shots."""
+    real_clips: Count = 120
+    """Number of clips with real motion from training shots."""
+    heldout_frames: Count = 8
+    """Number of first frames from held-out shots. Each gives four clips, one per direction."""
+    holdout_every: PositiveInt = FSAE_PRESETS["fsae_quickstart"]["holdout_every"]
+    """Hold out every n-th shot of each film. The autoencoder's training must hold out the same shots."""
+    bucket: PathText = "9x80x80"
     """Shape of the clips, frames x height x width."""
-    travel: int = 20
-    """Pixels the window moves by from the first to the last frame."""
-    still_interval: int = 7
-    """Frames from one still to the next."""
-    seed: int = 0
-    """Of everything random."""
+    travel: Count = 20
+    """Distance in pixels that the window moves from the first to the last frame."""
+    still_interval: PositiveInt = 7
+    """Frames between stills."""
+    seed: Count = 0
+    """Seed of all random choices."""
 
 
 @dataclass(frozen=True)

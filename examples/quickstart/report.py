@@ -15,6 +15,7 @@ from PIL import Image
 
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, PathText
 from megatron_fsvideo.data.video import from_unit, read_video, to_unit, write_video
 from megatron_fsvideo.evaluation.motion import pan_direction
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
@@ -25,13 +26,13 @@ SAMPLE_SCALE = 2
 
 
 @dataclass(frozen=True)
-class ReportFlags:
+class ReportFlags(Checked):
     """what to report on"""
 
-    quickstart_dir: str = "runs/quickstart"
-    """The quickstart's folder."""
+    quickstart_dir: PathText = "runs/quickstart"
+    """Folder of the quickstart."""
     only_requests: bool = False
-    """Only write the first frames and requests.jsonl, for tools/generate.py."""
+    """Write only the first frames and requests.jsonl, for tools/generate.py."""
 
 
 @dataclass(frozen=True)

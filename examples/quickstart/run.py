@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fsvideo.config import DIT_PRESETS, FSAE_PRESETS, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, PathText
 
 BUCKET = "9x80x80"
 NUM_PROCESSES = 2
@@ -30,15 +31,15 @@ VALIDATION_BATCHES = 4
 
 
 @dataclass(frozen=True)
-class QuickstartFlags:
+class QuickstartFlags(Checked):
     """what to run"""
 
-    output_dir: str = "runs/quickstart"
-    """Everything goes here."""
-    video_dir: str | None = None
-    """Your own films instead of the fetched ones; several shots each."""
+    output_dir: PathText = "runs/quickstart"
+    """Folder for all results."""
+    video_dir: PathText | None = None
+    """Folder of your own films, with several shots each. None fetches films."""
     long: bool = False
-    """Train four times longer."""
+    """Train four times as long."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
 from megatron_fsvideo.config.flags import (
     build_job,
     differences,
-    from_dict,
     make_parser,
     parse_job,
+    prefixed,
     presets_for,
-    to_dict,
 )
 from megatron_fsvideo.config.fsae import FSAEConfig, FSAEMemoryConfig, FSAEPhaseConfig
 from megatron_fsvideo.config.fsae_losses import (
@@ -25,6 +24,7 @@ from megatron_fsvideo.config.latent_upsampler import LatentUpsamplerConfig, Late
 from megatron_fsvideo.config.parallel import DiTParallelConfig, GroupSizes, ParallelConfig
 from megatron_fsvideo.config.presets import DIT_PRESETS, FSAE_PRESETS
 from megatron_fsvideo.config.require import require
+from megatron_fsvideo.config.rules import Checked, from_dict, parse_json, read_json, to_dict
 from megatron_fsvideo.config.training import (
     CheckpointConfig,
     LoggingConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "AdversaryConfig",
     "AlignmentConfig",
     "CheckpointConfig",
+    "Checked",
     "Compression",
     "DataConfig",
     "DiTConfig",
@@ -67,7 +68,10 @@ __all__ = [
     "from_dict",
     "make_parser",
     "parse_job",
+    "parse_json",
+    "prefixed",
     "presets_for",
+    "read_json",
     "require",
     "run_script",
     "to_dict",

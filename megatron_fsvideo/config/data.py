@@ -2,66 +2,64 @@
 
 from dataclasses import dataclass
 
+from megatron_fsvideo.config.rules import Checked, Count, NonNegative, PathText, PositiveInt, Share
+
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """latent datasets made by tools/preprocess_latents.py"""
 
-    data_path: tuple[str, ...] = ()
-    """Latent dataset folders; several blend by weight: 0.7 videos/ 0.3 images/."""
-    valid_data_path: tuple[str, ...] = ()
-    """Latent dataset folders for validation, spelled like data_path."""
-    bucket_frames: tuple[int, ...] = ()
-    """Take only samples of these numbers of frames (1 for images), in validation too; none takes all."""
-    bucket_resolution: int | None = None
-    """Take only samples whose area is within a quarter of this side's square: 256 takes 256x256 and 192x320."""
-    sample_list: str | None = None
-    """File of the samples to train on, one a line, its first word the key (tools/list_samples.py prints them)."""
-    tokens_per_batch: int = 0
-    """Tokens of an optimizer step over all ranks, from which each bucket's batch size follows; 0 takes those of
+    data_path: tuple[PathText, ...] = ()
+    """Latent dataset folders. To blend several, put a weight before each: 0.7 videos/ 0.3 images/."""
+    valid_data_path: tuple[PathText, ...] = ()
+    """Latent dataset folders for validation, spelled like --data-path."""
+    bucket_frames: tuple[PositiveInt, ...] = ()
+    """Train and validate only on samples with these numbers of frames (1 for images). None takes all samples."""
+    bucket_resolution: PositiveInt | None = None
+    """Train and validate only on samples whose area is within 25% of a square with this side in pixels: 256 takes
+    256x256 and 192x320. None takes all samples."""
+    sample_list: PathText | None = None
+    """File that lists the samples to train on, one per line; the first word of a line is the sample's key
+    (tools/list_samples.py prints such lines). None takes all samples."""
+    tokens_per_batch: Count = 0
+    """Tokens per optimizer step over all ranks. The batch size of each bucket follows from it. 0 takes the tokens of
     global_batch_size samples of the largest bucket."""
-    tokens_per_micro_batch: int = 0
-    """Tokens of a micro-batch, from which each bucket's micro-batch size follows (as many samples as fit, at least
-    one); 0 takes micro_batch_size for all buckets."""
-    num_workers: int = 0
-    """Threads that read ahead; 0 reads when a batch is asked for."""
-    max_bad_fraction: float = 0.01
-    """A larger share of unreadable samples stops the run; below it they are skipped and named."""
-
-    def __post_init__(self) -> None:
-        if min(self.tokens_per_batch, self.tokens_per_micro_batch) < 0:
-            raise ValueError(
-                f"tokens_per_batch {self.tokens_per_batch} and tokens_per_micro_batch {self.tokens_per_micro_batch} "
-                "cannot be negative"
-            )
+    tokens_per_micro_batch: Count = 0
+    """Tokens per micro-batch. The micro-batch size of each bucket is the number of samples that fit, at least one. 0
+    takes micro_batch_size for all buckets."""
+    num_workers: Count = 0
+    """Number of threads that read ahead. 0 reads each batch when it is needed."""
+    max_bad_fraction: Share = 0.01
+    """Largest share of unreadable samples. They are skipped and named; a larger share stops the run."""
 
 
 @dataclass(frozen=True)
-class VideoDataConfig:
+class VideoDataConfig(Checked):
     """video files for the autoencoder"""
 
-    video_dir: str | None = None
-    """Folder of video files (searched recursively)."""
-    num_frames: int = 17
-    """Frames per training clip, 4k+1."""
-    resolution: int = 256
-    """Side of the square training crops, in pixels."""
-    short_side: int = 256
-    """Videos are resized to this short side before cropping."""
-    max_frame_stride: int = 1
-    """Training clips skip frames: every frame, every second, ... up to this stride, drawn for each clip."""
-    buckets: tuple[str, ...] = ()
-    """Clip shapes, frames x height x width as in 17x192x320, instead of num_frames and square crops: a batch has one
-    shape, and a video serves those of each length that are nearest to its aspect ratio. A shape named twice is drawn
-    twice as often."""
-    holdout_every: int = 0
-    """Every n-th shot of each video is held out for validation; 0 holds out none."""
-    valid_resolution: int | None = None
-    """Side of the square centre crops of held-out clips, in pixels; none takes resolution."""
-    cache_gib: float = 4.0
-    """Memory (GiB) for decoded videos; those that do not fit are decoded again for each clip."""
+    video_dir: PathText | None = None
+    """Folder of video files; subfolders are searched too."""
+    num_frames: PositiveInt = 17
+    """Frames per training clip; 4k + 1 for a whole number k."""
+    resolution: PositiveInt = 256
+    """Side of the square training crops in pixels."""
+    short_side: PositiveInt = 256
+    """Short side in pixels to which videos are resized before they are cropped."""
+    max_frame_stride: PositiveInt = 1
+    """Largest step between the source frames of a training clip. Each clip draws its step from 1 to this number."""
+    buckets: tuple[PathText, ...] = ()
+    """Clip shapes as frames x height x width, such as 17x192x320. They replace num_frames and square crops. All clips
+    of a batch have one shape. A video takes the shape of each length whose aspect ratio is nearest to its own. A shape
+    that is listed twice is drawn twice as often."""
+    holdout_every: Count = 0
+    """Hold out every n-th shot of each video for validation. 0 holds out none."""
+    valid_resolution: PositiveInt | None = None
+    """Side of the square centre crops of held-out clips in pixels. None takes --resolution."""
+    cache_gib: NonNegative = 4.0
+    """Memory for decoded videos in GiB. Videos that do not fit are decoded again for each clip."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_frames % 4 != 1:
             raise ValueError(
                 f"num_frames must be 4k+1 (1, 5, 9, 13, 17, ...), got {self.num_frames}; "
@@ -71,10 +69,8 @@ class VideoDataConfig:
             raise ValueError(f"short_side {self.short_side} is smaller than resolution {self.resolution}")
         if self.valid_side > self.short_side:
             raise ValueError(f"short_side {self.short_side} is smaller than valid_resolution {self.valid_side}")
-        if self.max_frame_stride < 1:
-            raise ValueError(f"max_frame_stride must be at least 1, got {self.max_frame_stride}")
 
     @property
     def valid_side(self) -> int:
-        """Side of held-out clips."""
+        """Side of held-out clips in pixels."""
         return self.resolution if self.valid_resolution is None else self.valid_resolution

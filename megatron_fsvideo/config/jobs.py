@@ -254,8 +254,6 @@ def _check_stages(num_layers: int, parallel: DiTParallelConfig) -> None:
         for number in (parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage)
         if number is not None
     ]
-    if any(number < 1 for number in ends):
-        raise ValueError(f"the first and the last pipeline stage need at least one layer, got {min(ends)}")
     pp = parallel.pipeline_model_parallel_size
     layers, stages = num_layers - sum(ends), pp - len(ends)
     if layers >= stages >= 0 and (layers % stages == 0 if stages else layers == 0):

@@ -3,34 +3,32 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_fsvideo.config.rules import Checked, Count, NonNegative, Positive, PositiveInt, Share
+
 GROUPS = 32
 """Groups of norm "group"."""
 
 
 @dataclass(frozen=True)
-class LatentUpsamplerConfig:
+class LatentUpsamplerConfig(Checked):
     """architecture of the latent upsampler (the defaults are 239.5M parameters)"""
 
-    latent_channels: int = 128
-    """Channels of the latents."""
-    mid_channels: int = 512
-    """Channels between the first and the last convolution."""
-    blocks: tuple[int, int] = (0, 16)
-    """Residual blocks before and after the doubling (paper: 16 after it; LTX-Video: 4 and 4)."""
+    latent_channels: PositiveInt = 128
+    """Number of channels of the latents."""
+    mid_channels: PositiveInt = 512
+    """Number of channels between the first and the last convolution."""
+    blocks: tuple[Count, Count] = (0, 16)
+    """Number of residual blocks before and after the doubling (paper: 16 after it; LTX-Video: 4 and 4)."""
     norm: Literal["pixel", "group"] = "pixel"
-    """pixel: over the channels of each position; group: over 32 groups of channels and the whole clip, as LTX-Video,
-    whose results then depend on the clip's length and size."""
-    norm_epsilon: float = 1e-5
+    """pixel normalises over the channels of each position. group normalises over 32 groups of channels and the whole
+    clip (LTX-Video): the result then depends on the clip's length and size."""
+    norm_epsilon: Positive = 1e-5
     """Epsilon of the norms."""
     time_padding: Literal["replicate", "zero"] = "replicate"
-    """What convolutions see before the first and after the last frame: that frame again, or zeros (LTX-Video)."""
+    """Padding of convolutions in time: replicate repeats the first and the last frame, zero adds zeros (LTX-Video)."""
 
     def __post_init__(self) -> None:
-        if min(self.latent_channels, self.mid_channels) < 1 or min(self.blocks) < 0 or len(self.blocks) != 2:
-            raise ValueError(
-                f"latent_channels {self.latent_channels} and mid_channels {self.mid_channels} must be positive, blocks "
-                f"{self.blocks} two numbers that are not negative"
-            )
+        super().__post_init__()
         if self.norm == "group" and self.mid_channels % GROUPS:
             raise ValueError(
                 f"norm group needs mid_channels that are a multiple of {GROUPS}, got {self.mid_channels}: change "
@@ -39,24 +37,16 @@ class LatentUpsamplerConfig:
 
 
 @dataclass(frozen=True)
-class LatentUpsamplingLossConfig:
+class LatentUpsamplingLossConfig(Checked):
     """weights of the latent upsampler's losses (paper section 2.4.1)"""
 
-    latent_weight: float = 0.1
+    latent_weight: NonNegative = 0.1
     """Weight of the mean absolute error of the latents (paper: 0.1)."""
-    pixel_weight: float = 0.1
+    pixel_weight: NonNegative = 0.1
     """Weight of the mean absolute error of the decoded video (paper: 0.1)."""
-    perceptual_weight_start: float = 0.1
+    perceptual_weight_start: NonNegative = 0.1
     """Weight of the perceptual loss in the first iteration (paper: 0.1)."""
-    perceptual_weight_end: float = 1.0
-    """Its weight after the ramp (paper: 1)."""
-    perceptual_ramp: float = 0.5
-    """Share of the run in which its weight rises linearly (the paper says "gradually")."""
-
-    def __post_init__(self) -> None:
-        weights = (self.latent_weight, self.pixel_weight, self.perceptual_weight_start, self.perceptual_weight_end)
-        if min(weights) < 0 or not 0 <= self.perceptual_ramp <= 1:
-            raise ValueError(
-                "latent_weight, pixel_weight, perceptual_weight_start and perceptual_weight_end must not be negative, "
-                f"got {weights}; perceptual_ramp must be in 0..1, got {self.perceptual_ramp}"
-            )
+    perceptual_weight_end: NonNegative = 1.0
+    """Weight of the perceptual loss after the ramp (paper: 1)."""
+    perceptual_ramp: Share = 0.5
+    """Share of the run in which the weight of the perceptual loss rises linearly (paper: "gradually")."""

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from megatron_fsvideo.config.rules import Checked, Count, Positive, PositiveInt
+
 
 class GroupSizes(NamedTuple):
     """Numbers of ranks along each axis of a layout."""
@@ -23,24 +25,20 @@ class GroupSizes(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(Checked):
     """data and context parallelism, recomputation (all jobs)"""
 
-    context_parallel_size: int = 1
+    context_parallel_size: PositiveInt = 1
     """Number of ranks that share the tokens or frames of each sample."""
     use_distributed_optimizer: bool = False
     """Divide the optimizer's state among the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Start to reduce gradients while the backward pass still runs."""
     recompute_granularity: Literal["full", "selective"] | None = None
-    """Compute activations again in the backward pass, which saves memory: those of whole layers or blocks (full), or of
-    recompute_modules only (selective; DiT)."""
-    distributed_timeout_minutes: float = 10
-    """Time after which a run ends if a rank makes no progress; the message names the ranks that are waited for."""
-
-    def __post_init__(self) -> None:
-        if self.context_parallel_size < 1:
-            raise ValueError(f"context_parallel_size must be at least 1, got {self.context_parallel_size}")
+    """Compute activations again in the backward pass, which saves memory: full recomputes whole layers or blocks,
+    selective recomputes only recompute_modules (DiT only). None keeps all activations."""
+    distributed_timeout_minutes: Positive = 10
+    """Minutes after which a run ends if a rank makes no progress. The message names the ranks that are waited for."""
 
     @property
     def group_sizes(self) -> GroupSizes:
@@ -57,57 +55,53 @@ class ParallelConfig:
 class DiTParallelConfig(ParallelConfig):
     """tensor, sequence, context, pipeline and data parallelism, numerics (DiT)"""
 
-    tensor_model_parallel_size: int = 1
-    """Ranks that share each layer's weights."""
-    pipeline_model_parallel_size: int = 1
-    """Pipeline stages that share the layers."""
+    tensor_model_parallel_size: PositiveInt = 1
+    """Number of ranks that share the weights of each layer."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Number of pipeline stages that share the layers."""
     cp_comm_type: Literal["a2a", "p2p", "all_gather", "a2a+p2p"] = "a2a"
-    """What they exchange: heads (Ulysses all-to-all); with Transformer Engine also keys and values, in a ring (p2p) or
-    all at once (all_gather), or heads among near ranks and keys and values among far ones (a2a+p2p)."""
-    hierarchical_context_parallel_sizes: tuple[int, ...] = ()
-    """With cp_comm_type a2a+p2p: ranks that exchange heads, and groups of them that exchange keys and values."""
+    """What context-parallel ranks exchange in attention. a2a: heads (Ulysses). With Transformer Engine also p2p: keys
+    and values in a ring; all_gather: keys and values at once; a2a+p2p: heads among near ranks, keys and values among
+    distant ranks."""
+    hierarchical_context_parallel_sizes: tuple[PositiveInt, ...] = ()
+    """For cp_comm_type a2a+p2p, two sizes: ranks that exchange heads, and groups that exchange keys and values."""
     sequence_parallel: bool = False
-    """Share the tokens over the tensor-parallel ranks outside the linear layers."""
-    num_layers_in_first_pipeline_stage: int | None = None
-    """Layers of the first stage, when stages are uneven; none shares all layers evenly."""
-    num_layers_in_last_pipeline_stage: int | None = None
-    """Layers of the last stage, when stages are uneven; none shares all layers evenly."""
-    num_virtual_stages_per_pipeline_rank: int | None = None
-    """Model chunks per pipeline rank: smaller bubbles, more messages; none is one."""
-    num_layers_per_virtual_pipeline_stage: int | None = None
-    """The same by the layers of a chunk, instead of the number of chunks; the stages are then even."""
+    """Divide the tokens among the tensor-parallel ranks outside the linear layers."""
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    """Number of layers of the first pipeline stage. None gives it as many as the others."""
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
+    """Number of layers of the last pipeline stage. None gives it as many as the others."""
+    num_virtual_stages_per_pipeline_rank: PositiveInt | None = None
+    """Model chunks per pipeline rank. More chunks wait less and send more messages. None is one chunk."""
+    num_layers_per_virtual_pipeline_stage: PositiveInt | None = None
+    """Layers per model chunk: another way to set the number of chunks, for pipeline stages of equal size."""
     recompute_method: Literal["uniform", "block"] = "uniform"
-    """Full recomputation of all layers, or (block) of the first recompute_num_layers of each stage."""
-    recompute_num_layers: int = 1
-    """With uniform: layers recomputed at once (with layer memory always one); with block: layers recomputed."""
-    recompute_modules: tuple[str, ...] = ("core_attn",)
-    """What selective recomputation recomputes, of core_attn and mlp."""
+    """Layers of full recomputation. uniform: all layers; block: the first recompute_num_layers layers of each stage."""
+    recompute_num_layers: PositiveInt = 1
+    """uniform: number of layers that are recomputed together (always one with layer memory). block: number of layers
+    that are recomputed."""
+    recompute_modules: tuple[Literal["core_attn", "mlp"], ...] = ("core_attn",)
+    """Modules of selective recomputation."""
     transformer_impl: Literal["local", "transformer_engine"] = "local"
-    """Which linears, norms and attention: torch's (local) or Transformer Engine's."""
+    """Library of the linear layers, norms and attention: local is torch."""
     fp8_format: Literal["e4m3", "hybrid"] | None = None
-    """Multiply the matrices of attention and feed-forward in FP8 (Transformer Engine, bf16): all tensors in e4m3, or
-    output gradients in e5m2 (hybrid); none does not."""
+    """Compute the matrix products of attention and feed-forward in FP8 (needs Transformer Engine and bf16). e4m3: all
+    tensors in E4M3; hybrid: output gradients in E5M2. None uses no FP8."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
-    """Scales of FP8: of the tensor at hand, of its last values (delayed; they start anew with every process), of blocks
-    of 128 (compute capability 9.0, CUDA 12.9), of 32 values (mxfp8, compute capability 10.0)."""
-    fp8_margin: int = 0
-    """Binary orders of magnitude that delayed scaling leaves free."""
-    fp8_amax_history_len: int = 1
-    """Iterations whose largest values delayed scaling remembers."""
+    """Scaling factors of FP8. tensorwise: from the current tensor; delayed: from its values in earlier iterations
+    (which each process collects anew); blockwise: per block of 128 values (compute capability 9.0, CUDA 12.9); mxfp8:
+    per 32 values (compute capability 10.0)."""
+    fp8_margin: Count = 0
+    """Powers of two that delayed scaling keeps free above the largest value."""
+    fp8_amax_history_len: PositiveInt = 1
+    """Number of iterations whose largest values delayed scaling remembers."""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
-    """Which of them gives the delayed scale."""
+    """Which remembered value sets the delayed scaling factor."""
     layer_memory_kernel: Literal["auto", "torch", "triton"] = "auto"
-    """What mixes layer memory: Triton's kernels, plain torch, or Triton's on CUDA and torch elsewhere."""
+    """Implementation of layer memory's mixing. auto uses Triton on CUDA and torch elsewhere."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        sizes = {
-            "tensor_model_parallel_size": self.tensor_model_parallel_size,
-            "pipeline_model_parallel_size": self.pipeline_model_parallel_size,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel shares tokens over tensor_model_parallel_size ranks, which is 1")
 
@@ -119,10 +113,6 @@ class DiTParallelConfig(ParallelConfig):
             )
         self._check_layers_per_chunk()
         self._check_transformer_impl()
-        if self.recompute_num_layers < 1:
-            raise ValueError(f"recompute_num_layers must be at least 1, got {self.recompute_num_layers}")
-        if unknown := set(self.recompute_modules) - {"core_attn", "mlp"}:
-            raise ValueError(f"recompute_modules takes core_attn and mlp, got {' '.join(sorted(unknown))}")
 
     def _check_layers_per_chunk(self) -> None:
         layers = self.num_layers_per_virtual_pipeline_stage
@@ -133,10 +123,10 @@ class DiTParallelConfig(ParallelConfig):
                 f"num_layers_per_virtual_pipeline_stage {layers} and num_virtual_stages_per_pipeline_rank "
                 f"{self.num_virtual_stages_per_pipeline_rank} say the same thing in two ways: give one of them"
             )
-        if layers < 1 or self.pipeline_model_parallel_size < 2:
+        if self.pipeline_model_parallel_size < 2:
             raise ValueError(
-                f"num_layers_per_virtual_pipeline_stage {layers} with pipeline_model_parallel_size "
-                f"{self.pipeline_model_parallel_size}: at least 1 and 2, or leave the first out"
+                f"num_layers_per_virtual_pipeline_stage {layers} needs a pipeline_model_parallel_size of at least 2, "
+                f"got {self.pipeline_model_parallel_size}"
             )
         ends = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
         if any(end is not None for end in ends):
@@ -154,15 +144,13 @@ class DiTParallelConfig(ParallelConfig):
                 raise ValueError(
                     f"cp_comm_type {self.cp_comm_type} needs transformer_impl transformer_engine; local has a2a only"
                 )
-        if self.fp8_amax_history_len < 1:
-            raise ValueError(f"fp8_amax_history_len must be at least 1, got {self.fp8_amax_history_len}")
         sizes = self.hierarchical_context_parallel_sizes
         if (self.cp_comm_type == "a2a+p2p") != bool(sizes):
             raise ValueError(
                 f"cp_comm_type is {self.cp_comm_type} and hierarchical_context_parallel_sizes is {list(sizes)}: "
                 "a2a+p2p needs two sizes, the others none"
             )
-        if sizes and (len(sizes) != 2 or min(sizes) < 1 or math.prod(sizes) != self.context_parallel_size):
+        if sizes and (len(sizes) != 2 or math.prod(sizes) != self.context_parallel_size):
             raise ValueError(
                 f"hierarchical_context_parallel_sizes {' '.join(map(str, sizes))} must be two sizes whose product is "
                 f"context_parallel_size {self.context_parallel_size}"

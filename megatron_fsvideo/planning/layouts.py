@@ -6,6 +6,8 @@ from itertools import product
 from typing import Literal
 
 from megatron_fsvideo.config import Compression, DiTConfig, DiTParallelConfig, check_layout, check_token_count
+from megatron_fsvideo.config.rules import Checked, NonNegative, Positive, PositiveInt
+from megatron_fsvideo.config.training import Decay
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.memory import MemoryByPart, peak_memory
 from megatron_fsvideo.planning.rates import RateConfig
@@ -16,71 +18,71 @@ FP8_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    """what is planned, and what is given; what is left out is searched"""
+class PlanConfig(Checked):
+    """the job, and the parts of its layout that are given; the planner searches the rest"""
 
-    num_gpus: int = 64
-    """GPUs of the job."""
-    gpu_memory_gb: float = 80.0
-    """Memory of one GPU, in GB of 1e9 bytes."""
-    reserved_memory_gb: float = 6.0
-    """Of it, what the CUDA context, NCCL and fragmentation take."""
-    frames: int = 121
-    """Frames of a clip: 1 + a multiple of temporal_factor; 1 is an image."""
-    height: int = 512
-    """Pixel rows, a multiple of spatial_factor."""
-    width: int = 512
-    """Pixel columns, a multiple of spatial_factor."""
-    spatial_factor: int = 64
+    num_gpus: PositiveInt = 64
+    """Number of GPUs of the job."""
+    gpu_memory_gb: Positive = 80.0
+    """Memory of one GPU in GB (10^9 bytes)."""
+    reserved_memory_gb: NonNegative = 6.0
+    """Part of the GPU memory for the CUDA context, NCCL and fragmentation, in GB."""
+    frames: PositiveInt = 121
+    """Frames of a clip: 1 + a multiple of temporal_factor. 1 is an image."""
+    height: PositiveInt = 512
+    """Height of a frame in pixels, a multiple of spatial_factor."""
+    width: PositiveInt = 512
+    """Width of a frame in pixels, a multiple of spatial_factor."""
+    spatial_factor: PositiveInt = 64
     """Pixels per latent row and column."""
-    temporal_factor: int = 4
+    temporal_factor: PositiveInt = 4
     """Frames per latent frame, after the first."""
-    text_length: int = 512
-    """Text tokens."""
-    image_length: int = 257
-    """Image tokens."""
-    micro_batch_size: int | None = None
-    """Samples of a rank in one forward pass; none searches 1, 2, 4 and 8."""
-    global_batch_size: int | None = None
-    """Samples of an optimizer step; none takes two a GPU."""
-    tensor_model_parallel_size: int | None = None
-    """Ranks that share each layer's weights."""
+    text_length: PositiveInt = 512
+    """Number of text tokens."""
+    image_length: PositiveInt = 257
+    """Number of image tokens."""
+    micro_batch_size: PositiveInt | None = None
+    """Samples per rank in one forward pass. None tries 1, 2, 4 and 8."""
+    global_batch_size: PositiveInt | None = None
+    """Samples per optimizer step. None takes two per GPU."""
+    tensor_model_parallel_size: PositiveInt | None = None
+    """Number of ranks that share the weights of each layer. None searches."""
     sequence_parallel: bool | None = None
-    """Share tokens over them too; none does whenever they are several: else each mixes layer memory for all tokens."""
-    context_parallel_size: int | None = None
-    """Ranks that share each sample's tokens."""
-    pipeline_model_parallel_size: int | None = None
-    """Pipeline stages."""
-    num_virtual_stages_per_pipeline_rank: int | None = None
-    """Model chunks per pipeline rank; none is one."""
-    num_layers_in_first_pipeline_stage: int | None = None
-    """Layers of the first stage."""
-    num_layers_in_last_pipeline_stage: int | None = None
-    """Layers of the last stage."""
+    """Divide the tokens among the tensor-parallel ranks. None does so if there are several ranks; without it, each rank
+    mixes layer memory for all tokens."""
+    context_parallel_size: PositiveInt | None = None
+    """Number of ranks that share the tokens of each sample. None searches."""
+    pipeline_model_parallel_size: PositiveInt | None = None
+    """Number of pipeline stages. None searches."""
+    num_virtual_stages_per_pipeline_rank: PositiveInt | None = None
+    """Model chunks per pipeline rank. None is one chunk."""
+    num_layers_in_first_pipeline_stage: PositiveInt | None = None
+    """Layers of the first pipeline stage. None gives it as many as the others."""
+    num_layers_in_last_pipeline_stage: PositiveInt | None = None
+    """Layers of the last pipeline stage. None gives it as many as the others."""
     recompute_granularity: Literal["search", "none", "selective", "full"] = "search"
-    """Recomputation; selective is of core_attn and mlp."""
+    """Recomputation of activations. selective recomputes core_attn and mlp."""
     use_distributed_optimizer: bool = True
-    """Share the optimizer's state over data- and context-parallel ranks."""
+    """Divide the optimizer's state among the data- and context-parallel ranks."""
     overlap_grad_reduce: bool = True
-    """Reduce gradients while the backward pass runs."""
+    """Start to reduce gradients while the backward pass still runs."""
     bf16: bool = True
     """Train in bfloat16 with fp32 master weights."""
     fp8: bool = False
-    """Check what FP8 products need; state their rate with gemm_tflops. Memory is planned as in bf16."""
-    ema_decay: float = 0.9999
-    """Decay of the moving average of the weights; 0 keeps none."""
-    top: int = 5
-    """Layouts to show."""
+    """Check the sizes that FP8 needs. Set its rate with --gemm-tflops. Memory is counted as in bf16."""
+    ema_decay: Decay = 0.9999
+    """Decay of the moving average of the weights. 0 keeps no average."""
+    top: PositiveInt = 5
+    """Number of layouts to show."""
     json: bool = False
     """Print JSON instead of tables."""
 
     def __post_init__(self) -> None:
-        if self.num_gpus < 1 or self.frames < 1:
-            raise ValueError(f"num_gpus {self.num_gpus} and frames {self.frames} must be at least 1")
+        super().__post_init__()
         if (self.frames - 1) % self.temporal_factor:
             raise ValueError(f"frames {self.frames} is not 1 + a multiple of temporal_factor {self.temporal_factor}")
         for name, side in (("height", self.height), ("width", self.width)):
-            if side % self.spatial_factor or side < 1:
+            if side % self.spatial_factor:
                 below = side // self.spatial_factor * self.spatial_factor
                 raise ValueError(
                     f"{name} {side} is not a multiple of spatial_factor {self.spatial_factor}; the nearest are "

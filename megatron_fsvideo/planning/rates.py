@@ -2,34 +2,32 @@
 
 from dataclasses import dataclass
 
+from megatron_fsvideo.config.rules import Checked, NonNegative, Positive, PositiveInt
+
 
 @dataclass(frozen=True)
-class RateConfig:
-    """rates that are reached, not peaks (the defaults: 8 H100 SXM a node, 400 Gb/s a GPU between nodes, bf16)"""
+class RateConfig(Checked):
+    """sustained rates, not peaks (defaults: 8 H100 SXM per node, 400 Gb/s per GPU between nodes, bf16)"""
 
-    gpus_per_node: int = 8
-    """GPUs that share the fast links."""
-    peak_tflops: float = 989.0
-    """Peak of one GPU, of which MFU is a share."""
-    gemm_tflops: float = 650.0
-    """Matrix products; with fp8 about 1200."""
-    attention_tflops: float = 600.0
-    """Attention (FlashAttention 3)."""
-    memory_gbs: float = 2700.0
-    """Memory bandwidth in GB/s, of element-wise operations and layer memory."""
-    elementwise_passes: float = 38.0
-    """Hidden-size tensors that a layer reads and writes in its forward (well fused: norms, rotary, residuals)."""
-    node_gbs: float = 350.0
-    """GB/s out of one GPU to others of its node."""
-    network_gbs: float = 45.0
-    """GB/s out of one GPU to other nodes."""
-    message_microseconds: float = 15.0
-    """Time that every message takes besides."""
-
-    def __post_init__(self) -> None:
-        for name in self.__dataclass_fields__:
-            if getattr(self, name) <= 0 and name not in ("elementwise_passes", "message_microseconds"):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+    gpus_per_node: PositiveInt = 8
+    """Number of GPUs with fast links among them."""
+    peak_tflops: Positive = 989.0
+    """Peak rate of one GPU in TFLOP/s, for the model FLOPs utilisation (MFU)."""
+    gemm_tflops: Positive = 650.0
+    """Rate of matrix products in TFLOP/s; about 1200 with FP8."""
+    attention_tflops: Positive = 600.0
+    """Rate of attention in TFLOP/s (FlashAttention 3)."""
+    memory_gbs: Positive = 2700.0
+    """Memory bandwidth of element-wise operations and layer memory in GB/s."""
+    elementwise_passes: NonNegative = 38.0
+    """Number of hidden-size tensors that a layer reads and writes in its forward pass, with fused norms, rotary
+    embedding and residuals."""
+    node_gbs: Positive = 350.0
+    """Bandwidth from one GPU to others of its node in GB/s."""
+    network_gbs: Positive = 45.0
+    """Bandwidth from one GPU to other nodes in GB/s."""
+    message_microseconds: NonNegative = 15.0
+    """Latency of a message in microseconds."""
 
     def message_seconds(self, num_bytes: float, messages: float, span: int) -> float:
         """Time of messages in groups whose ranks lie within `span` consecutive ranks."""

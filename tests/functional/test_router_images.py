@@ -151,7 +151,7 @@ def test_the_tool_plots_the_weights_that_mix(trained):
     ("job", "argv", "words"),
     [
         (DiTJob, "--router-image-interval 5", "router_image_interval 5 .* name a tensorboard_dir"),
-        (DiTJob, "--router-image-interval -1 --tensorboard-dir x", "must not be negative, got -1"),
+        (DiTJob, "--router-image-interval -1 --tensorboard-dir x", "must be an integer of at least 0, got -1"),
         (DiTJob, "--router-image-interval 5 --tensorboard-dir x --no-layer-memory", "layer_memory False has none"),
         (FSAEJob, "--router-image-interval 5 --tensorboard-dir x", "is for the DiT"),
     ],

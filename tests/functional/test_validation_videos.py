@@ -72,7 +72,7 @@ def test_two_ranks_make_what_one_makes_and_training_does_not_notice(data, fsae, 
         (SAMPLING, "sample_interval needs valid_data_path, eval_iters and tensorboard_dir"),
         (
             [*SAMPLING, "--num-validation-videos", "0"],
-            "num_validation_videos 0 and num_sampling_steps 3 must be at least",
+            "num_validation_videos must be an integer of at least 1, got 0",
         ),
         (
             [*SAMPLING, *"--eval-iters 1 --valid-data-path x --tensorboard-dir y".split()]

@@ -65,7 +65,7 @@ def device(monkeypatch):
         ),
         ([*FP8, "--hidden-size", "72"], "needs a multiple of 16; hidden_size is 72"),
         ([*FP8, "--fp8-recipe", "mxfp8", "--ffn-hidden-size", "48"], "needs a multiple of 32; ffn_hidden_size"),
-        ([*FP8, "--fp8-amax-history-len", "0"], "fp8_amax_history_len must be at least 1"),
+        ([*FP8, "--fp8-amax-history-len", "0"], "fp8_amax_history_len must be an integer of at least 1, got 0"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused_in_one_line(argv, words, capsys):

@@ -34,7 +34,7 @@ def test_batch_sizes_follow_a_token_budget():
 def test_a_batch_size_that_is_no_multiple_is_refused():
     with pytest.raises(ValueError, match="global_batch_size 12 is not a multiple of batch_size_multiple 8"):
         global_batch_sizes(TOKENS, 12, 8)
-    with pytest.raises(ValueError, match="batch_size_multiple -1 cannot be negative"):
+    with pytest.raises(ValueError, match="batch_size_multiple must be an integer of at least 0, got -1"):
         TrainingConfig(batch_size_multiple=-1)
 
 

@@ -10,6 +10,7 @@ import pytest
 from megatron_fsvideo.config import (
     DIT_PRESETS,
     FSAE_PRESETS,
+    Checked,
     DiTConfig,
     DiTJob,
     DiTParallelConfig,
@@ -117,7 +118,6 @@ def test_uneven_pipeline_stages_are_legal():
         (2, 20, 20, "take 40 of num_layers 41; the other 1 cannot be shared evenly by the other 0 of 2 stages"),
         (3, 20, None, "take 20 of num_layers 41; the other 21 cannot be shared evenly by the other 2 of 3 stages"),
         (1, 20, None, "other 21 cannot be shared evenly by the other 0 of 1 stages"),
-        (2, 0, None, "at least one layer, got 0"),
         (3, None, None, "3 does not divide num_layers 41"),
     ],
 )
@@ -145,8 +145,8 @@ def test_layers_of_a_virtual_stage_are_another_spelling_of_their_number():
     ("flags", "words"),
     [
         ("-layers-per-virtual-pipeline-stage 2 --num-virtual-stages-per-pipeline-rank 3", "give one of them"),
-        ("-layers-per-virtual-pipeline-stage 0", "0 with pipeline_model_parallel_size 4: at least 1 and 2"),
-        ("-layers-per-virtual-pipeline-stage 2 --pipeline-model-parallel-size 1", "parallel_size 1: at least 1 and 2"),
+        ("-layers-per-virtual-pipeline-stage 0", "must be an integer of at least 1 or none, got 0"),
+        ("-layers-per-virtual-pipeline-stage 2 --pipeline-model-parallel-size 1", "parallel_size of at least 2, got 1"),
         (
             "-layers-per-virtual-pipeline-stage 4",
             "4 x pipeline_model_parallel_size 4 = 16 does not divide num_layers 24",
@@ -199,7 +199,7 @@ def test_from_dict_refuses_unknown_fields():
 
 def test_a_field_without_a_docstring_is_refused():
     @dataclass(frozen=True)
-    class Group:
+    class Group(Checked):
         """a group"""
 
         number: int = 0

@@ -119,5 +119,5 @@ def test_mfu_is_a_share_of_the_stated_peak(tmp_path):
     assert rows[0]["mfu"] == 0.5
     if not torch.cuda.is_available():
         assert rows[1]["mfu"] is None
-    with pytest.raises(ValueError, match="peak_tflops must be positive, got -1"):
+    with pytest.raises(ValueError, match="peak_tflops must be a number above 0 or none, got -1"):
         LoggingConfig(peak_tflops=-1)

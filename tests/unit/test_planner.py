@@ -238,7 +238,7 @@ def test_sizes_off_the_grid_are_refused():
         PlanConfig(height=720)
     with pytest.raises(ValueError, match="frames 120 is not 1 \\+ a multiple of temporal_factor 4"):
         PlanConfig(frames=120)
-    with pytest.raises(ValueError, match="gemm_tflops must be positive"):
+    with pytest.raises(ValueError, match="gemm_tflops must be a number above 0, got 0.0"):
         RateConfig(gemm_tflops=0.0)
 
 
