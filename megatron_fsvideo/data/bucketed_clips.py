@@ -35,6 +35,7 @@ class BucketedClips:
     """
 
     def __init__(self, shots: Sequence[Shot], buckets: Sequence[Bucket], seed: int, max_frame_stride: int = 1) -> None:
+        self.shots = list(shots)
         self.seed = seed
         self.max_frame_stride = max_frame_stride
         self._readers = {path: VideoReader(path) for path in sorted({shot.path for shot in shots})}

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from megatron_fsvideo.data.latent_shards import (
     read_record,
     read_sample,
 )
+from megatron_fsvideo.data.sample_order import list_record
 from megatron_fsvideo.models.codecs import LatentScale, is_same_encoder
 
 logger = logging.getLogger(__name__)
@@ -176,6 +178,17 @@ class LatentDataset:
             "buckets": [str(bucket) for bucket in self.buckets],
             "streams": [[str(stream.bucket), stream.num_samples, str(stream.share)] for stream in self.streams],
         }
+
+    @cached_property
+    def list_records(self) -> list[dict[str, Any]]:
+        """Each stream's record (sample_order.py): digests of its samples' keys and checksums, from the manifests."""
+        return [
+            list_record(
+                f"the samples of {stream.bucket} in folder {stream.folder_index + 1} of data_path",
+                (f"{entry.key} {entry.crc32}" for _, entry in samples),
+            )
+            for stream, samples in zip(self.streams, self._samples, strict=True)
+        ]
 
     def bucket_tokens(self, patch_size: tuple[int, int, int]) -> dict[Bucket, int]:
         """Tokens of one sample of each bucket."""

@@ -90,6 +90,22 @@ def test_latents_of_another_autoencoder_are_refused(saved: Path, tmp_path: Path)
     _expect_one_line(debug_arguments(other, saved), tmp_path / "log", "autoencoder", "aaaaaaaa", "bbbbbb")
 
 
+@pytest.mark.parametrize(
+    ("dataset", "flags", "said"),
+    [
+        ({"seed": 1}, "", "the samples of 5x32x32 in folder 1 of data_path (24) are others, or have other contents"),
+        ({}, "--seed 7", "seed is 7, it was 1234"),
+        ({}, "--global-batch-size 4", "the batch of 5x32x32 is 4, it was 2"),
+        ({"num_samples": 25}, "", "24 samples of 5x32x32"),
+    ],
+    ids=["replaced", "seed", "batch", "count"],
+)
+def test_a_position_in_other_data_is_refused(saved: Path, tmp_path: Path, dataset: dict, flags: str, said: str) -> None:
+    other = write_latent_dataset(tmp_path / "other", **dataset)
+    argv = debug_arguments(other, saved, *flags.split(), "--train-iters", "3")
+    _expect_one_line(argv, tmp_path / "log", said, "--new-stage", "--finetune")
+
+
 def test_a_damaged_pointer_is_an_error(tmp_path: Path) -> None:
     (tmp_path / LATEST_FILE).write_text("7\n")
     with pytest.raises(ValueError, match="iter_0000007 does not exist"):
@@ -103,6 +119,7 @@ def test_a_checkpoint_says_what_made_it(saved: Path) -> None:
     record = json.loads((iteration_folder(saved, SAVED) / JOB_FILE).read_text())
     assert record["job"]["model"]["num_layers"] == 2
     assert record["data"]["autoencoder"]["fingerprint"] == "a" * 64
+    assert record["order"]["settings"] == {"seed": 1234, "the batch of 5x32x32": 2}
     assert (record["iteration"], record["consumed_samples"]) == (SAVED, 2 * SAVED)
 
 

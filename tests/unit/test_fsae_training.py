@@ -205,6 +205,18 @@ def test_a_resumed_run_is_the_unbroken_one(video_dir: Path, tmp_path: Path) -> N
         with pytest.raises(ValueError, match=r"another architecture: .*latent_channels"):
             FSAEStep(debug_job(video_dir, load=str(tmp_path / "b"), latent_channels=8), pgs).load()
 
+        # Neither other videos, nor another seed or batch, continue at its position.
+        (tmp_path / "other").mkdir()
+        other = make_film(tmp_path / "other") / "film.mp4"
+        other.write_bytes(other.read_bytes() + bytes(8))
+        for changes, said in (
+            ({"video_dir": other.parent}, "the shots of video_dir .2. are others"),
+            ({"seed": 3, "image_batch_size": 8}, "image_batch_size is 8, it was 4; seed is 3, it was 1234"),
+            ({"global_batch_size": 4}, "global_batch_size is 4, it was 2.* --init-from"),
+        ):
+            with pytest.raises(ValueError, match=said):
+                FSAEStep(debug_job(**{"video_dir": video_dir, "load": str(tmp_path / "b")} | changes), pgs).load()
+
     in_a_process_of_its_own(check)
 
 
@@ -222,6 +234,8 @@ def test_jobs_that_cannot_run_are_refused(video_dir: Path) -> None:
             build_job(FSAEJob, {"perceptual_trunk": "none"})
         with pytest.raises(ValueError, match="num_frames must be 4k.1 .* got 16; try 17"):
             build_job(FSAEJob, {"num_frames": 16})
+        with pytest.raises(ValueError, match="train_iters 2 ends within the image_warmup_iters 2, on single frames"):
+            FSAEStep(debug_job(video_dir, train_iters=2), pgs)
         with pytest.raises(ValueError, match="set holdout_every"):
             FSAEStep(debug_job(video_dir, eval_iters=1, holdout_every=0), pgs)
 

@@ -24,6 +24,7 @@ from megatron_fsvideo.checkpoint.writer import CheckpointWriter
 from megatron_fsvideo.config import DiTJob, to_dict
 from megatron_fsvideo.data.batch import Batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.data.sample_order import check_order
 from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
 from megatron_fsvideo.diffusion.losses import loss_of_mse
 from megatron_fsvideo.models.codecs import LatentScale
@@ -42,6 +43,7 @@ from megatron_fsvideo.training.steps.dit_batches import (
     BatchSource,
     check_batches,
     check_data_fits_model,
+    sample_order,
     training_filter,
     validation_filter,
 )
@@ -169,6 +171,7 @@ class DiTStep:
             "format": 1,
             "job": to_dict(self.job),
             "data": self.dataset.description(),
+            "order": sample_order(self.dataset, self.job),
             "iteration": state.iteration,
             "consumed_samples": state.consumed_samples,
         }
@@ -211,6 +214,11 @@ class DiTStep:
         record = read_record(folder, iteration)
         description = self.dataset.description()
         check_agreement(record, self.job, description, str(folder), finetune=finetune, new_stage=new_stage)
+        if not finetune and not new_stage and "order" in record:
+            remedy = (
+                "load it with --new-stage (keeps the optimizer's state) or --finetune, and save into another folder"
+            )
+            check_order(record["order"], sample_order(self.dataset, self.job), str(folder), remedy)
         if is_resumed:
             self.writer.resume_from(iteration)
         if record["data"] is not None:

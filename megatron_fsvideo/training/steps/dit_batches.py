@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from megatron_fsvideo.config import DataConfig, DiTConfig, DiTJob, DiTParallelConfig, TrainingConfig, check_token_count
 from megatron_fsvideo.data.batch import Batch, BatchLoader, broadcast_batch
@@ -9,6 +10,7 @@ from megatron_fsvideo.data.batch_sizes import Sharing, global_batch_sizes, micro
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_dataset import LatentDataset, SampleFilter, read_sample_list
 from megatron_fsvideo.data.latent_shards import sample_id
+from megatron_fsvideo.data.sample_order import order_record
 from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
@@ -88,6 +90,13 @@ def step_sizes(tokens: Mapping[Bucket, int], training: TrainingConfig, data: Dat
         tokens: of one sample of each bucket.
     """
     return global_batch_sizes(tokens, training.global_batch_size, training.batch_size_multiple, data.tokens_per_batch)
+
+
+def sample_order(dataset: LatentDataset, job: DiTJob) -> dict[str, Any]:
+    """What decides which samples a batch holds, for the checkpoint's record."""
+    sizes = step_sizes(dataset.bucket_tokens(job.model.patch_size), job.training, job.data)
+    settings = {"seed": job.training.seed} | {f"the batch of {bucket}": size for bucket, size in sizes.items()}
+    return order_record("the computed shuffle", settings, dataset.list_records)
 
 
 def sharing(tokens: Mapping[Bucket, int], job: DiTJob, dp_size: int) -> dict[Bucket, Sharing]:

@@ -23,6 +23,7 @@ from megatron_fsvideo.checkpoint.distributed import (
 )
 from megatron_fsvideo.checkpoint.writer import CheckpointWriter
 from megatron_fsvideo.config import FSAEConfig, FSAEJob, differences, from_dict, to_dict
+from megatron_fsvideo.data.sample_order import check_order
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
 from megatron_fsvideo.losses.latent_regularizers import LatentTransform, draw_transform
@@ -145,7 +146,7 @@ class FSAEStep:
             "adversary": self.adversary.state_dict() if self.adversary is not None else None,
         }
         released = weights if self.ema is None else weights | self.ema.weights
-        record = {"job": to_dict(self.job), "iteration": state.iteration}
+        record = {"job": to_dict(self.job), "iteration": state.iteration, "order": self.batches.sample_order()}
         self.writer.save(
             state.iteration,
             lambda target: plan_fsae_checkpoint(
@@ -185,19 +186,22 @@ class FSAEStep:
         source = iteration_folder(Path(folder), iteration)
         if self.writer is not None and Path(folder) == self.writer.folder:
             self.writer.resume_from(iteration)
-        record = read_record(Path(folder), iteration)["job"]
-        if wrong := differences(from_dict(FSAEConfig, record["model"]), self.job.model):
+        record = read_record(Path(folder), iteration)
+        if wrong := differences(from_dict(FSAEConfig, record["job"]["model"]), self.job.model):
             raise ValueError(f"the checkpoint {source} has another architecture: {'; '.join(wrong)}")
         content = torch.load(source / TRAINING_FILE, map_location=self.pgs.device, weights_only=True)
         self.model.load_state_dict(content["weights"])
         if self.job.checkpoint.finetune:
             return TrainState()
-        saved = from_dict(FSAEJob, record)
+        saved = from_dict(FSAEJob, record["job"])
         if saved.phase.phase != self.job.phase.phase:
             raise ValueError(
                 f"the checkpoint {source} is of phase {saved.phase.phase}, this run of phase {self.job.phase.phase}: "
                 "give it a --load and --save folder of its own, and the other as --init-from"
             )
+        if "order" in record:
+            remedy = "start from it as --init-from, with a --save folder of its own"
+            check_order(record["order"], self.batches.sample_order(), str(source), remedy)
         self._load_training_state(content, source)
         return TrainState(content["iteration"], content["consumed_samples"])
 

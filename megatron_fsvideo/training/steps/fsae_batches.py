@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import getsize, relpath
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from megatron_fsvideo.data.batch_sizes import Sharing, global_batch_sizes, micro
 from megatron_fsvideo.data.bucketed_clips import BucketedClips, open_bucketed_clips
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.clip_dataset import ClipDataset, open_clips
+from megatron_fsvideo.data.sample_order import list_record, order_record
 from megatron_fsvideo.models.fsae.frame_shards import MIN_LATENTS
 from megatron_fsvideo.models.fsae.patch import cell_size
 from megatron_fsvideo.parallel.seeds import sample_generator
@@ -65,6 +68,24 @@ class FSAEBatches:
                 raise ValueError("eval_iters is positive, but no shot is held out: set holdout_every")
             count = job.training.eval_iters * job.training.global_batch_size
             self.valid_clips = held_out.fixed_clips(count, job.data.num_frames, job.data.valid_side)
+
+    def sample_order(self) -> dict[str, Any]:
+        """What decides which clips a batch holds, for the checkpoint's record."""
+        training, phase = self.job.training, self.job.phase
+        settings: dict[str, Any] = {"seed": training.seed, "buckets": list(self.job.data.buckets)}
+        settings |= {f"the batch of {bucket}": size for bucket, size in self.batch_sizes.items()} or {
+            "global_batch_size": training.global_batch_size
+        }
+        if phase.image_fraction or phase.image_warmup_iters:
+            settings["image_batch_size"] = phase.image_batch_size
+        clips = self._clips if self._bucketed is None else self._bucketed
+        assert clips is not None
+        sizes = {path: getsize(path) for path in {shot.path for shot in clips.shots}}
+        lines = (
+            f"{relpath(shot.path, self.job.data.video_dir)} {sizes[shot.path]} {shot.start} {shot.num_frames}"
+            for shot in clips.shots
+        )
+        return order_record("clips drawn at random", settings, [list_record("the shots of video_dir", lines)])
 
     def plan(self, iteration: int) -> BatchPlan:
         """The batch of the step after `iteration` steps."""
@@ -146,6 +167,11 @@ class FSAEBatches:
 
     def _check_batches(self) -> None:
         training, data, dp_size = self.job.training, self.job.data, self.dp_size
+        if training.train_iters <= self.job.phase.image_warmup_iters:
+            raise ValueError(
+                f"train_iters {training.train_iters} ends within the image_warmup_iters "
+                f"{self.job.phase.image_warmup_iters}, on single frames alone: set image_warmup_iters to less, or to 0"
+            )
         if training.global_batch_size % (training.micro_batch_size * dp_size):
             raise ValueError(
                 f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
