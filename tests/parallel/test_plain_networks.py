@@ -3,11 +3,15 @@
 A tiny autoencoder and its discriminator, with AdamW and Muon, with and without the distributed optimizer.
 """
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+from megatron.core import optimizer as megatron_optimizers
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_fsvideo.checkpoint.distributed import load_checkpoint
@@ -85,6 +89,46 @@ def weights_of(networks: dict[str, TrainedNetwork]) -> dict[str, torch.Tensor]:
     return found
 
 
+class FusedAdam(torch.optim.Optimizer):
+    """AdamW that counts steps as Transformer Engine's and Apex's do: per parameter group, from the first step on."""
+
+    def __init__(self, params, lr: float, weight_decay: float, betas, eps: float, adam_w_mode: bool) -> None:
+        assert adam_w_mode
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            group["step"] = group["step"] + 1 if "step" in group else 1
+            (beta1, beta2), step = group["betas"], group["step"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                first = state.setdefault("exp_avg", torch.zeros_like(parameter)).lerp_(parameter.grad, 1 - beta1)
+                second = state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+                second.mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                size = second.sqrt() / (1 - beta2**step) ** 0.5 + group["eps"]
+                parameter.addcdiv_(first, size, value=-group["lr"] / (1 - beta1**step))
+
+
+@contextmanager
+def fused_adam():
+    """Megatron takes Transformer Engine's AdamW wherever that is installed."""
+    with (
+        patch.object(megatron_optimizers, "Adam", FusedAdam),
+        patch.object(megatron_optimizers, "USING_PYTORCH_OPTIMIZER", False),
+        patch.object(distrib_optimizer, "Adam", FusedAdam),
+    ):
+        yield
+
+
+def run_fused(is_shared: bool, folder: Path, is_resumed: bool) -> dict:
+    with fused_adam():
+        return run("adam", is_shared, folder, is_resumed)
+
+
 def run(optimizer: str, is_shared: bool, folder: Path, is_resumed: bool) -> dict:
     """The steps up to `END`, saved at `SAVED` or resumed there."""
     pgs = groups.initialize(DiTParallelConfig())
@@ -147,6 +191,29 @@ def test_two_processes_are_one_and_resume(kind, is_shared, alone, tmp_path):
     # Another number of processes, in both directions.
     close(run_workers(run, 1, kind, False, tmp_path, True)[0], expected)
     close(run_workers(run, 2, kind, is_shared, saved_alone, True)[1], expected)
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["whole", "distributed"])
+def test_an_optimizer_that_counts_steps_per_group_resumes(is_shared, alone, tmp_path):
+    ranks = run_workers(run_fused, 2, is_shared, tmp_path, False)
+    for rank, again in zip(ranks, run_workers(run_fused, 2, is_shared, tmp_path, True), strict=True):
+        close(rank, alone["adam"][0])
+        for name, weight in rank["weights"].items():
+            assert torch.equal(again["weights"][name], weight), f"{name} differs after a restart"
+
+
+@pytest.mark.parametrize("is_shared", [False, True], ids=["whole", "distributed"])
+def test_a_state_before_the_first_step_is_one_of_no_steps(is_shared):
+    assert run_workers(steps_before_the_first, 1, is_shared)[0] == [0, 0]
+
+
+def steps_before_the_first(is_shared: bool) -> list[int]:
+    pgs = groups.initialize(DiTParallelConfig())
+    with fused_adam():
+        networks = build("muon", is_shared, pgs)
+    steps = [network.section(False)["optimizer"]["step"] for network in networks.values()]
+    groups.shutdown()
+    return steps
 
 
 def test_a_network_that_starts_anew_forgets_its_moments(tmp_path):

@@ -12,8 +12,8 @@ from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, pars
 from megatron_fsvideo.inference.loading import load_dit
 from megatron_fsvideo.models.dit.weights import named_global_parameters
 from megatron_fsvideo.optim.held import boxes
+from megatron_fsvideo.optim.moving_average import warm_decay
 from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.training.ema import EMA
 from megatron_fsvideo.training.steps.dit import DiTStep
 from tests.functional.runs import debug_arguments
 from tests.latent_fixtures import write_latent_dataset
@@ -54,17 +54,18 @@ def train(argv: list[str], data: Path, save: Path, load: Path) -> dict:
     pgs = groups.initialize(job.parallel)
     step = DiTStep(job, pgs)
     state = step.load()
-    whole = EMA(step.chunks, step.ema.decay)
     with step.ema.applied():
-        whole.restart()
+        whole = {name: parameter.detach().float().clone() for name, parameter in step.chunks.named_parameters()}
     for _ in range(STEPS):
         state.advance(step.train_step(state).num_samples)
-        whole.update(state.iteration)
+        decay = warm_decay(step.ema.decay, state.iteration)
+        for name, parameter in step.chunks.named_parameters():
+            whole[name].lerp_(parameter.detach().float(), 1 - decay)
     trained = [parameter.detach().clone() for parameter in step.chunks.parameters()]
     error = step.validate()["velocity_mse"]
     restored = all(torch.equal(a, b) for a, b in zip(trained, step.chunks.parameters(), strict=True))
     with step.ema.applied():
-        is_whole = all(torch.equal(whole.weights[name], p.float()) for name, p in step.chunks.named_parameters())
+        is_whole = all(torch.equal(whole[name], p.float()) for name, p in step.chunks.named_parameters())
     step.save(state)
     step.finish_save()
     stored = DistributedWeights(iteration_folder(save, state.iteration), "ema.")

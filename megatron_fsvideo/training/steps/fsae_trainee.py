@@ -14,6 +14,8 @@ from megatron_fsvideo.models.fsae import FSAE, PatchBox, VideoRegion, decode_pat
 from megatron_fsvideo.models.fsae.context import DecodeContext
 from megatron_fsvideo.models.fsae.frame_shards import FrameShards, shards_of
 from megatron_fsvideo.models.fsae.model import noisy
+from megatron_fsvideo.models.fsae.parameter_rules import convolutional_rule
+from megatron_fsvideo.models.parameter_rules import UNDECAYED, ParameterRule, ParameterRules, classify
 from megatron_fsvideo.training.steps.fsae_shares import ClipShare
 
 
@@ -60,6 +62,14 @@ class FSAETrainee(nn.Module):
         self.trains_encoder = trains_encoder
         self.projection = projection
         fsae.encoder.requires_grad_(trains_encoder)
+
+    def parameter_rules(self) -> ParameterRules:
+        """How each parameter is trained. The projection serves a loss alone: it neither decays nor takes Muon."""
+
+        def rule_of(owner: nn.Module, name: str) -> ParameterRule | None:
+            return UNDECAYED if owner is self.projection else convolutional_rule(owner, name)
+
+        return classify(self, rule_of)
 
     def forward(
         self,
