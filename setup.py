@@ -21,12 +21,14 @@ REQUIREMENTS = [
     "tensorboard",
     "transformers",
     "sentencepiece",
-    "pillow",
+    "pillow>=11",
+    "msgspec",
+    "anyascii",  # labels of contact sheets in letters that the font has
 ]
 
 EXTRAS = {
     # einops: megatron-core makes the groups of a2a+p2p with it; Transformer Engine brings it along.
-    "test": ["pytest", "ruff", "diffusers", "matplotlib", "einops"],
+    "test": ["pytest", "ruff", "diffusers", "matplotlib", "einops", "pyarrow"],
     # Already among the requirements; named for the messages of `require`.
     "train": ["tensorboard", "tqdm"],
     "encoders": ["transformers", "sentencepiece"],
@@ -36,6 +38,8 @@ EXTRAS = {
     "kernels": ["triton>=3.3"],
     "eval": ["matplotlib", "diffusers"],
     "ui": ["gradio"],
+    # Manifests as Parquet files.
+    "parquet": ["pyarrow"],
     # Our Gride is tested against it. It holds numpy below 2 and brings jax: an environment of its own is better.
     "intrinsic-dimension": ["dadapy"],
 }

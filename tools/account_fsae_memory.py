@@ -8,12 +8,10 @@ convolution libraries, fragmentation, the CUDA context, DINOv2 (phase 4). The gr
 two, so that everything that stays from step to step is there. Flags are those of pretrain_fsae.py.
 """
 
-import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from megatron_fsvideo.config import FSAE_PRESETS, AlignmentConfig, FSAEJob, parse_job, run_script, to_dict
 from megatron_fsvideo.config.rules import Checked, PathText, Positive
 from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, VGG16Trunk
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.discriminator import Discriminator
@@ -50,6 +49,8 @@ class AccountFlags(Checked):
     """Shape of the clips, frames x height x width."""
     out: PathText | None = None
     """JSON file to write."""
+    overwrite: bool = False
+    """Replace the JSON file of an earlier run."""
     limit_gb: Positive = 80.0
     """Memory of a device in GB (10^9 bytes). The exit code is 1 if the step does not fit."""
 
@@ -225,6 +226,7 @@ def main() -> None:
     """Parse, count, print, write."""
     job = parse_job(AccountJob, FSAE_PRESETS)
     flags = job.account
+    check_outputs([flags.out] if flags.out else [], overwrite=flags.overwrite)
     report = account(job, Bucket.parse(flags.clip))
     settings = {
         "phase": job.phase.phase,
@@ -238,8 +240,7 @@ def main() -> None:
         print(f"{name:32} then allocated {values['live_gb']:8.2f} GB   at most {values['peak_gb']:8.2f} GB")
     print(f"peak {report['peak_gb']:.2f} GB of {flags.limit_gb:g} GB, in the {report['peak_in']}")
     if flags.out is not None:
-        Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.out).write_text(json.dumps(report, indent=1) + "\n")
+        write_json(flags.out, report)
     if report["peak_gb"] > flags.limit_gb:
         raise SystemExit(1)
 

@@ -10,11 +10,9 @@ autoencoder and upsampler are not in it, as they are not in Table 4. Under torch
 --tensor-model-parallel-size several devices share each sample. docs/benchmarks.md says how to read the figures.
 """
 
-import json
 import statistics
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from megatron_fsvideo.config import (
     run_script,
 )
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
+from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.diffusion.conditions import first_frame_condition
 from megatron_fsvideo.diffusion.guidance import Velocity, guided
 from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
@@ -73,6 +72,8 @@ class BenchmarkFlags(Checked):
     """Number of threads on a CPU. 0 takes torch's default."""
     json: PathText | None = None
     """JSON file for the figures."""
+    overwrite: bool = False
+    """Replace the JSON file of an earlier run."""
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,7 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Parse, measure, show, write."""
     job = parse_job(BenchmarkJob, presets_for(BenchmarkJob, DIT_PRESETS))
+    check_outputs([job.benchmark.json] if job.benchmark.json else [], overwrite=job.benchmark.overwrite)
     if job.benchmark.num_threads:
         torch.set_num_threads(job.benchmark.num_threads)
     pgs = groups.initialize(job.parallel)
@@ -260,8 +262,7 @@ def main() -> None:
     if pgs.is_rank_zero:
         show(result)
         if job.benchmark.json:
-            Path(job.benchmark.json).parent.mkdir(parents=True, exist_ok=True)
-            Path(job.benchmark.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_json(job.benchmark.json, result)
     groups.shutdown()
 
 

@@ -10,14 +10,12 @@ machine that slows down slows down all. All have equal sizes, batches and loss, 
 gradient clipping, and no moving average. docs/benchmarks.md says how to read the figures.
 """
 
-import json
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,6 +35,7 @@ from megatron_fsvideo.config import (
     run_script,
 )
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
+from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.training.contenders import Contender, answer, ratio
 from megatron_fsvideo.training.flops import Rows, hardware_flops, peak_tflops, total, training_flops
 from megatron_fsvideo.training.machine import describe_measurement, device_name
@@ -76,6 +75,8 @@ class BenchmarkFlags(Checked):
     """JSON file for the figures."""
     worker: PathText | None = None
     """Run as the process of this contender (used by the script itself)."""
+    overwrite: bool = False
+    """Replace the JSON file of an earlier run."""
 
 
 @dataclass(frozen=True)
@@ -367,11 +368,11 @@ def main() -> None:
     job = parse_job(BenchmarkJob, presets_for(BenchmarkJob, DIT_PRESETS))
     if job.benchmark.worker:
         return work(job)
+    check_outputs([job.benchmark.json] if job.benchmark.json else [], overwrite=job.benchmark.overwrite)
     result = measure(job)
     show(result)
     if job.benchmark.json:
-        Path(job.benchmark.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(job.benchmark.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(job.benchmark.json, result)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,11 @@ that slows down slows down all. Each encodes the clip and decodes latents of its
 docs/benchmarks.md says how to read the figures.
 """
 
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job, parse_job, require, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
+from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, encode_frames
 from megatron_fsvideo.training.contenders import Contender, answer, ratio
@@ -90,6 +89,8 @@ class BenchmarkFlags(Checked):
     """JSON file for the figures."""
     worker: PathText | None = None
     """Run as the process of this contender (used by the script itself)."""
+    overwrite: bool = False
+    """Replace the JSON file of an earlier run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -389,11 +390,11 @@ def main() -> None:
     flags = parse_job(BenchmarkJob).benchmark
     if flags.worker:
         return work(flags)
+    check_outputs([flags.json] if flags.json else [], overwrite=flags.overwrite)
     result = measure(flags)
     show(result)
     if flags.json:
-        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(flags.json, result)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ those of the states. Bandwidth is the least number of bytes that must move by th
 implementation moves. docs/benchmarks.md says how to read the figures.
 """
 
-import json
 import statistics
 import time
 from collections import defaultdict
@@ -18,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import torch
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
+from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.kernels import Mixer, MixSettings, mixer_for
 from megatron_fsvideo.training.machine import describe_measurement
 
@@ -62,6 +61,8 @@ class BenchmarkFlags(Checked):
     """Number of threads on a CPU. 0 takes torch's default."""
     json: PathText | None = None
     """JSON file for the figures."""
+    overwrite: bool = False
+    """Replace the JSON file of an earlier run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -294,13 +295,13 @@ def show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Parse, measure, show, write."""
     flags = parse_job(BenchmarkJob).benchmark
+    check_outputs([flags.json] if flags.json else [], overwrite=flags.overwrite)
     if flags.num_threads:
         torch.set_num_threads(flags.num_threads)
     result = measure(flags, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     show(result)
     if flags.json:
-        Path(flags.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.json).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(flags.json, result)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ Writes a release folder (for pretrain_fsae.py --init-from) and prints every tens
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_fsvideo.checkpoint.dcae_names import dcae_config, start_from_dcae, to_diffusers_names
+from megatron_fsvideo.checkpoint.dit_release import read_config
 from megatron_fsvideo.checkpoint.release import (
     CONFIG_FILE,
     FSAE_FORMAT,
@@ -30,6 +30,7 @@ from megatron_fsvideo.checkpoint.release import (
 )
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEConfig, from_dict, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText
+from megatron_fsvideo.data.listing import files_in
 from megatron_fsvideo.evaluation.weight_files import read_weight_file
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.phases import inherit
@@ -103,7 +104,7 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: none there, a damaged one, or a torch file with more than tensors in it.
     """
-    files = sorted(source.glob("*.safetensors")) if source.is_dir() else [source]
+    files = files_in(source, ".safetensors") if source.is_dir() else [source]
     if not files or not files[0].is_file():
         raise ValueError(f"{source} is neither a file of tensors nor a folder with safetensors files")
     tensors: dict[str, Tensor] = {}
@@ -114,7 +115,7 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
 
 def _is_fsae(source: Path) -> bool:
     config = source / CONFIG_FILE
-    return config.is_file() and json.loads(config.read_text()).get("format") == FSAE_FORMAT
+    return config.is_file() and read_config(source).get("format") == FSAE_FORMAT
 
 
 if __name__ == "__main__":

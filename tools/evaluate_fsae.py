@@ -11,7 +11,6 @@ channel, and a PNG of originals and reconstructions. Shots that training held ou
 videos that were not trained on, `--holdout-every 0` judges every shot. Any number of processes, one result.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,9 @@ from megatron_fsvideo.checkpoint.distributed import JOB_FILE
 from megatron_fsvideo.checkpoint.release import load_fsae, resolve_release
 from megatron_fsvideo.config import VideoDataConfig, from_dict, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
+from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.data.shots import Shot
+from megatron_fsvideo.data.text_files import read_json
 from megatron_fsvideo.evaluation.autoencoders import (
     Autoencoder,
     ForeignAutoencoder,
@@ -73,6 +74,8 @@ class EvaluateFlags(Checked):
     holdout_every: Count | None = None
     """Evaluate every n-th shot of each video; 0 takes all shots. None takes the training's number, so that the shots
     are unseen."""
+    overwrite: bool = False
+    """Replace the files of an earlier run."""
     sampling: Literal["shots", "videos"] = "shots"
     """shots: clips lie within shots. videos: each video is one clip from its beginning, and none is held out (Table
     2)."""
@@ -119,6 +122,7 @@ def main() -> None:
     flags, team = job.evaluate, join_team()
     device = team.device(job.measure.device)
     # Everything that can be refused is refused before the videos are looked at.
+    check_outputs(output_files(flags), overwrite=flags.overwrite)
     data = clip_choice(flags)
     judges = load_judges(job.measure, data, device)
     autoencoders = load_autoencoders(flags, job.measure, device)
@@ -142,15 +146,19 @@ def main() -> None:
             "table": [asdict(row) | {"values": rounded(row.values)} for row in rows],
             "notes": notes(judges, len(clips), len(skipped)),
         }
-        out = Path(flags.out)
+        out, latents, sheet = output_files(flags)
         write_json(out, report)
-        write_json(
-            out.with_suffix(".latents.json"),
-            [statistics_entry(a, part) for a, part in zip(autoencoders, results, strict=True)],
-        )
-        write_contact_sheet(out.with_suffix(".png"), sheet_rows(autoencoders, results))
+        write_json(latents, [statistics_entry(a, part) for a, part in zip(autoencoders, results, strict=True)])
+        write_contact_sheet(sheet, sheet_rows(autoencoders, results))
         print(format_table(rows), *report["notes"], sep="\n")
     leave_team(team)
+
+
+def output_files(flags: EvaluateFlags) -> tuple[Path, Path, Path]:
+    """The report, the latents' statistics and the contact sheet."""
+    out = Path(flags.out)
+    stem = out if out.suffix == ".json" else out.with_name(out.name + ".json")
+    return out, stem.with_suffix(".latents.json"), stem.with_suffix(".png")
 
 
 def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
@@ -158,7 +166,7 @@ def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
     job_file = resolve_release(flags.load).parent / JOB_FILE
     trained = VideoDataConfig()
     if job_file.is_file():
-        trained = from_dict(VideoDataConfig, json.loads(job_file.read_text())["job"]["data"])
+        trained = from_dict(VideoDataConfig, read_json(job_file)["job"]["data"])
     given = {
         name: getattr(flags, name)
         for name in ("num_frames", "short_side", "holdout_every")
@@ -280,12 +288,6 @@ def sheet_rows(autoencoders: list[Autoencoder], results: list[list[Reconstructed
                 for row in a.rows
             ]
     return sheet
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write, and make the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:

@@ -9,11 +9,9 @@ Gride with 2, 4, ..., 64 neighbours (evaluation/gride.py); one point is one clip
 videos: a line for clips and one for images. The relative standard error at the finest scale is 1 / sqrt(points).
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import VideoDataConfig, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText, PositiveInt
+from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.evaluation.autoencoders import Facts
 from megatron_fsvideo.evaluation.clips import list_clips
 from megatron_fsvideo.evaluation.gride import (
@@ -54,6 +53,8 @@ class DimensionFlags(Checked):
     """Clip shape to use of a latent dataset with several, such as 17x256x256."""
     out: PathText | None = None
     """JSON file to write."""
+    overwrite: bool = False
+    """Replace the JSON file of an earlier run."""
     num_points: Annotated[int, Meta(ge=2)] = 5000
     """Number of clips or samples, spread evenly."""
     max_neighbors: Annotated[int, Meta(ge=2)] = TABLE_1_NEIGHBORS
@@ -93,14 +94,14 @@ def main() -> None:
     from_videos = flags.load is not None and flags.video_dir is not None
     if from_videos == bool(flags.latents) or (flags.load is None) != (flags.video_dir is None):
         raise ValueError("give --load and --video-dir, or --latents")
+    check_outputs([flags.out] if flags.out else [], flags.latents, overwrite=flags.overwrite)
     lines = []
     for name, points, skipped in encoded(job, team) if from_videos else stored(flags, team):
         if team.leads:
             lines.append(estimate(name, points, skipped, flags.max_neighbors))
             print(lines[-1].pop("line"), flush=True)
     if team.leads and flags.out is not None:
-        Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(flags.out).write_text(json.dumps(lines, indent=2) + "\n")
+        write_json(flags.out, lines)
     leave_team(team)
 
 

@@ -8,7 +8,6 @@ Two heat maps, for the tokens of the first frame and for the others. Beside rout
 numbers. Samples are taken in stored order, at noise levels as in training.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from megatron_fsvideo.config import DiTParallelConfig, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.batch import read_batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.data.sampler import SampleRef
 from megatron_fsvideo.evaluation.router_weights import KINDS, RouterWeights, write_router_figure
 from megatron_fsvideo.inference.loading import LoadedDiT, load_dit
@@ -41,6 +41,8 @@ class PlotFlags(Checked):
     """Latent dataset folders."""
     out: PathText = "router.png"
     """PNG file to write. A JSON file with the same name holds the numbers."""
+    overwrite: bool = False
+    """Replace both files of an earlier run."""
     num_samples: PositiveInt = 16
     """Largest number of samples of each bucket and folder."""
     micro_batch_size: PositiveInt = 4
@@ -62,6 +64,8 @@ class PlotJob:
 def main() -> None:
     """Load, look, write."""
     job = parse_job(PlotJob)
+    out = Path(job.plot.out)
+    check_outputs([out, out.with_suffix(".json")], overwrite=job.plot.overwrite)
     pgs = groups.initialize(job.parallel)
     dit = load_dit(job.plot.load, job.parallel, pgs, job.plot.use_ema)
     dataset = open_dataset(job, dit)
@@ -127,7 +131,7 @@ def write(flags: PlotFlags, dit: LoadedDiT, weights: Tensor, num_samples: int) -
     for name, part in zip(KINDS, weights.tolist(), strict=True):
         # JSON has no NaN: a null says that a layer does not read a state.
         values[name.replace(" ", "_")] = [[None if weight != weight else weight for weight in row] for row in part]
-    out.with_suffix(".json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_json(out.with_suffix(".json"), values)
     print(f"{out} and {out.with_suffix('.json')}: {num_samples} samples")
 
 

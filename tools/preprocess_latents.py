@@ -5,7 +5,7 @@
 
     torchrun --nproc-per-node 8 tools/preprocess_latents.py --video-dir videos --fsae fsae_release \
         --text-encoder umt5:google/umt5-xxl --image-encoder clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K \
-        --buckets 121x704x1280 121x1280x704 --fps 24 --output data/latents
+        --allow-download --buckets 121x704x1280 121x1280x704 --fps 24 --output data/latents
 
 Any number of processes; run it again after a stop, and it goes on. A second run with new captions encodes only text.
 """
@@ -22,7 +22,8 @@ from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText, Positive, PositiveInt, Share
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.clips import ClipOptions, VideoEntry, folder_entries, read_manifest_lines, require_captions
+from megatron_fsvideo.data.clips import ClipOptions
+from megatron_fsvideo.data.manifest import VideoEntry, folder_entries, read_manifest_lines, require_captions
 from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions, check_cache, preprocess
 from megatron_fsvideo.models.codecs.identity import fingerprint
 from megatron_fsvideo.models.encoders import load_image_encoder, load_text_encoder
@@ -35,7 +36,7 @@ class SourceFlags(Checked):
     """which videos"""
 
     manifest: PathText | None = None
-    """JSONL file with one clip per line: path, caption and optionally start, num_frames and split."""
+    """JSONL, CSV or Parquet file with one clip per row: path, caption and optionally start, num_frames and split."""
     split: PathText | None = None
     """Take only lines of the manifest with this split."""
     video_dir: PathText | None = None
@@ -57,6 +58,8 @@ class EncodeFlags(Checked):
     """Text encoder: umt5:PATH_OR_HUB_ID, minilm or none."""
     image_encoder: PathText = "none"
     """Image encoder: clip:PATH_OR_HUB_ID, efficientnet-lite0 or none."""
+    allow_download: bool = False
+    """Take encoders from the Hugging Face hub if no folder has their name."""
     text_max_length: PositiveInt | None = None
     """Number of tokens of a text embedding. None takes the encoder's usual number."""
     negative_prompt: str = "blurry, low quality, distorted, jittery, static"
@@ -134,8 +137,10 @@ def _load_encoders(job: PreprocessJob) -> Encoders:
     check_cache(Path(job.encode.output), mark)
     # The small encoders gain nothing from bf16 on a CPU.
     condition_dtype = dtype if device.type != "cpu" else torch.float32
-    text = load_text_encoder(job.encode.text_encoder, device, condition_dtype, job.encode.text_max_length)
-    image = load_image_encoder(job.encode.image_encoder, device, condition_dtype)
+    names, downloads = (job.encode.text_encoder, job.encode.image_encoder), job.encode.allow_download
+    length = job.encode.text_max_length
+    text = load_text_encoder(names[0], device, condition_dtype, length, allow_download=downloads)
+    image = load_image_encoder(names[1], device, condition_dtype, allow_download=downloads)
     return Encoders(autoencoder, mark, job.encode.fsae, text, image, device, dtype)
 
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, Positive, PositiveInt
+from megatron_fsvideo.data.outputs import check_outputs
 from megatron_fsvideo.data.video import FrameTable, VideoReader, from_unit, measure, to_unit, write_frames
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.models.fsae import FSAE
@@ -40,6 +41,8 @@ class ReconstructFlags(Checked):
     """Autoencoder: a release folder, or a --save folder of pretrain_fsae.py."""
     side_by_side: bool = False
     """Show the original to the left of the reconstruction."""
+    overwrite: bool = False
+    """Replace OUT.mp4 of an earlier run."""
     first_frame: bool = True
     """Give a Standard or Lite decoder the first frame's features, as image-to-video generation does."""
     noise_seed: Count = 0
@@ -86,6 +89,7 @@ def main() -> None:
         raise ValueError(USAGE)
     job = parse_job(ReconstructJob, argv=arguments[2:] if paths else arguments)
     flags, tiling = job.reconstruct, job.tiling
+    check_outputs([paths[1]], [paths[0]], overwrite=flags.overwrite)
     dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
     fsae = load_fsae(flags.load, flags.device, dtype)
     # Slices of a decoder that streams do not overlap, and may be one latent.

@@ -10,17 +10,12 @@ Where the paper has weights that are not at hand here, a small ImageNet network 
 EfficientNet-Lite0 for VGG16 in the perceptual loss, and for DINOv2 in phase 4. Figures are not the paper's.
 """
 
-import json
-import os
-import shlex
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_fsvideo.config import FSAE_PRESETS, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText, Positive
+from megatron_fsvideo.data.phases import Phases
 
 PRESET = "fsae_quickstart"
 ITERATIONS = {1: 660, 2: 96, 3: 56, 4: 32, 5: 160, 6: 120}
@@ -66,39 +61,18 @@ class AllPhasesJob:
     phases: AllPhasesFlags = field(default_factory=AllPhasesFlags)
 
 
-class Commands:
-    """Runs commands in order, prints and times them, and remembers in a file which are done."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "phases.json"
-        self.seconds: dict[str, float] = json.loads(self.path.read_text()) if self.path.exists() else {}
-
-    def run(self, name: str, *command: str | Path) -> None:
-        """Run one; stop with its exit code if it fails."""
-        if name in self.seconds:
-            print(f"\n== {name}: done before, in {self.seconds[name]:.0f} s", flush=True)
-            return
-        words = [str(word) for word in command]
-        print(f"\n== {name}\n$ python {shlex.join(words)}", flush=True)
-        started = time.monotonic()
-        environment = {"OMP_NUM_THREADS": str(os.cpu_count() or 1), "TOKENIZERS_PARALLELISM": "false"} | os.environ
-        if code := subprocess.run([sys.executable, *words], env=environment).returncode:
-            raise SystemExit(f"stopped in {name} (exit code {code}); run it again to go on from there")
-        self.seconds[name] = round(time.monotonic() - started, 1)
-        self.path.write_text(json.dumps(self.seconds, indent=1))
-
-
 def all_phases(flags: AllPhasesFlags) -> None:
     """Fetch films, train the phases, judge them all."""
     out = Path(flags.output_dir)
-    commands = Commands(out)
+    phases = Phases(out)
     videos = Path(flags.video_dir) if flags.video_dir else out / "videos"
     if flags.video_dir is None:
-        commands.run("fetch", "examples/quickstart/fetch_clips.py", "--output-dir", videos)
+        phases.run("fetch", "python", "examples/quickstart/fetch_clips.py", "--output-dir", videos)
     for phase in FLAGS:
-        commands.run(f"train phase {phase}", *training(phase, out, videos, flags.scale))
-    commands.run("report", *report(out, videos))
+        made = [out / f"phase{phase}", out / "logs" / f"phase{phase}"]
+        command = training(phase, out, videos, flags.scale)
+        phases.run(f"train phase {phase}", "python", *command, inputs=[videos], outputs=made)
+    phases.run("report", "python", *report(out, videos))
     print(f"\nLook at {out / 'report.md'} and {out / 'reconstructions.png'}.")
 
 

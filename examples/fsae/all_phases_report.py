@@ -6,7 +6,6 @@ Held-out shots, each phase with the same clips; Standard and Lite with and witho
 perceptual distance is EfficientNet-Lite0's, a stand-in: not LPIPS.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import FSAE_PRESETS, VideoDataConfig, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText, PositiveInt
 from megatron_fsvideo.data.clip_dataset import open_clips
+from megatron_fsvideo.data.outputs import write_json, write_text
 from megatron_fsvideo.data.video import from_unit
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, load_perceptual_loss
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
@@ -74,8 +74,8 @@ def main() -> None:
     report = {"clips": list(videos.shape), "perceptual_distance": perceptual.label, "rows": rows}
     report["differences"] = differences(rows)
     text = table(rows, perceptual.label) + differences_table(report["differences"])
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "report.md").write_text(text)
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", text)
     write_contact_sheet(folder / "reconstructions.png", pictures)
     print(text)
 

@@ -8,13 +8,14 @@ Finished runs are kept when you run this again. Leaves losses.png, comparison.js
 """
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fsvideo.config import parse_job, require, run_script
 from megatron_fsvideo.config.rules import Checked, PathText, PositiveInt
+from megatron_fsvideo.data.outputs import write_json
+from megatron_fsvideo.data.phases import Phases
+from megatron_fsvideo.data.text_files import read_jsonl
 
 # Deep rather than wide: with more layers there is more to remember. Muon off: the paper trains with AdamW.
 MODEL = "--preset dit_quickstart --num-layers 12 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512"
@@ -47,22 +48,20 @@ class CompareJob:
     compare: CompareFlags
 
 
-def train(flags: CompareFlags, seed: int, switch: str) -> Path:
+def train(flags: CompareFlags, phases: Phases, seed: int, switch: str) -> Path:
     """One run; returns its metrics file."""
     folder = Path(flags.output_dir) / f"seed{seed}{switch}"
-    metrics = folder / "metrics.jsonl"
-    if metrics.exists() and "validation_velocity_mse" in metrics.read_text().splitlines()[-1]:
-        return metrics
-    command = [sys.executable, "pretrain_dit.py", *MODEL.split(), *TRAINING.split(), switch, "--seed", str(seed)]
+    command = ["python", "pretrain_dit.py", *MODEL.split(), *TRAINING.split(), switch, "--seed", str(seed)]
     command += ["--data-path", flags.latents, "--valid-data-path", flags.valid_latents, "--eval-iters", "8"]
     command += ["--train-iters", str(flags.train_iters), "--tensorboard-dir", str(folder)]
-    subprocess.run(command, check=True)
-    return metrics
+    inputs = [Path(flags.latents), Path(flags.valid_latents)]
+    phases.run(f"seed {seed} {switch}", *command, inputs=inputs, outputs=[folder])
+    return folder / "metrics.jsonl"
 
 
 def read_curve(metrics: Path) -> tuple[list[float], float]:
     """(loss of each iteration, validation error at the end) of one run."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = [row for _, row in read_jsonl(metrics)]
     losses = [row["loss"] for row in rows if "loss" in row]
     return losses, [row for row in rows if "validation_velocity_mse" in row][-1]["validation_velocity_mse"]
 
@@ -76,12 +75,13 @@ def compare(flags: CompareFlags) -> None:
     """Train every pair, then plot and tabulate."""
     pyplot = require("matplotlib.pyplot", "eval")
     figure, (axis, change_axis) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6.5), height_ratios=(3, 2))
+    phases = Phases(Path(flags.output_dir))
     table = []
     for seed in range(flags.num_seeds):
         row: dict[str, float] = {"seed": seed}
         curves = []
         for (name, switch), color in zip(SWITCHES.items(), ("tab:red", "tab:blue"), strict=True):
-            losses, validation = read_curve(train(flags, seed, switch))
+            losses, validation = read_curve(train(flags, phases, seed, switch))
             curve = smoothed(losses, flags.smoothing)
             curves.append(curve)
             label = name if seed == 0 else None
@@ -100,7 +100,7 @@ def compare(flags: CompareFlags) -> None:
     change_axis.legend()
     figure.tight_layout()
     figure.savefig(Path(flags.output_dir) / "losses.png", dpi=150)
-    (Path(flags.output_dir) / "comparison.json").write_text(json.dumps(table, indent=1) + "\n")
+    write_json(Path(flags.output_dir) / "comparison.json", table)
     print(json.dumps(table, indent=1))
 
 

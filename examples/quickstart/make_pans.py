@@ -22,8 +22,10 @@ import torch
 from megatron_fsvideo.config import FSAE_PRESETS, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.listing import list_videos
+from megatron_fsvideo.data.outputs import write_text
 from megatron_fsvideo.data.shots import Shot, find_shots, split_shots
-from megatron_fsvideo.data.video import VideoReader, list_videos, resize_and_crop, resize_short_side, write_video
+from megatron_fsvideo.data.video import VideoReader, resize_and_crop, resize_short_side, write_video
 
 # Rows and columns that the window moves by, in units of the travel.
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
@@ -116,7 +118,7 @@ def main() -> None:
         lines += write_clips(Path(flags.output_dir), split, clips)
         print(f"{split}: {len(members)} shots, {len(stills)} stills, {len(clips)} clips")
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    (Path(flags.output_dir) / "manifest.jsonl").write_text(text)
+    write_text(Path(flags.output_dir) / "manifest.jsonl", text)
 
 
 def load_shot(shot: Shot, reader: VideoReader, short_side: int) -> torch.Tensor:

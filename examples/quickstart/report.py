@@ -16,6 +16,9 @@ from PIL import Image
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText
+from megatron_fsvideo.data.outputs import write_json, write_text
+from megatron_fsvideo.data.phases import read_seconds
+from megatron_fsvideo.data.text_files import read_jsonl, read_object
 from megatron_fsvideo.data.video import from_unit, read_video, to_unit, write_video
 from megatron_fsvideo.evaluation.motion import pan_direction
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
@@ -56,7 +59,7 @@ class Case:
 def heldout_cases(folder: Path) -> list[Case]:
     """The held-out pans of make_pans.py's manifest."""
     pans = folder / "pans"
-    lines = [json.loads(line) for line in (pans / "manifest.jsonl").read_text().splitlines()]
+    lines = [line for _, line in read_jsonl(pans / "manifest.jsonl")]
     cases = []
     for number, line in enumerate(line for line in lines if line["split"] == "heldout"):
         truth = read_video(pans / line["path"], line["start"], line["num_frames"])
@@ -72,9 +75,10 @@ def write_requests(folder: Path, cases: list[Case]) -> None:
     lines = []
     for number, case in enumerate(cases):
         Image.fromarray(case.truth[0].numpy()).save(case.image)
-        request = {"image": str(case.image), "prompt": case.caption, "out": str(case.out), "seed": number}
+        image, out = (str(path.relative_to(folder)) for path in (case.image, case.out))
+        request = {"image": image, "prompt": case.caption, "out": out, "seed": number}
         lines.append(json.dumps(request))
-    (folder / "requests.jsonl").write_text("\n".join(lines) + "\n")
+    write_text(folder / "requests.jsonl", "\n".join(lines) + "\n")
 
 
 @torch.no_grad()
@@ -109,7 +113,7 @@ def generation_figures(
 
 def training_figures(folder: Path) -> dict[str, float]:
     """The DiT's loss and validation error at the start and at the end."""
-    rows = [json.loads(line) for line in (folder / "dit-logs" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_jsonl(folder / "dit-logs" / "metrics.jsonl")]
     losses = [row for row in rows if "loss" in row]
     validations = [row for row in rows if "validation_velocity_mse" in row]
     bound = validations[-1]["validation_white_latents_bound"]
@@ -155,14 +159,14 @@ def report(flags: ReportFlags) -> None:
     generations = [read_video(case.out) for case in cases]
     write_pictures(folder, cases, reconstructions, generations)
     content = {
-        "seconds": json.loads((folder / "phases.json").read_text()),
-        "autoencoder": json.loads((folder / "fsae-evaluation" / "evaluation.json").read_text()),
+        "seconds": read_seconds(folder),
+        "autoencoder": read_object(folder / "fsae-evaluation" / "evaluation.json"),
         "dit": training_figures(folder),
         "generation": generation_figures(cases, reconstructions, generations),
         "note": "Held-out shots only. Trained for minutes: camera pans are learnt, other motion is not.",
     }
     content["seconds"]["total"] = round(sum(content["seconds"].values()), 1)
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / "report.json", content)
     print(json.dumps(content, indent=1))
 
 

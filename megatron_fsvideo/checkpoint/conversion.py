@@ -224,7 +224,7 @@ def _write_distributed(folder: Path, conversion: Conversion, read: Callable[[str
     }
     _write_json(target / JOB_FILE, values)
     _write_json(target / CHECKSUM_FILE, checksums_of(target, sorted(path.name for path in target.iterdir())))
-    (folder / LATEST_FILE).write_text("0\n")
+    (folder / LATEST_FILE).write_text("0\n", encoding="utf-8")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

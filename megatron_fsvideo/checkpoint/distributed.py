@@ -55,7 +55,7 @@ def latest_iteration(folder: Path) -> int | None:
     path = folder / LATEST_FILE
     if not path.exists():
         return None
-    text = path.read_text().strip()
+    text = path.read_text(encoding="utf-8").strip()
     if not text.isdecimal():
         raise ValueError(f"{path} holds {text[:40]!r} instead of an iteration")
     if not iteration_folder(folder, int(text)).is_dir():

@@ -7,7 +7,6 @@ What leaves a training run for other people; like every release it cannot run co
 trained or the averaged.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from megatron_fsvideo.checkpoint.release import CONFIG_FILE
 from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder
 from megatron_fsvideo.config import DiTJob, from_dict, to_dict
+from megatron_fsvideo.data.text_files import read_object
 
 DIT_FORMAT = "megatron_fsvideo.dit"
 DIT_BASENAME = "model"
@@ -59,14 +59,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is missing, or no JSON object.
     """
-    path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is missing or damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is damaged: it holds no object")
-    return values
+    return read_object(folder / CONFIG_FILE)
 
 
 def open_dit_release(folder: Path) -> tuple[DiTRecord, SafetensorsFolder]:

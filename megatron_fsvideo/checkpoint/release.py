@@ -4,7 +4,6 @@ A release is what leaves a training run: for other people, for encoding a collec
 whole or not at all.
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,11 +13,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from megatron_fsvideo.checkpoint.safetensors_shards import TensorInfo, write_shards
 from megatron_fsvideo.config import FSAEConfig, from_dict, to_dict
+from megatron_fsvideo.data.outputs import write_json
+from megatron_fsvideo.data.text_files import TextError, read_object, read_text
 from megatron_fsvideo.models.fsae import FSAE
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
+RELEASE_BASENAME = "model"
+WEIGHTS_FILE = f"{RELEASE_BASENAME}.safetensors"
+ONE_FILE = 1 << 62
+"""Size of shards that makes one of all weights."""
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 FSAE_FORMAT = "megatron_fsvideo.fsae"
 MODEL_FOLDER = "model"
@@ -39,9 +44,10 @@ def save_release(
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    safetensors.torch.save_file(plain, unfinished / WEIGHTS_FILE, metadata=metadata)
-    (unfinished / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
+    # Not safetensors.torch.save_file, whose files only their owner may read whatever the umask says.
+    write_shards(unfinished, RELEASE_BASENAME, infos, lambda name: weights[name].detach().cpu(), ONE_FILE, metadata)
+    write_json(unfinished / CONFIG_FILE, config)
     if target.exists():
         replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
         target.rename(replaced)
@@ -62,9 +68,14 @@ def load_release(folder: str | Path, device: str | torch.device = "cpu") -> tupl
         if not (root / name).is_file():
             raise ValueError(f"{folder} is not a release folder: it has no {name}")
     try:
-        config = json.loads((root / CONFIG_FILE).read_text())
+        config = read_object(root / CONFIG_FILE)
+        # The library says "No such file" of one that it may not read.
+        with (root / WEIGHTS_FILE).open("rb"):
+            pass
         return config, safetensors.torch.load_file(root / WEIGHTS_FILE, device=str(device))
-    except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
+    except OSError as error:
+        raise ValueError(f"{folder}: {WEIGHTS_FILE} cannot be read: {error.strerror or error}") from error
+    except (TextError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
 
 
@@ -99,7 +110,14 @@ def resolve_release(path: str | Path) -> Path:
     latest = Path(path) / LATEST_FILE
     if not latest.is_file():
         return Path(path)
-    return iteration_folder(path, int(latest.read_text())) / MODEL_FOLDER
+    return iteration_folder(path, _read_iteration(latest)) / MODEL_FOLDER
+
+
+def _read_iteration(latest: Path) -> int:
+    text = read_text(latest).strip()
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{latest} is damaged: it holds {text[:40]!r}, not the number of an iteration")
+    return int(text)
 
 
 def iteration_folder(save: str | Path, iteration: int) -> Path:

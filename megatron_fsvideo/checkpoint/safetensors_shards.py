@@ -20,6 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_fsvideo.data.listing import files_in
+from megatron_fsvideo.data.outputs import write_json
+from megatron_fsvideo.data.text_files import read_json
+
 # safetensors' words for the number formats that weights come in.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
@@ -136,7 +140,7 @@ def write_shards(
     if len(shards) > 1:
         total = sum(info.num_bytes for info in infos.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{basename}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_json(folder / f"{basename}.safetensors.index.json", index)
 
 
 def split_into_shards(infos: Mapping[str, TensorInfo], max_shard_size: int) -> list[list[str]]:
@@ -187,19 +191,19 @@ def _write_shard(
 
 def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
     """The shards of a folder, and the index's tensor -> file name where there is one."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
+    indices = files_in(folder, ".safetensors.index.json")
     if len(indices) > 1:
         raise ValueError(f"{folder} has several sets of weights: {', '.join(path.name for path in indices)}")
     if indices:
         try:
-            index = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+            index = read_json(indices[0])["weight_map"]
             names = sorted(set(index.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{indices[0]} is damaged: {error!r}") from error
         if strange := [name for name in names if Path(name).name != name]:
             raise ValueError(f"{indices[0]} refers to {strange[0]!r}, which is not a file beside it")
         return [folder / name for name in names], index
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = files_in(folder, ".safetensors")
     if len(paths) != 1:
         found = ", ".join(path.name for path in paths) or "none"
         raise ValueError(f"{folder} needs one .safetensors file, or several with an index; it has {found}")

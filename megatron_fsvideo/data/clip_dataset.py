@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from megatron_fsvideo.config import VideoDataConfig
+from megatron_fsvideo.data.listing import list_videos
 from megatron_fsvideo.data.shots import Shot, find_shots, split_shots
 from megatron_fsvideo.data.video import (
     VideoError,
     VideoInfo,
     VideoReader,
     iterate_frames,
-    list_videos,
     probe,
     resize_short_side,
     to_unit,

@@ -1,42 +1,16 @@
-"""From a list of videos to the clips that are encoded: manifest lines, shots, frame ranges, buckets, keys."""
+"""From a list of videos to the clips that are encoded: shots, frame ranges, buckets, keys."""
 
 import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fsvideo.data.buckets import Bucket, choose_bucket
 from megatron_fsvideo.data.latent_shards import hash_key
+from megatron_fsvideo.data.manifest import VideoEntry
 from megatron_fsvideo.data.shots import scan_shots
-from megatron_fsvideo.data.video import VideoError, VideoReader, list_videos
+from megatron_fsvideo.data.video import VideoError, VideoReader
 
 DIGEST_BYTES = 1 << 16
-
-
-@dataclass(frozen=True)
-class VideoEntry:
-    """One line of a manifest, or one file of a folder.
-
-    Attributes:
-        path: the file.
-        source: its name as the list spells it (relative): what reports and shards say.
-        caption: may be empty when no text encoder is used.
-        start, num_frames: the frames to take; both None takes the whole file, cut at its shots.
-    """
-
-    path: str
-    source: str
-    caption: str
-    start: int | None = None
-    num_frames: int | None = None
-
-    @property
-    def name(self) -> str:
-        """Source and range, for messages."""
-        if self.start is None:
-            return self.source
-        return f"{self.source}:{self.start}-{self.start + (self.num_frames or 0)}"
 
 
 @dataclass(frozen=True)
@@ -75,62 +49,6 @@ class ClipOptions:
             raise ValueError(f"fps {self.fps} must be positive and excludes frame_stride {self.frame_stride}")
         if self.frame_stride < 1:
             raise ValueError(f"frame_stride must be at least 1, got {self.frame_stride}")
-
-
-def read_manifest_lines(path: str | Path, split: str | None = None) -> list[VideoEntry]:
-    """Read a JSONL manifest: `{"path": ..., "caption": ..., "start": 0, "num_frames": 9}` (the last two optional).
-
-    Args:
-        path: the manifest; relative video paths are relative to its folder.
-        split: take only the lines whose `split` is this.
-
-    Raises:
-        ValueError: missing, empty, or a line that is not like that, with its number.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"manifest {path} does not exist")
-    entries = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-            start, num_frames = values.get("start"), values.get("num_frames")
-            source, caption = values["path"], values.get("caption") or ""
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} line {number}: not a JSON object with a path ({error!r})") from error
-        if num_frames is not None and start is None:
-            start = 0
-        if start is not None and num_frames is None:
-            raise ValueError(f"{path} line {number}: has start but no num_frames")
-        if split is None or values.get("split") == split:
-            entries.append(VideoEntry(str(Path(path).parent / source), source, caption.strip(), start, num_frames))
-    if not entries:
-        raise ValueError(f"{path} has no line" + (f" with split {split!r}" if split is not None else ""))
-    return entries
-
-
-def folder_entries(folder: str | Path) -> list[VideoEntry]:
-    """All videos below a folder; the caption of `a.mp4` is the text of `a.txt` beside it, if there is one."""
-    entries = []
-    for path in list_videos(folder):
-        text = path.with_suffix(".txt")
-        caption = " ".join(text.read_text().split()) if text.is_file() else ""
-        entries.append(VideoEntry(str(path), str(path.relative_to(folder)), caption))
-    return entries
-
-
-def require_captions(entries: Sequence[VideoEntry]) -> None:
-    """Refuse entries without text.
-
-    Raises:
-        ValueError: how many, and the first.
-    """
-    if missing := [entry.name for entry in entries if not entry.caption]:
-        raise ValueError(
-            f"{len(missing)} of {len(entries)} videos have no caption, the first is {missing[0]}: put it into the "
-            "manifest's caption or a .txt beside the video, or run with --text-encoder none"
-        )
 
 
 def file_digest(path: str | Path) -> str:

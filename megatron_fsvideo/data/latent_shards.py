@@ -9,7 +9,6 @@ and a manifest appears after its tar.
 import hashlib
 import io
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,11 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from megatron_fsvideo.data import text_files
 from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.listing import files_in
+from megatron_fsvideo.data.outputs import replacing, write_bytes
+from megatron_fsvideo.data.text_files import TextError
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
@@ -131,19 +134,6 @@ def sample_id(key: str) -> int:
     return int(key[:15], 16)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_shard(
     folder: Path,
     name: str,
@@ -160,23 +150,16 @@ def write_shard(
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}.tar"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     entries: list[SampleEntry] = []
     statistics = LatentStatistics()
-    try:
-        with temporary.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-                for sample in samples:
-                    entries.append(_add_sample(file, tar, sample))
-                    statistics += LatentStatistics.of(sample.latents)
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(target) as temporary, temporary.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                entries.append(_add_sample(file, tar, sample))
+                statistics += LatentStatistics.of(sample.latents)
+        size = file.tell()
     manifest = ShardManifest(target.name, size, autoencoder, tuple(entries), statistics, tuple(skipped))
-    write_atomically(folder / f"{name}.json", json.dumps(asdict(manifest)).encode())
+    write_bytes(folder / f"{name}.json", json.dumps(asdict(manifest)).encode())
     return manifest
 
 
@@ -254,16 +237,14 @@ def read_json(path: Path) -> Any:
         ShardError: missing or not JSON.
     """
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise ShardError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ShardError(f"{path}: damaged, not JSON ({error})") from error
+        return text_files.read_json(path)
+    except TextError as error:
+        raise ShardError(f"damaged or missing: {error}") from error
 
 
 def find_manifests(dataset: Path) -> list[Path]:
     """Manifests of all finished shards of a dataset folder, whether or not its `dataset.json` lists them, sorted."""
-    return sorted(path for path in (dataset / SHARD_FOLDER).glob("*.json"))
+    return files_in(dataset / SHARD_FOLDER, ".json")
 
 
 def bucket_counts(manifests: Iterable[ShardManifest]) -> dict[str, int]:

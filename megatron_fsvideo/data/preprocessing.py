@@ -26,7 +26,6 @@ from megatron_fsvideo.data.clips import (
     Clip,
     ClipOptions,
     Source,
-    VideoEntry,
     expand,
     file_digest,
     image_key,
@@ -49,9 +48,10 @@ from megatron_fsvideo.data.latent_shards import (
     read_json,
     read_manifest,
     read_sample,
-    write_atomically,
     write_shard,
 )
+from megatron_fsvideo.data.manifest import VideoEntry
+from megatron_fsvideo.data.outputs import write_bytes
 from megatron_fsvideo.data.video import VideoError, VideoReader, to_unit
 
 logger = logging.getLogger(__name__)
@@ -269,6 +269,8 @@ def _readable_clips(
         source: Source | None = None
         for entry, digest in shard.entries:
             try:
+                if entry.problem:
+                    raise VideoError(entry.problem)
                 if source is None or source.path != entry.path:
                     opened.close()
                     source = None
@@ -408,12 +410,10 @@ def _finish(job: Job) -> bool:
     captions: dict[str, torch.Tensor] = {}
     _encode_texts(job.encoders, ["", job.options.negative_prompt], captions)
     null_text = {"null_text": captions[""], "negative_text": captions[job.options.negative_prompt]}
-    write_atomically(
-        job.output / NULL_TEXT_FILE,
-        safetensors.torch.save({name: tensor.clone() for name, tensor in null_text.items()}),
-    )
+    stored = {name: tensor.clone() for name, tensor in null_text.items()}
+    write_bytes(job.output / NULL_TEXT_FILE, safetensors.torch.save(stored))
     description = json.dumps(_describe(job, manifests, skipped), indent=1, ensure_ascii=False)
-    write_atomically(job.output / DATASET_FILE, description.encode())
+    write_bytes(job.output / DATASET_FILE, description.encode())
     _remove_others(folder, {shard.name for shard in job.plan})
     return True
 

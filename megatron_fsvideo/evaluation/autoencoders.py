@@ -3,7 +3,6 @@
 Every encoder's output is its mean: nothing is drawn but what a decoder draws, and that is seeded.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,7 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_fsvideo.config import require
+from megatron_fsvideo.data.listing import files_in
+from megatron_fsvideo.data.text_files import read_object
 from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.models.pretrained import check_loading_info
 
 FOREIGN_CLASSES = {
     "wan": "AutoencoderKLWan",
@@ -205,10 +207,10 @@ def _vae_folder(kind: str, folder: str) -> Path:
         root = root / "vae"
     if not (root / "config.json").is_file():
         raise ValueError(f"{kind}:{folder} has no config.json: give the folder of diffusers' VAE, or of its pipeline")
-    found = json.loads((root / "config.json").read_text()).get("_class_name")
+    found = read_object(root / "config.json").get("_class_name")
     if found != FOREIGN_CLASSES[kind]:
         raise ValueError(f"{kind}:{folder} holds a {found}, {kind} means {FOREIGN_CLASSES[kind]}")
-    if not list(root.glob("*.safetensors")):
+    if not files_in(root, ".safetensors"):
         raise ValueError(f"{kind}:{folder} has no .safetensors weights (pickled .bin and .pt files are not read)")
     return root
 
@@ -216,4 +218,6 @@ def _vae_folder(kind: str, folder: str) -> Path:
 def _load_foreign(kind: str, folder: Path, dtype: torch.dtype) -> Any:
     model_class = getattr(require("diffusers", "eval"), FOREIGN_CLASSES[kind])
     options = {"use_safetensors": True, "local_files_only": True, "low_cpu_mem_usage": False}
-    return model_class.from_pretrained(str(folder), torch_dtype=dtype, **options)
+    model, info = model_class.from_pretrained(str(folder), torch_dtype=dtype, output_loading_info=True, **options)
+    check_loading_info(f"{kind}:{folder}", info)
+    return model

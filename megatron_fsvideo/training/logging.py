@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -13,11 +12,14 @@ import torch
 from torch import Tensor
 
 from megatron_fsvideo.config import LoggingConfig, require
+from megatron_fsvideo.data.outputs import try_folder, write_text
+from megatron_fsvideo.data.text_files import read_jsonl, read_lines
 from megatron_fsvideo.training.flops import peak_tflops
 from megatron_fsvideo.training.machine import device_name
 from megatron_fsvideo.training.state import StepResult, TrainState
 
 METRICS_FILE = "metrics.jsonl"
+DROPPED_FILE = "metrics_dropped.jsonl"
 
 
 class MetricsLogger:
@@ -29,7 +31,8 @@ class MetricsLogger:
 
     Args:
         resume_iteration: where the run continues. Later lines of metrics.jsonl, which a run wrote that was killed
-            before it saved, are dropped, because the iterations are done again.
+            before it saved, are moved to metrics_dropped.jsonl, because the iterations are done again. A run that
+            starts anew moves all lines there.
     """
 
     def __init__(
@@ -54,8 +57,9 @@ class MetricsLogger:
         self._started = time.perf_counter()
         if logging.tensorboard_dir is not None:
             folder = Path(logging.tensorboard_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            truncate_metrics(folder / METRICS_FILE, resume_iteration)
+            try_folder(folder)
+            if dropped := truncate_metrics(folder / METRICS_FILE, resume_iteration):
+                print(f"{dropped} lines of {folder / METRICS_FILE} are moved to {DROPPED_FILE}", flush=True)
             self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
             tensorboard = require("torch.utils.tensorboard", "train")
             self._tensorboard = tensorboard.SummaryWriter(str(folder), purge_step=resume_iteration + 1)
@@ -162,19 +166,27 @@ class MetricsLogger:
             print(text, flush=True)
 
 
-def truncate_metrics(path: Path, resume_iteration: int) -> None:
-    """Drop the lines after `resume_iteration` and a torn last line; all lines when the run starts anew. Atomic."""
+def truncate_metrics(path: Path, resume_iteration: int) -> int:
+    """Move the lines after `resume_iteration` to metrics_dropped.jsonl; all lines when the run starts anew.
+
+    Returns:
+        how many lines were moved. A torn last line is dropped.
+    """
     if not path.exists():
-        return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_before(line, resume_iteration)]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+        return 0
+    lines = [line.text for line in read_lines(path) if line.text]
+    kept = [line for line in lines if _is_before(line, resume_iteration)]
+    moved = [line for line in lines if _is_whole(line) and not _is_before(line, resume_iteration)]
+    if moved:
+        with path.with_name(DROPPED_FILE).open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in moved)
+    write_text(path, "".join(f"{line}\n" for line in kept))
+    return len(moved)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row for _, row in read_jsonl(path)]
 
 
 def peak_memory_bytes() -> int:
@@ -186,8 +198,12 @@ def peak_memory_bytes() -> int:
 
 
 def _is_before(line: str, resume_iteration: int) -> bool:
+    return _is_whole(line) and 0 < resume_iteration and json.loads(line)["iteration"] <= resume_iteration
+
+
+def _is_whole(line: str) -> bool:
+    """Whether this is a row of metrics; a process that is killed while it writes leaves half of one."""
     try:
-        iteration = json.loads(line)["iteration"]
-    except ValueError:
-        return False  # the process was killed while it wrote this line
-    return 0 < resume_iteration and iteration <= resume_iteration
+        return isinstance(json.loads(line)["iteration"], int)
+    except (ValueError, KeyError, TypeError):
+        return False

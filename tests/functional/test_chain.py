@@ -51,7 +51,15 @@ class Chain:
     def generate(self, out: str, *argv: str | Path, world_size: int = 1) -> Result:
         """tools/generate.py with the usual arguments, which `argv` may repeat."""
         usual = ["--load", self.folder / "dit", "--image", self.folder / "image.png", "--prompt", "a square"]
-        usual += ["--out", self.folder / out, "--num-inference-steps", "2", "--autoencoder-dtype", "fp32"]
+        usual += [
+            "--out",
+            self.folder / out,
+            "--num-inference-steps",
+            "2",
+            "--autoencoder-dtype",
+            "fp32",
+            "--overwrite",
+        ]
         return self.run("tools/generate.py", *usual, *argv, world_size=world_size)
 
 

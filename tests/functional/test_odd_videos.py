@@ -14,7 +14,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from megatron_fsvideo.checkpoint.release import save_fsae
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.clips import ClipOptions, Source, VideoEntry, expand
+from megatron_fsvideo.data.clips import ClipOptions, Source, expand
+from megatron_fsvideo.data.manifest import VideoEntry
 from megatron_fsvideo.data.video import VideoError, VideoReader, iterate_frames, probe, read_video
 from megatron_fsvideo.models.fsae import FSAE
 from tests.functional.cli import run_cli

@@ -63,7 +63,7 @@ def test_shapes_off_the_grid_are_refused(name: str, fsae: Path, tmp_path: Path) 
 def test_files_of_any_shape_are_reconstructed(fsae: Path, tmp_path: Path) -> None:
     for num_frames, height, width in ((1, 32, 48), (6, 30, 46)):
         source, target = film(tmp_path / "in.mp4", num_frames, height, width), tmp_path / "out.mp4"
-        result = run_cli("tools/reconstruct.py", [source, target, "--load", fsae], tmp_path / "log")
+        result = run_cli("tools/reconstruct.py", [source, target, "--load", fsae, "--overwrite"], tmp_path / "log")
         assert result.code == 0, result.stderr
         info = probe(target)
         assert (info.num_frames, info.height, info.width, info.fps) == (num_frames, height, width, 8.0)
@@ -82,7 +82,7 @@ def test_variable_frame_rate_is_reconstructed_at_its_times(fsae: Path, tmp_path:
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     for flags, expected in (([], [0, 3, 4, 4, 5, 5, 6]), (["--fps", "2"], [0, 3, 4, 5, 6])):
-        arguments = [source, target, "--load", fsae, "--side-by-side", "--quality", "4", *flags]
+        arguments = [source, target, "--load", fsae, "--side-by-side", "--quality", "4", "--overwrite", *flags]
         result = run_cli("tools/reconstruct.py", arguments, tmp_path / "log")
         assert result.code == 0, result.stderr
         written = read_video(target)[:, :, :32].float().mean(dim=(1, 2, 3))

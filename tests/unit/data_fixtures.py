@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.clips import ClipOptions, VideoEntry
+from megatron_fsvideo.data.clips import ClipOptions
+from megatron_fsvideo.data.manifest import VideoEntry
 from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions
 from megatron_fsvideo.data.video import write_video
 from megatron_fsvideo.models.encoders import NoImage

@@ -161,7 +161,7 @@ def test_formats_are_recognised_or_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown: config.json says _class_name 'FluxTransformer2DModel'"):
         recognise(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="it holds no object"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         recognise(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match="unknown: it has neither latest_checkpointed_iteration.txt nor config.json"):

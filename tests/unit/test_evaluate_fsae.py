@@ -227,4 +227,4 @@ def test_lpips_and_fvd_columns(checkpoint, films, tmp_path, monkeypatch, capsys)
     assert values["fvd"] > 1
     assert "FVD of 2 clips is biased upwards" in capsys.readouterr().out
     with pytest.raises(ValueError, match="FVD needs clips of at least 9 frames, not 5"):
-        run(monkeypatch, *argv[:-6], "--i3d-path", "i3d.safetensors")
+        run(monkeypatch, *argv[:-6], "--overwrite", "--i3d-path", "i3d.safetensors")

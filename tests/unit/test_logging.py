@@ -94,11 +94,17 @@ def test_nan_is_null(tmp_path):
     assert json.loads((tmp_path / METRICS_FILE).read_text())["loss"] is None
 
 
-def test_start_anew_drops_everything(tmp_path):
+def test_a_new_run_in_an_old_folder_keeps_the_rows_of_the_old_one(tmp_path):
     path = tmp_path / METRICS_FILE
-    path.write_text('{"iteration": 0}\n{"iteration": 1}\n')
-    truncate_metrics(path, 0)
-    assert path.read_text() == ""
+    rows = ['{"iteration": 0}\n', '{"iteration": 1}\n', '{"iteration": 2}\n']
+    path.write_text("".join(rows) + '{"itera')
+    assert truncate_metrics(path, 0) == 3
+    assert path.read_text() == "" and (tmp_path / "metrics_dropped.jsonl").read_text() == "".join(rows)
+    # What is done again after a kill is kept there too; nothing to move leaves the file as it is.
+    path.write_text("".join(rows))
+    assert [truncate_metrics(path, 1), truncate_metrics(path, 1)] == [1, 0]
+    assert path.read_text() == "".join(rows[:2])
+    assert (tmp_path / "metrics_dropped.jsonl").read_text() == "".join([*rows, rows[2]])
 
 
 def test_other_ranks_write_nothing(tmp_path):

@@ -23,16 +23,10 @@ from data_fixtures import (
 
 from megatron_fsvideo.checkpoint.release import save_fsae
 from megatron_fsvideo.config import FSAEConfig
-from megatron_fsvideo.data.clips import (
-    Source,
-    VideoEntry,
-    expand,
-    folder_entries,
-    read_manifest_lines,
-    require_captions,
-)
+from megatron_fsvideo.data.clips import Source, expand
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.latent_shards import ShardError, find_manifests, read_json, read_manifest, read_sample
+from megatron_fsvideo.data.manifest import VideoEntry, folder_entries, read_manifest_lines, require_captions
 from megatron_fsvideo.data.preprocessing import preprocess
 from megatron_fsvideo.data.video import read_video, to_unit, write_video
 from megatron_fsvideo.models.fsae import FSAE
@@ -192,7 +186,7 @@ def test_a_film_of_twice_the_length_needs_the_same_memory(tmp_path):
             "import torch; torch.set_num_threads(1)\n"
             "from data_fixtures import tiny_encoders, tiny_options\n"
             "from pathlib import Path\n"
-            "from megatron_fsvideo.data.clips import folder_entries\n"
+            "from megatron_fsvideo.data.manifest import folder_entries\n"
             "from megatron_fsvideo.data.preprocessing import preprocess\n"
             f"folder = Path({str(tmp_path / str(repeats))!r})\n"
             "rss = lambda key: next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"

@@ -53,7 +53,7 @@ def script_and_arguments(words: list[str]) -> tuple[str, list[str]]:
 def driver(monkeypatch):
     """run.py and the shell that it runs commands in."""
     module, shell = load("run"), FakeShell()
-    monkeypatch.setattr(module.subprocess, "run", shell.run)
+    monkeypatch.setattr(subprocess, "run", shell.run)
     return module, shell
 
 
@@ -96,6 +96,44 @@ def test_a_failed_phase_stops_and_finished_ones_are_skipped(driver, tmp_path):
     assert Path(script_and_arguments(shell.commands[0])[0]).name == "pretrain_dit.py"
 
 
+def scripts_of(shell: FakeShell) -> list[str]:
+    return [Path(script_and_arguments(words)[0]).name for words in shell.commands]
+
+
+def test_other_commands_or_inputs_are_run_anew_and_what_they_made_is_removed(driver, tmp_path):
+    module, shell = driver
+    films, out = tmp_path / "films", tmp_path / "out"
+    films.mkdir()
+    (films / "a.mp4").write_bytes(b"one film")
+
+    def run(**flags) -> list[str]:
+        shell.commands.clear()
+        module.quickstart(module.QuickstartFlags(str(out), **flags))
+        return scripts_of(shell)
+
+    assert run()[:2] == ["fetch_clips.py", "pretrain_fsae.py"]
+    (out / "fsae").mkdir()
+    (out / "fsae" / "latest_checkpointed_iteration.txt").touch()
+    assert run() == []
+    # Longer, then with own films: nothing may continue what was trained otherwise.
+    everything = run(long=True)
+    assert everything[0] == "pretrain_fsae.py" and everything[-1] == "report.py" and not (out / "fsae").exists()
+    assert run(video_dir=str(films))[0] == "pretrain_fsae.py"
+    assert run(video_dir=str(films)) == []
+    (films / "b.mp4").write_bytes(b"another film")
+    assert run(video_dir=str(films))[0] == "pretrain_fsae.py"
+
+
+def test_an_interrupted_phase_continues_with_its_command_only(driver, tmp_path):
+    module, shell = driver
+    shell.failing = "pretrain_dit.py"
+    for long, kept in ((False, True), (False, True), (True, False)):
+        (tmp_path / "dit").mkdir(exist_ok=True)
+        with pytest.raises(SystemExit, match="train_dit"):
+            module.quickstart(module.QuickstartFlags(str(tmp_path), long=long))
+        assert (tmp_path / "dit").exists() == kept
+
+
 def test_own_videos_are_not_fetched(driver, tmp_path):
     module, shell = driver
     module.quickstart(module.QuickstartFlags(str(tmp_path / "out"), video_dir="films"))
@@ -136,7 +174,9 @@ def finished(tmp_path) -> Path:
     save_fsae(tmp_path / "fsae", FSAE(build_job(FSAEJob, FSAE_PRESETS["fsae_debug"]).model))
     (tmp_path / "fsae-evaluation").mkdir()
     (tmp_path / "fsae-evaluation" / "evaluation.json").write_text('{"psnr": 25.0}')
-    (tmp_path / "phases.json").write_text('{"train_fsae": 10.0, "train_dit": 20.0}')
+    seconds = {"train_fsae": 10.0, "train_dit": 20.0}
+    phases = {name: {"key": "", "seconds": value} for name, value in seconds.items()}
+    (tmp_path / "phases.json").write_text(json.dumps(phases | {"report": {"key": "", "seconds": None}}))
     (tmp_path / "dit-logs").mkdir()
     rows = [{"iteration": k, "loss": 1 / k} for k in (1, 2)]
     rows += [
@@ -151,13 +191,13 @@ def test_report(finished):
     module = load("report")
     module.report(module.ReportFlags(str(finished), only_requests=True))
     requests = [json.loads(line) for line in (finished / "requests.jsonl").read_text().splitlines()]
-    assert len(requests) == 8 and all(Path(request["image"]).is_file() for request in requests)
+    assert len(requests) == 8 and all((finished / request["image"]).is_file() for request in requests)
     assert len({request["seed"] for request in requests}) == 8
     cases = module.heldout_cases(finished)
     for k, (request, case) in enumerate(zip(requests, cases, strict=True)):
         # The first goes the wrong way: played backwards. The last stands still.
         clip = case.truth.flip(0) if k == 0 else case.truth[:1].expand_as(case.truth) if k == 7 else case.truth
-        write_video(request["out"], clip, fps=8, quality=6)
+        write_video(finished / request["out"], clip, fps=8, quality=6)
     module.report(module.ReportFlags(str(finished)))
     report = json.loads((finished / "report.json").read_text())
     generation = report["generation"]

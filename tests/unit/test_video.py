@@ -8,12 +8,12 @@ import pytest
 import torch
 from data_fixtures import moving_video
 
+from megatron_fsvideo.data.listing import list_videos
 from megatron_fsvideo.data.video import (
     VideoError,
     VideoReader,
     from_unit,
     iterate_frames,
-    list_videos,
     probe,
     read_video,
     resize_and_crop,

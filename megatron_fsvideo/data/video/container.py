@@ -6,8 +6,6 @@ from typing import Any
 import av
 from av.stream import Disposition
 
-VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-
 # FFmpeg's names of the containers that hold their own frames. Playlists and scripts (concat, hls, dash, image2) would
 # make FFmpeg open whatever other files they name.
 FORMATS = (
@@ -21,21 +19,6 @@ READ_SECONDS = 60.0
 
 class VideoError(ValueError):
     """A video file that cannot be read as asked. The message is one line that names the file."""
-
-
-def list_videos(folder: str | Path) -> list[Path]:
-    """All video files below a folder, sorted by path.
-
-    Raises:
-        ValueError: the folder is missing or has no video file.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ValueError(f"{folder} is not a folder of videos")
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES)
-    if not found:
-        raise ValueError(f"no video file below {folder} (looked for {' '.join(VIDEO_SUFFIXES)})")
-    return found
 
 
 def shown_name(path: str | Path) -> str:

@@ -1,6 +1,5 @@
 """Writing H.264 mp4 files."""
 
-import os
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -9,6 +8,8 @@ import av
 import numpy as np
 import torch
 from av.video.reformatter import ColorRange, Colorspace
+
+from megatron_fsvideo.data.outputs import replacing
 
 
 def write_video(
@@ -51,10 +52,7 @@ def write_frames(
     keyframe_interval: int | None = None,
 ) -> None:
     """As `write_video`, for frames uint8 `[h, w, 3]` of `size` (height, width) that come one by one."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         with av.open(f"file:{temporary}", "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width = size
@@ -69,6 +67,3 @@ def write_frames(
                 array = np.ascontiguousarray(frame.cpu().numpy())
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
             container.mux(stream.encode())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,0 +1,123 @@
+"""What to generate: one image, prompt and output file, or a JSONL file of them; and the files that a request writes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_fsvideo.data.buckets import Bucket, choose_bucket
+from megatron_fsvideo.data.outputs import check_outputs
+from megatron_fsvideo.data.text_files import TextError, is_unicode, read_jsonl, read_text
+
+FIELDS = {"image": str, "prompt": str, "out": str, "seed": int}
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class Request:
+    """One clip to generate.
+
+    Attributes:
+        image: file of the first frame.
+        out: the mp4 to write.
+    """
+
+    image: str
+    prompt: str
+    out: str
+    seed: int
+
+    @property
+    def sheet(self) -> Path:
+        """The contact sheet beside the mp4."""
+        return self._beside(".png")
+
+    @property
+    def record(self) -> Path:
+        """The JSON record beside the mp4."""
+        return self._beside(".json")
+
+    def _beside(self, suffix: str) -> Path:
+        # Only .mp4 is replaced: clips named v1.0 and v1.5 have files of their own.
+        out = Path(self.out)
+        return out.with_suffix(suffix) if out.suffix.lower() == ".mp4" else out.with_name(out.name + suffix)
+
+
+def read_requests(path: str | Path, seed: int) -> list[Request]:
+    """The requests of a JSONL file: an object with image, prompt, out and optionally seed a line.
+
+    Args:
+        path: the file; relative paths in it are relative to its folder.
+        seed: of requests that name none.
+
+    Raises:
+        ValueError: the file or a line cannot be read, a field is missing, unknown or of another type, or there is no
+            request.
+    """
+    folder = Path(path).parent
+    requests = []
+    for line, values in read_jsonl(path):
+        line.checked()
+        where = f"{path} line {line.number}"
+        _check_fields(where, values)
+        image, out = (str(folder / values[name]) for name in ("image", "out"))
+        requests.append(Request(image, values["prompt"], out, values.get("seed", seed)))
+    if not requests:
+        raise TextError(f"{path}: has no request; write a line with image, prompt and out for each clip")
+    return requests
+
+
+def check_request_files(requests: Sequence[Request], inputs: Sequence[str | Path], *, overwrite: bool) -> None:
+    """Refuse requests whose files would destroy something.
+
+    Args:
+        inputs: files that are read beside the images.
+        overwrite: results of an earlier generation may be replaced. A picture or a JSON file that merely has the name
+            of a contact sheet or a record never is.
+
+    Raises:
+        OutputError: naming the file.
+    """
+    read = [*inputs, *(request.image for request in requests)]
+    check_outputs(
+        (path for request in requests for path in (request.out, request.sheet, request.record)), read, overwrite=True
+    )
+    for request in requests:
+        is_ours = overwrite and _is_record(request.record, Path(request.out).name)
+        check_outputs([request.out], read, overwrite=overwrite)
+        check_outputs([request.sheet, request.record], read, overwrite=is_ours)
+
+
+def nearest_bucket(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
+    """The bucket to generate from a photo: nearest aspect ratio, then most frames. Videos before images."""
+    videos = [bucket for bucket in buckets if bucket.num_frames > 1] or list(buckets)
+    return choose_bucket(videos, height, width, max(bucket.num_frames for bucket in videos))
+
+
+def _check_fields(where: str, values: Any) -> None:
+    if not isinstance(values, dict):
+        raise TextError(f"{where}: is {type(values).__name__}, not an object with image, prompt and out")
+    if missing := [name for name in ("image", "prompt", "out") if name not in values]:
+        raise TextError(f"{where}: is no request with image, prompt and out: {', '.join(missing)} is missing")
+    if unknown := sorted(set(values) - set(FIELDS)):
+        raise TextError(f"{where}: has unknown fields {', '.join(unknown)}; a request has {', '.join(FIELDS)}")
+    for name, value in values.items():
+        if type(value) is not FIELDS[name]:
+            raise TextError(f"{where}: {name} is {value!r}, expected {FIELDS[name].__name__}")
+        if isinstance(value, str) and not is_unicode(value):
+            raise TextError(f"{where}: {name} {value!r} holds half of a surrogate pair, which is no letter")
+    for name in ("image", "out"):
+        if not values[name].strip() or "\0" in values[name]:
+            raise TextError(f"{where}: {name} is {values[name]!r}, expected the name of a file")
+    if not -MAX_SEED <= values.get("seed", 0) <= MAX_SEED:
+        raise TextError(f"{where}: seed is {values['seed']}, expected a number of up to 63 bits")
+
+
+def _is_record(path: Path, out: str) -> bool:
+    """Whether a file is the record of an earlier generation of this very mp4."""
+    try:
+        request = json.loads(read_text(path))["request"]
+        return Path(request["out"]).name == out
+    except (ValueError, KeyError, TypeError):
+        return False
