@@ -84,6 +84,9 @@ class EvaluateFlags(Checked):
     many, rounded up."""
     num_shown: Count = 3
     """Number of clips in the PNG."""
+    shot_index: PathText | None = None
+    """Folder of the index that tools/index_shots.py made of the videos. None takes .shots in --video-dir, if it is
+    there."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,7 @@ def main() -> None:
     listed = list_clips(data, flags.sampling, flags.num_clips, team)
     shown = spread(len(listed.clips), flags.num_shown)
     place = (device, DTYPES[job.measure.dtype])
-    found = [reconstruct_clips(a, listed.clips, data, judges, team, place, shown) for a in autoencoders]
+    found = [reconstruct_clips(a, listed.clips, data, judges, team, place, shown, listed.index) for a in autoencoders]
     if team.leads:
         clips, skipped = readable_clips(listed, found)
         results = [[part[k] for k in clips] for part in found]
@@ -173,7 +176,11 @@ def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
         if getattr(flags, name) is not None
     }
     resolution = flags.resolution or trained.valid_side
-    chosen = replace(trained, video_dir=flags.video_dir, resolution=resolution, valid_resolution=None, **given)
+    # Other videos have another index.
+    others = {"shot_index": flags.shot_index, "valid_video_dir": None, "valid_shot_index": None}
+    chosen = replace(
+        trained, video_dir=flags.video_dir, resolution=resolution, valid_resolution=None, **others, **given
+    )
     if flags.sampling == "videos":
         if flags.holdout_every:
             raise ValueError(f"--sampling videos holds out nothing: leave out --holdout-every {flags.holdout_every}")

@@ -129,7 +129,7 @@ def of_length(fsae: FSAE, num_frames: int, job: DimensionJob, team: Team) -> tup
     )
     listed = list_clips(data, clips.sampling, job.dimension.num_points, team)
     check_number(len(listed.clips), job.dimension.max_neighbors)
-    points, skipped = encode_clips(fsae, listed.clips, data, team)
+    points, skipped = encode_clips(fsae, listed.clips, data, team, listed.index)
     return "image" if num_frames == 1 else f"video, {num_frames} frames", points, listed.skipped | skipped
 
 

@@ -51,8 +51,18 @@ class VideoDataConfig(Checked):
     """Clip shapes as frames x height x width, such as 17x192x320. They replace num_frames and square crops. All clips
     of a batch have one shape. A video takes the shape of each length whose aspect ratio is nearest to its own. A shape
     that is listed twice is drawn twice as often."""
+    shot_index: PathText | None = None
+    """Folder of the index that tools/index_shots.py made of the videos. None takes .shots in --video-dir, if it is
+    there."""
     holdout_every: Count = 0
-    """Hold out every n-th shot of each video for validation. 0 holds out none."""
+    """Hold out every n-th shot of each video for validation, and every n-th of the videos with fewer shots. 0 holds out
+    none."""
+    valid_video_dir: PathText | None = None
+    """Folder of video files for validation, instead of --holdout-every."""
+    valid_shot_index: PathText | None = None
+    """Folder of the index of --valid-video-dir. None takes .shots in it, if it is there."""
+    num_workers: Count = 0
+    """Threads that read clips ahead. 0 reads each batch when it is needed."""
     valid_resolution: PositiveInt | None = None
     """Side of the square centre crops of held-out clips in pixels. None takes --resolution."""
     cache_gib: NonNegative = 4.0
@@ -64,6 +74,10 @@ class VideoDataConfig(Checked):
             raise ValueError(
                 f"num_frames must be 4k+1 (1, 5, 9, 13, 17, ...), got {self.num_frames}; "
                 f"try {self.num_frames // 4 * 4 + 1}"
+            )
+        if self.valid_video_dir is not None and self.holdout_every:
+            raise ValueError(
+                f"valid_video_dir {self.valid_video_dir} excludes holdout_every {self.holdout_every}: give one of them"
             )
         if self.short_side < self.resolution:
             raise ValueError(f"short_side {self.short_side} is smaller than resolution {self.resolution}")

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from math import log
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_fsvideo.config import VideoDataConfig
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.clip_dataset import ClipDataset, open_clips
+from megatron_fsvideo.data.draws import WeightedDraw, draw
+from megatron_fsvideo.data.shot_index import ShotIndex
 from megatron_fsvideo.data.shots import Shot
-from megatron_fsvideo.data.video import VideoReader, resize_short_side, to_unit
+from megatron_fsvideo.data.video import resize_short_side, to_unit
 from megatron_fsvideo.parallel.seeds import sample_generator
 
 
@@ -29,17 +32,32 @@ class BucketedClips:
         buckets: shapes; one that occurs twice is drawn twice as often.
         seed: of buckets and clips.
         max_frame_stride: clips take every frame, every second, ... up to this, as far as the shot is long.
+        index: what is known of the files; None decodes each of them once to find out.
 
     Raises:
         ValueError: no shot serves any bucket.
     """
 
-    def __init__(self, shots: Sequence[Shot], buckets: Sequence[Bucket], seed: int, max_frame_stride: int = 1) -> None:
+    def __init__(
+        self,
+        shots: Sequence[Shot],
+        buckets: Sequence[Bucket],
+        seed: int,
+        max_frame_stride: int = 1,
+        index: ShotIndex | None = None,
+    ) -> None:
         self.shots = list(shots)
         self.seed = seed
         self.max_frame_stride = max_frame_stride
-        self._readers = {path: VideoReader(path) for path in sorted({shot.path for shot in shots})}
+        self._index = index or ShotIndex(".")
+        self._ratios = {path: self._log_ratio(path) for path in {shot.path for shot in shots}}
         self._shots = {bucket: self._serving(shots, bucket, buckets) for bucket in set(buckets)}
+        # Uniform over frames, not over shots: long shots have more to show.
+        self._draws = {
+            bucket: WeightedDraw(np.array([shot.num_frames - bucket.num_frames + 1 for shot in serving]))
+            for bucket, serving in self._shots.items()
+            if serving
+        }
         self.buckets = tuple(bucket for bucket in buckets if self._shots[bucket])
         if not self.buckets:
             longest = max((shot.num_frames for shot in shots), default=0)
@@ -68,20 +86,18 @@ class BucketedClips:
         """Clip `number` of a bucket's endless sequence: [3, f, h, w] in [-1, 1]."""
         generator = sample_generator(self.seed, number, 0, f"clip {bucket}")
         shots = self._shots[bucket]
-        # Uniform over frames, not over shots: long shots have more to show.
-        lengths = torch.tensor([shot.num_frames - bucket.num_frames + 1 for shot in shots], dtype=torch.float64)
-        shot = shots[int(torch.multinomial(lengths, 1, generator=generator))]
+        shot = shots[self._draws[bucket](generator)]
         gaps = bucket.num_frames - 1
         longest_stride = min(self.max_frame_stride, (shot.num_frames - 1) // max(1, gaps))
-        stride = 1 + _draw(longest_stride - 1, generator)
-        start = shot.start + _draw(shot.num_frames - 1 - gaps * stride, generator)
+        stride = 1 + draw(longest_stride - 1, generator)
+        start = shot.start + draw(shot.num_frames - 1 - gaps * stride, generator)
         # Closed each time: the next clip is elsewhere, and decoders hold memory and threads.
-        with self._readers[shot.path] as reader:
+        with self._index.open(shot.path) as reader:
             frames = _cover(reader.read(start, bucket.num_frames, stride=stride), bucket)
-        top = _draw(frames.shape[1] - bucket.height, generator)
-        left = _draw(frames.shape[2] - bucket.width, generator)
+        top = draw(frames.shape[1] - bucket.height, generator)
+        left = draw(frames.shape[2] - bucket.width, generator)
         crop = frames[:, top : top + bucket.height, left : left + bucket.width]
-        return to_unit(crop.flip(2) if _draw(1, generator) else crop)
+        return to_unit(crop.flip(2) if draw(1, generator) else crop)
 
     def random_batch(self, first: int, count: int, bucket: Bucket) -> Tensor:
         """Clips `first` to `first + count - 1` as [count, 3, f, h, w]."""
@@ -97,11 +113,12 @@ class BucketedClips:
             shot
             for shot in shots
             if shot.num_frames >= bucket.num_frames
-            and _distance(bucket, self._ratio(shot)) <= min(_distance(b, self._ratio(shot)) for b in rivals) + 1e-6
+            and _distance(bucket, self._ratios[shot.path])
+            <= min(_distance(b, self._ratios[shot.path]) for b in rivals) + 1e-6
         ]
 
-    def _ratio(self, shot: Shot) -> float:
-        info = self._readers[shot.path].info
+    def _log_ratio(self, path: str) -> float:
+        info = self._index.info(path)
         return log(info.width / info.height)
 
 
@@ -115,7 +132,7 @@ def open_bucketed_clips(
     """
     shortest = min(bucket.num_frames for bucket in buckets)
     clips, held_out = open_clips(replace(data, num_frames=shortest, cache_gib=0.0), seed)
-    return BucketedClips(clips.shots, buckets, seed, data.max_frame_stride), held_out
+    return BucketedClips(clips.shots, buckets, seed, data.max_frame_stride, clips.index), held_out
 
 
 def _distance(bucket: Bucket, log_ratio: float) -> float:
@@ -130,8 +147,3 @@ def _cover(frames: Tensor, bucket: Bucket) -> Tensor:
     scaled = resize_short_side(frames, int(short))
     assert scaled.shape[1] >= bucket.height and scaled.shape[2] >= bucket.width, "rounding lost a row"
     return scaled
-
-
-def _draw(largest: int, generator: torch.Generator) -> int:
-    """A whole number in 0..largest."""
-    return int(torch.randint(largest + 1, (1,), generator=generator))

@@ -101,7 +101,10 @@ def _without(found: tuple[int, int], damaged: Sequence[int]) -> Iterator[tuple[i
 
 
 def split_shots(shots: Sequence[Shot], holdout_every: int) -> tuple[list[Shot], list[Shot]]:
-    """Deal shots to training and held-out: of each file's shots, in order, every `holdout_every`-th is held out.
+    """Deal shots to training and held-out.
+
+    Of a file with at least `holdout_every` shots, every `holdout_every`-th shot is held out. Of the files with fewer,
+    in order, every `holdout_every`-th file is held out whole.
 
     The split depends on the list alone, so the autoencoder's training, the DiT's and the evaluation agree on it as long
     as they make the list with the same `find_shots(path, min_frames)`. 0 holds out none.
@@ -111,14 +114,21 @@ def split_shots(shots: Sequence[Shot], holdout_every: int) -> tuple[list[Shot], 
     """
     if holdout_every < 0 or holdout_every == 1:
         raise ValueError(f"holdout_every must be 0 (none) or at least 2, got {holdout_every}")
-    train: list[Shot] = []
-    held_out: list[Shot] = []
-    position: dict[str, int] = {}
+    if holdout_every == 0:
+        return sorted(shots), []
+    files: dict[str, list[Shot]] = {}
     for shot in sorted(shots):
-        position[shot.path] = position.get(shot.path, 0) + 1
-        is_held_out = holdout_every > 0 and position[shot.path] % holdout_every == 0
-        (held_out if is_held_out else train).append(shot)
-    return train, held_out
+        files.setdefault(shot.path, []).append(shot)
+    held_out: set[Shot] = set()
+    small = 0
+    for own in files.values():
+        if len(own) >= holdout_every:
+            held_out.update(own[holdout_every - 1 :: holdout_every])
+            continue
+        small += 1
+        if small % holdout_every == 0:
+            held_out.update(own)
+    return [shot for shot in sorted(shots) if shot not in held_out], sorted(held_out)
 
 
 def _measure(

@@ -12,11 +12,14 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from megatron_fsvideo.config import VideoDataConfig
 from megatron_fsvideo.data.listing import list_videos
-from megatron_fsvideo.data.shots import Shot, find_shots, split_shots
-from megatron_fsvideo.data.video import VideoError, VideoReader, probe, resize_short_side, to_unit
+from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex
+from megatron_fsvideo.data.shots import Shot, split_shots
+from megatron_fsvideo.data.video import VideoError, VideoReader, resize_short_side, to_unit
+from megatron_fsvideo.data.video.frame_table import PROGRESS_AFTER
 from megatron_fsvideo.parallel.team import Team
 
 Sampling = Literal["shots", "videos"]
@@ -29,10 +32,12 @@ class ClipList:
     Attributes:
         clips: ranges of frames, in order.
         skipped: file -> why none of its frames is judged.
+        index: what is known of the files.
     """
 
     clips: tuple[Shot, ...]
     skipped: dict[str, str]
+    index: ShotIndex
 
 
 def list_clips(data: VideoDataConfig, sampling: Sampling, count: int, team: Team) -> ClipList:
@@ -51,7 +56,12 @@ def list_clips(data: VideoDataConfig, sampling: Sampling, count: int, team: Team
     if count < 1:
         raise ValueError(f"num_clips must be at least 1, got {count}")
     paths = list_videos(Path(data.video_dir))
-    looked_at = team.gather({k: _look_at(path, sampling) for k, path in team.share(paths)})
+    index = ShotIndex(data.video_dir, data.shot_index or Path(data.video_dir) / INDEX_FOLDER)
+    mine = list(team.share(paths))
+    bar = tqdm(mine, desc="shots", unit="video", delay=PROGRESS_AFTER, disable=None if team.leads else True)
+    for line in team.gather({k: index.line(path) for k, path in bar}).values():
+        index.remember(line)
+    looked_at = {k: _look_at(path, sampling, index) for k, path in enumerate(paths)}
     skipped = {str(paths[k]): found for k, found in looked_at.items() if isinstance(found, str)}
     ranges = [shot for found in looked_at.values() if not isinstance(found, str) for shot in found]
     if sampling == "shots" and data.holdout_every:
@@ -69,26 +79,29 @@ def list_clips(data: VideoDataConfig, sampling: Sampling, count: int, team: Team
     if sampling == "videos":
         short = [shot for shot in ranges if shot.num_frames < data.num_frames]
         skipped |= {shot.path: f"has {shot.num_frames} frames, needs {data.num_frames}" for shot in short}
-    return ClipList(tuple(_spread(long_enough, count, data.num_frames)), skipped)
+    return ClipList(tuple(_spread(long_enough, count, data.num_frames)), skipped, index)
 
 
-def read_clip(clip: Shot, data: VideoDataConfig) -> Tensor:
+def read_clip(clip: Shot, data: VideoDataConfig, index: ShotIndex | None = None) -> Tensor:
     """[1, 3, f, side, side] in [-1, 1]: every frame, resized to the short side (bilinear, antialiased), centre crop.
+
+    Args:
+        index: what is known of the file; None decodes it once to find out.
 
     Raises:
         VideoError: the file is damaged there.
     """
-    with VideoReader(clip.path) as reader:
+    with VideoReader(clip.path) if index is None else index.open(clip.path) as reader:
         frames = resize_short_side(reader.read(clip.start, clip.num_frames), data.short_side)
     side = data.resolution
     top, left = (frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2
     return to_unit(frames[:, top : top + side, left : left + side]).unsqueeze(0)
 
 
-def _look_at(path: Path, sampling: Sampling) -> list[Shot] | str:
+def _look_at(path: Path, sampling: Sampling, index: ShotIndex) -> list[Shot] | str:
     """The ranges of a file that clips may come from, or why there are none."""
     try:
-        return find_shots(path) if sampling == "shots" else [Shot(str(path), 0, probe(path).num_frames)]
+        return index.shots(path) if sampling == "shots" else [Shot(str(path), 0, index.info(path).num_frames)]
     except VideoError as error:
         return str(error)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_fsvideo.config import VideoDataConfig
 from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.data.shot_index import ShotIndex
 from megatron_fsvideo.data.shots import Shot
 from megatron_fsvideo.data.video import VideoError
 from megatron_fsvideo.evaluation.clips import read_clip
@@ -24,20 +25,22 @@ LATENTS_NAME = "latents"
 
 
 @torch.no_grad()
-def encode_clips(fsae: FSAE, clips: Sequence[Shot], data: VideoDataConfig, team: Team) -> tuple[Tensor, dict[str, str]]:
+def encode_clips(
+    fsae: FSAE, clips: Sequence[Shot], data: VideoDataConfig, team: Team, index: ShotIndex | None = None
+) -> tuple[Tensor, dict[str, str]]:
     """Points [n, features] fp32 in the order of the clips, and name -> reason of clips that could not be read.
 
     Every process of the team encodes its share and gets all points.
     """
     weight = next(fsae.parameters())
     found: dict[int, np.ndarray | str] = {}
-    for index, clip in team.share(clips):
+    for number, clip in team.share(clips):
         try:
-            video = read_clip(clip, data).to(weight.device, weight.dtype)
+            video = read_clip(clip, data, index).to(weight.device, weight.dtype)
         except VideoError as error:
-            found[index] = str(error)
+            found[number] = str(error)
             continue
-        found[index] = fsae.encode(video).flatten().float().cpu().numpy()
+        found[number] = fsae.encode(video).flatten().float().cpu().numpy()
     found = team.gather(found)
     skipped = {clips[k].name: reason for k, reason in found.items() if isinstance(reason, str)}
     points = [value for value in found.values() if not isinstance(value, str)]

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_fsvideo.config import VideoDataConfig
 from megatron_fsvideo.data.latent_shards import LatentStatistics
+from megatron_fsvideo.data.shot_index import ShotIndex
 from megatron_fsvideo.data.shots import Shot
 from megatron_fsvideo.data.video import VideoError, from_unit
 from megatron_fsvideo.evaluation.autoencoders import Autoencoder
@@ -72,24 +73,26 @@ def reconstruct_clips(
     team: Team,
     place: tuple[torch.device, torch.dtype],
     shown: Sequence[int] = (),
+    index: ShotIndex | None = None,
 ) -> dict[int, Reconstructed | str]:
     """Clip index -> what its reconstructions are like, or why it could not be read; the same on every process.
 
     Args:
         place: the autoencoder's device, where also the judges are, and number format.
         shown: indices of clips whose frames are kept.
+        index: what is known of the clips' files.
     """
     device, dtype = place
     found: dict[int, Reconstructed | str] = {}
     mine = list(team.share(clips))
     quiet = not team.leads or not sys.stderr.isatty()
-    for index, clip in tqdm(mine, desc=autoencoder.rows[0], unit="clip", disable=quiet):
+    for number, clip in tqdm(mine, desc=autoencoder.rows[0], unit="clip", disable=quiet):
         try:
-            video = read_clip(clip, data).to(device)
+            video = read_clip(clip, data, index).to(device)
         except VideoError as error:
-            found[index] = str(error)
+            found[number] = str(error)
             continue
-        found[index] = _reconstruct(autoencoder, video, judges, dtype, index in shown)
+        found[number] = _reconstruct(autoencoder, video, judges, dtype, number in shown)
     return team.gather(found)
 
 

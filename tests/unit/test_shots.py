@@ -54,6 +54,17 @@ def test_split_is_disjoint_complete_and_independent_of_order():
     assert split_shots(shots, 0) == (shots, [])
 
 
+def test_split_holds_out_whole_files_of_those_with_few_shots():
+    clips = [Shot(f"clip{k}", 0, 20) for k in range(6)]
+    film = [Shot("film", 20 * k, 20) for k in range(4)]
+    pair = [Shot("pair", 0, 20), Shot("pair", 20, 20)]
+    train, held_out = split_shots([*film, *clips, *pair], 3)
+    # The third and the sixth clip; of the film, which has enough shots, its third.
+    assert held_out == [clips[2], clips[5], film[2]]
+    assert sorted(train + held_out) == sorted([*film, *clips, *pair])
+    assert split_shots([*pair, *clips[:2]], 3)[1] == pair
+
+
 def test_split_refuses_to_hold_out_everything():
     with pytest.raises(ValueError, match="holdout_every must be 0 .* got 1"):
         split_shots([], 1)
