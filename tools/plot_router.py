@@ -17,10 +17,10 @@ from torch import Tensor
 
 from megatron_fsvideo.config import DiTParallelConfig, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
-from megatron_fsvideo.data.batch import read_batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.data.sampler import SampleRef
+from megatron_fsvideo.data.stored_batch import read_batch
 from megatron_fsvideo.evaluation.router_weights import KINDS, RouterWeights, write_router_figure
 from megatron_fsvideo.inference.loading import LoadedDiT, load_dit
 from megatron_fsvideo.models.codecs import LatentScale, is_same_encoder, spell_autoencoder

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from megatron_fsvideo.config import DiTJob
-from megatron_fsvideo.data.batch import Batch, collate
+from megatron_fsvideo.data.batch import Batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.data.stored_batch import stack
 from megatron_fsvideo.data.video import from_unit, write_video
 from megatron_fsvideo.diffusion.conditions import first_frame_condition
 from megatron_fsvideo.diffusion.guidance import guided
@@ -84,10 +85,10 @@ class ValidationVideos:
 
     def _make(self, index: int, folder: Path) -> Made:
         sample = self.dataset.read(*self.chosen[index])
-        batch = collate([sample], [0], self.dataset.scale, self.dataset.text_length).to(self.pgs.device)
+        batch = stack([sample], [0], self.dataset.scale, self.dataset.text_length).to(self.pgs.device)
         latents = self._sample(batch)
         error = (latents - batch.latents).square().mean().item()
-        label = f"{index:02d} {batch.captions[0]}"[:LABEL_LENGTH]
+        label = f"{index:02d} {sample.record['caption']}"[:LABEL_LENGTH]
         if not self._writes:
             return label, error, None
         restored = self.dataset.scale.restore(latents)

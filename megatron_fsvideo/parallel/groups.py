@@ -30,6 +30,7 @@ class ProcessGroups:
     Attributes:
         collection: the groups as Megatron's modules take them.
         tp, cp, pp, dp: one group per axis; dp_cp joins data and context, over which gradients are reduced.
+        tp_host: the ranks of `tp` for what stays in host memory; of its own, so that a thread may use it beside `tp`.
         device: where this rank's tensors live.
     """
 
@@ -39,6 +40,7 @@ class ProcessGroups:
     pp: ProcessGroup
     dp: ProcessGroup
     dp_cp: ProcessGroup
+    tp_host: ProcessGroup
     device: torch.device
 
     @property
@@ -139,8 +141,9 @@ def initialize(parallel: ParallelConfig) -> ProcessGroups:
             f"start a multiple of {sizes.model} processes"
         )
     device = _local_device()
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes + _GRACE_MINUTES)
     if not dist.is_initialized():
-        _join(device, world_size, parallel.distributed_timeout_minutes + _GRACE_MINUTES)
+        _join(device, world_size, timeout)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
@@ -158,6 +161,7 @@ def initialize(parallel: ParallelConfig) -> ProcessGroups:
         pp=collection.pp,
         dp=collection.dp,
         dp_cp=collection.dp_cp,
+        tp_host=_host_group(collection.tp, sizes.tensor, world_size, timeout),
         device=device,
     )
 
@@ -217,9 +221,20 @@ def _local_device() -> torch.device:
     return device
 
 
-def _join(device: torch.device, world_size: int, timeout_minutes: float) -> None:
+def _host_group(tp: ProcessGroup, tp_size: int, world_size: int, timeout: timedelta) -> ProcessGroup:
+    """A gloo group of the ranks of `tp`, which are neighbours; `tp` itself where it has one rank."""
+    if tp_size == 1:
+        return tp
+    ranks = [list(range(first, first + tp_size)) for first in range(0, world_size, tp_size)]
+    group, _ = dist.new_subgroups_by_enumeration(ranks, timeout=timeout, backend="gloo")
+    assert dist.get_process_group_ranks(group) == dist.get_process_group_ranks(tp), (
+        "tensor-parallel ranks follow one another"
+    )
+    return group
+
+
+def _join(device: torch.device, world_size: int, timeout: timedelta) -> None:
     backend = "gloo" if device.type == "cpu" else "nccl"
-    timeout = timedelta(minutes=timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout, world_size=world_size, rank=int(os.environ["RANK"]))
     else:

@@ -4,12 +4,13 @@ import pytest
 import torch
 from data_fixtures import CornerImage, make_videos, tiny_encoders, tiny_options
 
-from megatron_fsvideo.data.batch import BatchLoader, read_batch
+from megatron_fsvideo.data.batch_loader import BatchLoader
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_dataset import LatentDataset, SampleFilter, parse_data_path, read_sample_list
 from megatron_fsvideo.data.latent_shards import ShardError, sample_id
 from megatron_fsvideo.data.preprocessing import preprocess
 from megatron_fsvideo.data.sampler import BucketSampler, SampleRef
+from megatron_fsvideo.data.stored_batch import read_batch
 from megatron_fsvideo.models.codecs import LatentScale
 from tests.latent_fixtures import write_latent_dataset
 
@@ -53,14 +54,15 @@ def test_description(folder):
 
 def test_a_batch(folder):
     dataset = LatentDataset([str(folder)])
-    batch = read_batch(dataset, [SampleRef(0, 2, 0), SampleRef(0, 5, 3)])
+    stored = read_batch(dataset, [SampleRef(0, 2, 0), SampleRef(0, 5, 3)])
+    assert stored.latents.dtype == stored.text.dtype == torch.bfloat16 and stored.text.shape == (12, 5)
+    batch = stored.to("cpu")
     samples = [dataset.read(0, 2), dataset.read(0, 5)]
     assert batch.latents.shape == (2, 6, 3, 8, 8) and batch.text.shape == (2, 12, 5) and batch.image.shape == (2, 2, 3)
     assert batch.sample_ids.tolist() == [sample_id(sample.key) for sample in samples] and batch.epochs.tolist() == [
         0,
         3,
     ]
-    assert batch.captions == [sample.record["caption"] for sample in samples]
     assert batch.text_lengths.tolist() == [6, 6] and batch.text[:, 6:].abs().max() == 0
     assert torch.equal(batch.text[0, :6], samples[0].text.float())
     mean, std = (torch.tensor(values)[:, None, None, None] for values in (dataset.scale.mean, dataset.scale.std))
@@ -69,7 +71,7 @@ def test_a_batch(folder):
 
 def test_the_whole_dataset_is_normalised(folder):
     dataset = LatentDataset([str(folder)])
-    latents = read_batch(dataset, [SampleRef(0, k, 0) for k in range(8)]).latents.transpose(0, 1).flatten(1)
+    latents = read_batch(dataset, [SampleRef(0, k, 0) for k in range(8)]).to("cpu").latents.transpose(0, 1).flatten(1)
     torch.testing.assert_close(latents.mean(1), torch.zeros(6), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std(1), torch.ones(6), atol=1e-3, rtol=0)
 

@@ -37,7 +37,6 @@ def batch_of(ids, epochs=None):
         text=torch.randn(b, 6, MODEL.text_embed_dim, generator=generator),
         text_lengths=torch.full((b,), 6),
         image=torch.randn(b, 3, MODEL.image_embed_dim, generator=generator),
-        captions=[""] * b,
     )
 
 

@@ -22,9 +22,9 @@ from megatron_fsvideo.checkpoint.safe_pickle import check_checkpoint
 from megatron_fsvideo.checkpoint.sharded_state import plan_checkpoint
 from megatron_fsvideo.checkpoint.writer import CheckpointWriter
 from megatron_fsvideo.config import DiTJob, to_dict
-from megatron_fsvideo.data.batch import Batch
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.sample_order import check_order
+from megatron_fsvideo.data.stored_batch import StoredBatch
 from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
 from megatron_fsvideo.diffusion.losses import loss_of_mse
 from megatron_fsvideo.models.codecs import LatentScale
@@ -124,7 +124,7 @@ class DiTStep:
             "velocity_mse": mse,
             "bad_samples": float(len(self.dataset.bad_samples)),
         }
-        image_tokens = batches[0].image.shape[1] if batches[0].image is not None else 0
+        image_tokens = batches[0].image.shape[1]
         flops = num_samples * dit_training_flops(self.job.model, tokens, self.dataset.text_length, image_tokens)
         skipped = None if has_stepped else f"the loss is {loss}, the gradient norm {grad_norm}; {self._blame()}"
         return StepResult(
@@ -144,6 +144,7 @@ class DiTStep:
         sums = torch.zeros(3, NUM_SIGMA_BINS, dtype=torch.float64, device=self.pgs.device)
         with self.averaged():
             self._validate_batches(source, sums)
+        source.close()
         errors, bounds, counts = self._sum_over_ranks(sums)
         metrics = {
             "velocity_mse": (errors.sum() / counts.sum()).item(),
@@ -266,7 +267,7 @@ class DiTStep:
         return None, False
 
     def _training_step(
-        self, iterator: Iterator[Batch], wrapped: DistributedDataParallel
+        self, iterator: Iterator[StoredBatch], wrapped: DistributedDataParallel
     ) -> tuple[Tensor, LossFunction]:
         """Megatron's forward step: the prediction, and a function of it that is the loss."""
         batch = next(iterator).to(self.pgs.device)
@@ -292,7 +293,7 @@ class DiTStep:
         return denoiser.predict(noisy.noisy_latents, noisy.sigmas, noisy.condition), loss_function
 
     def _validation_step(
-        self, iterator: Iterator[Batch], wrapped: DistributedDataParallel
+        self, iterator: Iterator[StoredBatch], wrapped: DistributedDataParallel
     ) -> tuple[Tensor, LossFunction]:
         batch = next(iterator).to(self.pgs.device)
         draws = validation_draws(batch, self.job.diffusion, self.job.training.seed)
@@ -317,7 +318,7 @@ class DiTStep:
         chosen = [name for key, name in names.items() if key in broken] or list(names.values())
         return f"samples ({len(chosen)} of {len(names)} in the batch): {' '.join(chosen)}"
 
-    def _run(self, batches: list[Batch], forward_step: Callable, forward_only: bool) -> list[Tensor]:
+    def _run(self, batches: list[StoredBatch], forward_step: Callable, forward_only: bool) -> list[Tensor]:
         """Megatron's schedule over the micro-batches; what the loss functions returned, on the last stage."""
         collected = run_schedule(forward_step, self.wrapped, batches, self.pgs, forward_only=forward_only)
         return [entry["sums"] for entry in collected]

@@ -1,17 +1,19 @@
 """Where the DiT's training step gets its batches: each data-parallel rank's share, on every rank of its model."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from megatron_fsvideo.config import DataConfig, DiTConfig, DiTJob, DiTParallelConfig, TrainingConfig, check_token_count
-from megatron_fsvideo.data.batch import Batch, BatchLoader, broadcast_batch
+from megatron_fsvideo.data.batch_loader import BatchLoader
 from megatron_fsvideo.data.batch_sizes import Sharing, global_batch_sizes, micro_batch_sizes
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_dataset import LatentDataset, SampleFilter, read_sample_list
 from megatron_fsvideo.data.latent_shards import sample_id
 from megatron_fsvideo.data.sample_order import order_record
 from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch
+from megatron_fsvideo.data.stored_batch import StoredBatch, broadcast_batch
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
 
@@ -19,7 +21,7 @@ class BatchSource:
     """Global batches in order, from a number of consumed samples on.
 
     Tensor-parallel rank 0 reads and sends to its group; every pipeline stage and context-parallel rank reads the same
-    samples for itself.
+    samples for itself. With `num_workers`, a thread fetches the next step's batches while this step is computed.
 
     Attributes:
         batch_sizes: samples of a step of each bucket.
@@ -49,7 +51,7 @@ class BatchSource:
         sizes = micro_batch_sizes(self.batch_sizes, sharing(self._tokens, job, pgs.dp_size))
         sampler = BucketSampler(dataset.streams, self.batch_sizes, job.training.seed, shuffle)
         self._plans = sampler.batches(consumed_samples)
-        self._loader: Iterator[tuple[GlobalBatch, list[Batch]]] | None = None
+        self._loader: BatchLoader | None = None
         if pgs.tp_rank == 0:
             self._loader = BatchLoader(
                 dataset,
@@ -60,20 +62,35 @@ class BatchSource:
                 consumed_samples=consumed_samples,
                 num_workers=job.data.num_workers,
             )
-        self._num_microbatches = {
-            bucket: batch // (sizes[bucket] * pgs.dp_size) for bucket, batch in self.batch_sizes.items()
-        }
+        self._micro_batch_sizes = sizes
+        self._thread = ThreadPoolExecutor(1) if job.data.num_workers else None
+        self._ahead: Future[tuple[GlobalBatch, list[StoredBatch]]] | None = None
 
-    def next(self) -> tuple[list[Batch], int, int]:
+    def next(self) -> tuple[list[StoredBatch], int, int]:
         """This rank's micro-batches in host memory, the global batch's number of samples, the tokens of one sample."""
         started = time.perf_counter()
-        plan = self._plan = next(self._plans)
-        batches: list[Batch | None] = [None] * self._num_microbatches[plan.bucket]
+        plan, batches = self._fetch() if self._ahead is None else self._ahead.result()
+        if self._thread is not None:
+            self._ahead = self._thread.submit(self._fetch)
+        self._plan = plan
+        self.data_wait = time.perf_counter() - started
+        return batches, len(plan.samples), self._tokens[plan.bucket]
+
+    def close(self) -> None:
+        """Wait for what is being fetched, as the other ranks of the tensor-parallel group do, and stop the threads."""
+        if self._thread is not None:
+            self._thread.shutdown()
+        if self._loader is not None:
+            self._loader.close()
+
+    def _fetch(self) -> tuple[GlobalBatch, list[StoredBatch]]:
+        plan = next(self._plans)
+        size = self._micro_batch_sizes[plan.bucket]
+        batches: list[StoredBatch | None] = [None] * (len(plan.samples) // (size * self._pgs.dp_size))
         if self._loader is not None:
             batches = list(next(self._loader)[1])
-        received = [broadcast_batch(batch, self._pgs) for batch in batches]
-        self.data_wait = time.perf_counter() - started
-        return received, len(plan.samples), self._tokens[plan.bucket]
+        scale, text_length = self._dataset.scale, self._dataset.text_length
+        return plan, [broadcast_batch(batch, size, scale, text_length, self._pgs) for batch in batches]
 
     def sample_names(self) -> dict[int, str]:
         """Sample id -> name, for messages, of the whole global batch that `next` gave last."""
