@@ -19,8 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_fsvideo.checkpoint.distributed import JOB_FILE
 from megatron_fsvideo.checkpoint.release import load_fsae, resolve_release
+from megatron_fsvideo.checkpoint.save_folder import JOB_FILE
 from megatron_fsvideo.config import VideoDataConfig, from_dict, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json

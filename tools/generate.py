@@ -116,16 +116,16 @@ def resolve(flags: GenerateFlags, dit: LoadedDiT) -> GenerateFlags:
     Raises:
         ValueError: guidance with a model that has never seen an empty prompt.
     """
-    trained_without_null = dit.job.diffusion.text_dropout == 0 or not dit.job.model.text_embed_dim
+    trained_without_null = dit.network.diffusion.text_dropout == 0 or not dit.network.model.text_embed_dim
     scale = flags.guidance_scale
     if scale is None:
         scale = 1.0 if trained_without_null else DEFAULT_GUIDANCE_SCALE
     if scale != 1.0 and trained_without_null:
         raise ValueError(
             f"--guidance-scale {scale} needs a model trained with text dropout; this one had "
-            f"text_dropout {dit.job.diffusion.text_dropout}"
+            f"text_dropout {dit.network.diffusion.text_dropout}"
         )
-    shift = flags.sigma_shift if flags.sigma_shift is not None else dit.job.diffusion.sigma_shift
+    shift = flags.sigma_shift if flags.sigma_shift is not None else dit.network.diffusion.sigma_shift
     fps = flags.fps if flags.fps is not None else (dit.data["fps"] or 24)
     return replace(flags, guidance_scale=scale, sigma_shift=shift, fps=float(fps))
 

@@ -82,7 +82,7 @@ def open_dataset(job: PlotJob, dit: LoadedDiT) -> LatentDataset:
         ValueError: another autoencoder's latents, or other sizes.
     """
     dataset = LatentDataset(job.plot.data_path, scale=LatentScale(dit.data["latent_mean"], dit.data["latent_std"]))
-    check_data_fits_model(dataset, dit.job.model, job.parallel)
+    check_data_fits_model(dataset, dit.network.model, job.parallel)
     found, expected = dataset.description()["autoencoder"], dit.data["autoencoder"]
     if not is_same_encoder(found, expected):
         raise ValueError(
@@ -95,7 +95,7 @@ def open_dataset(job: PlotJob, dit: LoadedDiT) -> LatentDataset:
 @torch.no_grad()
 def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGroups) -> tuple[Tensor, int]:
     """Mean weights as `RouterWeights.mean` returns them, and the number of samples seen."""
-    flags, model, diffusion = job.plot, dit.job.model, dit.job.diffusion
+    flags, model, diffusion = job.plot, dit.network.model, dit.network.diffusion
     router = RouterWeights(model, job.parallel, pgs)
     denoiser = Denoiser(dit.model, diffusion.prediction_type)
     null_text = pad_rows(dataset.null_text, dataset.text_length)

@@ -1,59 +1,108 @@
-"""Whether a run may continue from a checkpoint: same architecture, same autoencoder, same kind of optimizer."""
+"""Whether a run may continue from a checkpoint: the same networks, data and kind of optimizer, whatever the job is."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from megatron_fsvideo.config import DiTJob, differences, from_dict
+from megatron_fsvideo.checkpoint.run_record import RunDescription, RunRecord
+from megatron_fsvideo.data.sample_order import check_order
 from megatron_fsvideo.models.codecs import is_same_encoder, spell_autoencoder
 
+# resume: everything goes on. stage: all but the position in the data. finetune: the weights alone.
+Purpose = Literal["resume", "stage", "finetune"]
+
 # Fields that say how weights start: they have started.
-_INITIAL_VALUES = ("layer_memory_init:", "q_norm_init:")
+_INITIAL_VALUES = ("layer_memory_init", "q_norm_init", "residual_init", "resample_init", "patchify_init")
+_ABSENT = "none"
 
 
 def check_agreement(
-    record: dict[str, Any],
-    job: DiTJob,
-    description: dict[str, Any],
-    where: str,
-    *,
-    finetune: bool,
-    new_stage: bool = False,
+    saved: RunRecord, networks: Mapping[str, dict[str, Any]], run: RunDescription, where: str, purpose: Purpose
 ) -> None:
-    """Compare a checkpoint's job.json with this run.
+    """Compare a checkpoint with this run.
 
     Args:
-        description: of this run's dataset, from `LatentDataset.description`.
+        networks: name -> record of each network of this run.
         where: the checkpoint's folder, for the message.
-        finetune: only the weights are wanted.
-        new_stage: everything but the position in the data is wanted.
 
     Raises:
-        ValueError: naming every field that differs.
+        ValueError: naming every field that differs, and what to do.
     """
-    if record.get("weights_only", False) and not finetune:
+    if purpose != "finetune":
+        _check_continues(saved, networks, where)
+    for name in sorted(set(saved.networks) & set(networks)):
+        _check_network(name, saved.networks[name], networks[name], where, purpose)
+    if saved.run.data is not None and run.data is not None:
+        check_autoencoder(saved.run.data, run.data, where)
+    if purpose == "finetune":
+        return
+    _check_equal(saved.run.fixed, run.fixed, where)
+    _check_frozen(saved.run.frozen, run.frozen, where)
+    if saved.run.data is not None and run.data is not None:
+        _check_encoders(saved.run.data, run.data, where)
+        if purpose == "resume":
+            _check_streams(saved.run.data, run.data, where)
+    if purpose == "resume" and saved.run.order is not None and run.order is not None:
+        remedy = "load it with --new-stage (keeps the optimizer's state) or --finetune, and save into another folder"
+        check_order(saved.run.order, run.order, where, remedy)
+
+
+def _check_continues(saved: RunRecord, networks: Mapping[str, Any], where: str) -> None:
+    if saved.weights_only:
         raise ValueError(f"the checkpoint {where} holds weights alone and no optimizer's state: add --finetune")
-    saved = from_dict(DiTJob, record["job"])
-    wrong = [line for line in differences(saved.model, job.model) if not line.startswith(_INITIAL_VALUES)]
-    wrong += _only(differences(saved.diffusion, job.diffusion), ("prediction_type",))
+    if saved.is_old:
+        raise ValueError(
+            f"the checkpoint {where} was written by an earlier version of this program, whose optimizer state cannot "
+            "be continued: load its weights and their average with --finetune, into a --save folder of its own"
+        )
+    if set(saved.networks) != set(networks):
+        raise ValueError(
+            f"the checkpoint {where} is of a run that trains {_list(saved.networks)}, this run trains "
+            f"{_list(networks)}: train the same networks, or start from it with --finetune or --init-from"
+        )
+
+
+def _check_network(name: str, saved: dict[str, Any], current: dict[str, Any], where: str, purpose: Purpose) -> None:
+    if saved["kind"] != current["kind"]:
+        raise ValueError(f"the checkpoint {where} has a network {name} of kind {saved['kind']}, not {current['kind']}")
+    # A field that one of the two does not know yet has the meaning of its default in both.
+    wrong = [line for line in _differences(saved["model"], current["model"]) if not line.startswith(_INITIAL_VALUES)]
+    diffusion = _differences(saved.get("diffusion") or {}, current.get("diffusion") or {})
+    wrong += [line for line in diffusion if line.startswith("prediction_type:")]
     if wrong:
         raise ValueError(f"the checkpoint {where} has another architecture: {'; '.join(wrong)}")
-    if record["data"] is not None:  # weights that were converted from another model belong to no latents yet
-        check_autoencoder(record["data"], description, where)
-    if finetune:
-        return
-    kind = _only(differences(saved.optimizer, job.optimizer), ("optimizer",))
-    if kind:
+    if purpose != "finetune" and (kind := _differences(saved["optimizer"], current["optimizer"])):
         raise ValueError(
             f"the optimizer state in {where} does not fit: {'; '.join(kind)}; finetune loads the weights alone"
         )
-    _check_encoders(record["data"], description, where)
-    if new_stage:
-        if record["iteration"] >= job.training.train_iters:
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Lines `field: saved value, current value`. Values may have been through JSON: tuples are lists there."""
+    pairs = [(name, _plain(saved[name]), _plain(current[name])) for name in saved if name in current]
+    return [f"{name}: checkpoint {old!r}, this run {new!r}" for name, old, new in pairs if old != new]
+
+
+def _plain(value: Any) -> Any:
+    return list(map(_plain, value)) if isinstance(value, tuple | list) else value
+
+
+def _check_equal(saved: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
+    if wrong := _differences(saved, current):
+        raise ValueError(
+            f"the checkpoint {where} cannot be continued with another {'; '.join(wrong)}: give this run a --load and "
+            "--save folder of its own, and the other as --init-from"
+        )
+
+
+def _check_frozen(saved: Mapping[str, dict[str, str]], current: Mapping[str, dict[str, str]], where: str) -> None:
+    for name in sorted(set(saved) | set(current)):
+        theirs, ours = (found.get(name, {}).get("fingerprint", _ABSENT) for found in (saved, current))
+        if theirs != ours:
+            path = current.get(name, saved.get(name))["path"]
             raise ValueError(
-                f"train_iters {job.training.train_iters} leaves the new stage no iteration: {where} has done "
-                f"{record['iteration']}, which train_iters counts too"
+                f"the checkpoint {where} was trained with the frozen network {name} {theirs[:12]}, this run's is "
+                f"{ours[:12]} ({path}): give the same weights, or load the trained ones alone with --finetune"
             )
-        return
-    _check_streams(record["data"], description, where)
 
 
 def _check_encoders(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
@@ -95,5 +144,5 @@ def check_autoencoder(saved: dict[str, Any], current: dict[str, Any], where: str
         )
 
 
-def _only(lines: list[str], names: tuple[str, ...]) -> list[str]:
-    return [line for line in lines if line.split(":")[0] in names]
+def _list(networks: Mapping[str, Any]) -> str:
+    return " and ".join(sorted(networks)) or "nothing"

@@ -4,7 +4,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 CHECKSUM_FILE = "checksums.json"
@@ -47,21 +47,52 @@ def checksums_of(folder: Path, names: Iterable[str]) -> dict[str, int]:
     return {name: file_crc32(folder / name) for name in names}
 
 
-def check_files(folder: Path, rank: int = 0, world_size: int = 1) -> None:
-    """Compare this rank's share of a checkpoint's files with its list; without a list (an old checkpoint) nothing.
+def read_checksums(folder: Path) -> dict[str, int]:
+    """File name -> checksum, as checksums.json of a folder says.
 
     Raises:
-        ValueError: a file is missing or has changed since it was written.
+        ValueError: it is missing or damaged.
     """
     path = folder / CHECKSUM_FILE
-    if not path.exists():
-        return
     try:
-        expected: dict[str, int] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    for name in sorted(expected)[rank::world_size]:
+        expected = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}): {folder} is no complete checkpoint") from error
+    if not isinstance(expected, dict) or not all(isinstance(value, int) for value in expected.values()):
+        raise ValueError(f"{path} is damaged: it holds something other than checksums")
+    if strange := [name for name in expected if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"{path} is damaged: it names {strange[0]!r}, which is outside of the checkpoint")
+    return expected
+
+
+def check_files(folder: Path, rank: int = 0, world_size: int = 1, under: str = "") -> None:
+    """Compare this rank's share of a folder's files with its checksums.json.
+
+    Args:
+        under: of which subfolder; all by default.
+
+    Raises:
+        ValueError: the list or a file is missing, or has changed since it was written. OSError: a file is unreadable.
+    """
+    expected = read_checksums(folder)
+    names = sorted(name for name in expected if not under or name.startswith(f"{under}/"))
+    for name in names[rank::world_size]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is damaged or missing: the checkpoint was written with it")
         if (found := file_crc32(folder / name)) != expected[name]:
             raise ValueError(f"{folder / name} is damaged: its checksum is {found:08x}, was {expected[name]:08x}")
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash at any moment, sees the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_checksums(folder: Path, checksums: Mapping[str, int]) -> None:
+    """Write checksums.json, which says that a folder is complete."""
+    write_text_atomically(folder / CHECKSUM_FILE, json.dumps(checksums, indent=1, sort_keys=True) + "\n")

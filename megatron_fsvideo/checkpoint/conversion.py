@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, checksums_of
+from megatron_fsvideo.checkpoint.checksums import checksums_of, write_checksums
 from megatron_fsvideo.checkpoint.conversion_source import Source
-from megatron_fsvideo.checkpoint.distributed import JOB_FILE, LATEST_FILE, iteration_folder
 from megatron_fsvideo.checkpoint.distributed_weights import write_distributed_weights
-from megatron_fsvideo.checkpoint.dit_release import DIT_BASENAME, DIT_FORMAT, DiTRecord
+from megatron_fsvideo.checkpoint.dit_release import DIT_BASENAME, DIT_FORMAT, DIT_KIND, DiTNetwork, DiTRecord
 from megatron_fsvideo.checkpoint.release import CONFIG_FILE
+from megatron_fsvideo.checkpoint.run_record import RunDescription, RunRecord
 from megatron_fsvideo.checkpoint.safetensors_shards import TensorInfo, write_shards
+from megatron_fsvideo.checkpoint.save_folder import JOB_FILE, iteration_folder, name_latest
 from megatron_fsvideo.checkpoint.wan_config import config_to_diffusers, config_to_wan
 from megatron_fsvideo.checkpoint.wan_names import DIFFUSERS, WAN, their_name, their_value
-from megatron_fsvideo.config import DiTConfig, DiTJob, DiTParallelConfig, to_dict
+from megatron_fsvideo.config import DiTConfig, DiTJob, DiTParallelConfig
 from megatron_fsvideo.models.dit import build_dit
 from megatron_fsvideo.models.dit.weights import initial_value, named_global_parameters
 from megatron_fsvideo.parallel.groups import ProcessGroups
@@ -58,7 +59,7 @@ class Conversion:
         """A weight of the target."""
         info = self.infos[name]
         if name in self.fresh:
-            value = initial_value(name, info.shape, self.record.job.model, self.seed)
+            value = initial_value(name, info.shape, self.record.network.model, self.seed)
         else:
             value = self.source.read(name)
         return value.to(info.dtype)
@@ -83,29 +84,29 @@ def plan_conversion(
         ValueError: the source is not the model that its config describes, or cannot be the start of that job.
     """
     source.check(whole_weights(source.config, torch.float32, pgs))
-    job = source.record.job
+    network = source.record.network
     if start is not None:
         check_start(source, start.model)
-        job = start
+        network = DiTNetwork(start.model, start.diffusion, start.training.bf16)
     if dtype is not None:
-        job = replace(job, training=replace(job.training, bf16=dtype == torch.bfloat16))
-    weights = whole_weights(job.model, torch.bfloat16 if job.training.bf16 else torch.float32, pgs)
-    fresh = tuple(name for name in weights if _is_fresh(name, source.config, job.model))
+        network = replace(network, bf16=dtype == torch.bfloat16)
+    weights = whole_weights(network.model, torch.bfloat16 if network.bf16 else torch.float32, pgs)
+    fresh = tuple(name for name in weights if _is_fresh(name, source.config, network.model))
     infos = {}
     for name, weight in weights.items():
         keeps = dtype is None and name not in fresh
         infos[name] = TensorInfo(tuple(weight.shape), source.dtype(name) if keeps else weight.dtype)
-    return Conversion(source, _target_record(source, job, fresh), infos, fresh, seed)
+    return Conversion(source, _target_record(source, network, fresh), infos, fresh, seed)
 
 
-def _target_record(source: Source, job: DiTJob, fresh: tuple[str, ...]) -> DiTRecord:
+def _target_record(source: Source, network: DiTNetwork, fresh: tuple[str, ...]) -> DiTRecord:
     record = source.record
     origin = {"format": source.kind, "folder": Path(source.where).name, "iteration": record.iteration}
     if not fresh:
-        return DiTRecord(job, record.data, record.iteration, record.origin or origin | {"fresh": []})
+        return DiTRecord(network, record.data, record.iteration, record.origin or origin | {"fresh": []})
     # Another patch embedding is for other latents than the source's data.
     data = None if any(name.startswith(_GEOMETRY_WEIGHTS) for name in fresh) else record.data
-    return DiTRecord(job, data, 0, origin | {"fresh": list(fresh)})
+    return DiTRecord(network, data, 0, origin | {"fresh": list(fresh)})
 
 
 def whole_weights(config: DiTConfig, params_dtype: torch.dtype, pgs: ProcessGroups) -> dict[str, Tensor]:
@@ -140,7 +141,7 @@ def write_target(
     Raises:
         ValueError: the format cannot hold this model, the output exists, or the disk is too small.
     """
-    config_json = _foreign_config(conversion.record.job.model, kind)
+    config_json = _foreign_config(conversion.record.network.model, kind)
     check_output(output, conversion.num_bytes)
 
     def read(name: str) -> Tensor:
@@ -192,7 +193,7 @@ def _foreign_config(config: DiTConfig, kind: str) -> dict[str, Any] | None:
 def _write_foreign(
     folder: Path, conversion: Conversion, kind: str, read: Callable[[str], Tensor], max_shard_size: int
 ) -> None:
-    config, spelling = conversion.record.job.model, {"diffusers": DIFFUSERS, "wan": WAN}[kind]
+    config, spelling = conversion.record.network.model, {"diffusers": DIFFUSERS, "wan": WAN}[kind]
     ours = {their_name(name, spelling): name for name in conversion.infos}
     infos = {}
     for theirs, name in ours.items():
@@ -210,21 +211,13 @@ def _write_distributed(folder: Path, conversion: Conversion, read: Callable[[str
     """A --save folder of pretrain_dit.py whose checkpoint, of iteration 0, holds the weights alone."""
     record, target = conversion.record, iteration_folder(folder, 0)
     target.mkdir()
-    write_distributed_weights(target, conversion.infos, read, common={})
-    # The record says what the checkpoint has: no moving average.
-    job = replace(record.job, optimizer=replace(record.job.optimizer, ema_decay=0.0))
-    values = {
-        "format": 1,
-        "job": to_dict(job),
-        "data": record.data,
-        "iteration": 0,
-        "consumed_samples": 0,
-        "weights_only": True,
-        "origin": record.origin,
-    }
-    _write_json(target / JOB_FILE, values)
-    _write_json(target / CHECKSUM_FILE, checksums_of(target, sorted(path.name for path in target.iterdir())))
-    (folder / LATEST_FILE).write_text("0\n", encoding="utf-8")
+    infos = {f"{DIT_KIND}.model.{name}": info for name, info in conversion.infos.items()}
+    write_distributed_weights(target, infos, lambda key: read(key.removeprefix(f"{DIT_KIND}.model.")), common={})
+    network = replace(record.network, average=False).to_json() | {"optimizer": {}}
+    run = RunRecord(0, 0, {DIT_KIND: network}, RunDescription({}, record.data), weights_only=True, origin=record.origin)
+    _write_json(target / JOB_FILE, run.to_json())
+    write_checksums(target, checksums_of(target, sorted(path.name for path in target.iterdir())))
+    name_latest(folder, 0)
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

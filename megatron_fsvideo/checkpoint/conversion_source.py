@@ -7,11 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_fsvideo.checkpoint.distributed import LATEST_FILE, iteration_folder, latest_iteration, read_record
+from megatron_fsvideo.checkpoint.distributed import open_checkpoint
 from megatron_fsvideo.checkpoint.distributed_weights import DistributedWeights
-from megatron_fsvideo.checkpoint.dit_release import DIT_FORMAT, DiTRecord, open_dit_release, read_config
+from megatron_fsvideo.checkpoint.dit_release import (
+    DIT_FORMAT,
+    DiTNetwork,
+    DiTRecord,
+    dit_of_run,
+    open_dit_release,
+    read_config,
+)
 from megatron_fsvideo.checkpoint.release import CONFIG_FILE
 from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder, TensorInfo
+from megatron_fsvideo.checkpoint.save_folder import LATEST_FILE
 from megatron_fsvideo.checkpoint.wan_config import (
     DIFFUSERS_CLASS,
     WAN_CLASS,
@@ -19,7 +27,7 @@ from megatron_fsvideo.checkpoint.wan_config import (
     config_from_wan,
 )
 from megatron_fsvideo.checkpoint.wan_names import DIFFUSERS, WAN, Spelling, our_value, their_name, their_value
-from megatron_fsvideo.config import DiTConfig, DiTJob, TrainingConfig, from_dict
+from megatron_fsvideo.config import DiffusionConfig, DiTConfig
 
 FORMATS = ("diffusers", "wan", "release", "distributed")
 # Names of the model itself among the moving average and the optimizer's state.
@@ -49,7 +57,7 @@ class Source:
     @property
     def config(self) -> DiTConfig:
         """The architecture."""
-        return self.record.job.model
+        return self.record.network.model
 
     def dtype(self, name: str) -> torch.dtype:
         """Number format of one of our weights as stored."""
@@ -152,20 +160,16 @@ def _open_foreign(folder: Path, kind: str) -> Source:
         shapes = {name: info.shape for name, info in stored.infos.items()}
         config, spelling = config_from_wan(values, shapes, where), WAN
     is_half = any(info.dtype in (torch.bfloat16, torch.float16) for info in stored.infos.values())
-    job = DiTJob(model=config, training=TrainingConfig(bf16=is_half))
-    return Source(str(folder), kind, DiTRecord(job, None, 0, {}), stored, spelling, unused)
+    network = DiTNetwork(config, DiffusionConfig(), is_half)
+    return Source(str(folder), kind, DiTRecord(network, None, 0, {}), stored, spelling, unused)
 
 
 def _open_distributed(folder: Path, use_ema: bool) -> Source:
-    iteration = latest_iteration(folder)
-    if iteration is None:
-        raise ValueError(f"{folder} holds no checkpoint (no {LATEST_FILE})")
-    values = read_record(folder, iteration)
-    job = from_dict(DiTJob, values["job"])
-    averaged = use_ema and job.optimizer.ema_decay > 0
-    stored = DistributedWeights(iteration_folder(folder, iteration), "ema." if averaged else "")
-    record = DiTRecord(job, values["data"], iteration, values.get("origin", {}))
-    return Source(str(folder), "distributed", record, stored, None)
+    checkpoint = open_checkpoint(folder)
+    name, record = dit_of_run(checkpoint.record, str(folder))
+    averaged = use_ema and record.network.average
+    prefix = checkpoint.record.average_prefix(name) if averaged else checkpoint.record.model_prefix(name)
+    return Source(str(folder), "distributed", record, DistributedWeights(checkpoint.path, prefix), None)
 
 
 def _line(name: str, found: Mapping[str, tuple], expected: Mapping[str, tuple]) -> str:

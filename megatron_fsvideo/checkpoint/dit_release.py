@@ -1,23 +1,54 @@
 """Release folders of a DiT: sharded safetensors under our names, and a config.json that says what the model is.
 
-    config.json                     format, the job (its architecture is job.model), the dataset's description, origin
+    config.json                     format, the network's record, the dataset's description, origin
     model.safetensors               or model-00001-of-0000N.safetensors with model.safetensors.index.json
 
 What leaves a training run for other people; like every release it cannot run code. Weights only: one set of them, the
 trained or the averaged.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fsvideo.checkpoint.release import CONFIG_FILE
+from megatron_fsvideo.checkpoint.release import CONFIG_FILE, FSAE_FORMAT
+from megatron_fsvideo.checkpoint.run_record import RunDescription, RunRecord, old_networks
 from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder
-from megatron_fsvideo.config import DiTJob, from_dict, to_dict
+from megatron_fsvideo.config import DiffusionConfig, DiTConfig, from_dict
 from megatron_fsvideo.data.text_files import read_object
 
 DIT_FORMAT = "megatron_fsvideo.dit"
 DIT_BASENAME = "model"
+DIT_KIND = "dit"
+
+
+@dataclass(frozen=True)
+class DiTNetwork:
+    """A DiT as checkpoints and releases describe it: enough to build it and to call it.
+
+    Attributes:
+        bf16: its weights are in bfloat16, but for those that the model keeps in fp32.
+        average: the checkpoint has a moving average of the weights too.
+    """
+
+    model: DiTConfig
+    diffusion: DiffusionConfig
+    bf16: bool
+    average: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The network's record in a job.json or config.json."""
+        return {"kind": DIT_KIND} | asdict(self)
+
+    @staticmethod
+    def parse(values: dict[str, Any]) -> "DiTNetwork":
+        """The inverse of `to_json`; other entries are ignored.
+
+        Raises:
+            ValueError, KeyError, TypeError: the record is damaged.
+        """
+        model, diffusion = from_dict(DiTConfig, values["model"]), from_dict(DiffusionConfig, values["diffusion"])
+        return DiTNetwork(model, diffusion, bool(values["bf16"]), bool(values["average"]))
 
 
 @dataclass(frozen=True)
@@ -25,13 +56,12 @@ class DiTRecord:
     """What goes with a set of weights.
 
     Attributes:
-        job: the job they were trained by, or would be; the architecture is `job.model`.
         data: the dataset's description (`LatentDataset.description`), None before training on one.
         iteration: optimizer steps they had.
         origin: where they came from, as JSON; empty for weights of a training run.
     """
 
-    job: DiTJob
+    network: DiTNetwork
     data: dict[str, Any] | None
     iteration: int
     origin: dict[str, Any]
@@ -40,11 +70,49 @@ class DiTRecord:
         """The content of a release's config.json."""
         return {
             "format": DIT_FORMAT,
-            "job": to_dict(self.job),
+            "network": self.network.to_json(),
             "data": self.data,
             "iteration": self.iteration,
             "origin": self.origin,
         }
+
+
+def dit_of_run(record: RunRecord, where: str) -> tuple[str, DiTRecord]:
+    """The first DiT of a training run, and its name.
+
+    Raises:
+        ValueError: the run trains none, or its record is damaged.
+    """
+    kinds = {name: network["kind"] for name, network in record.networks.items()}
+    name = next((name for name, kind in kinds.items() if kind == DIT_KIND), None)
+    if name is None:
+        found = " and ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "nothing"
+        raise ValueError(f"{where} is the --save folder of a run that trains {found}, not a DiT")
+    try:
+        network = DiTNetwork.parse(record.networks[name])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the job.json of {where} is damaged: {error!r}") from error
+    return name, DiTRecord(network, record.run.data, record.iteration, record.origin)
+
+
+def record_of_release(folder: Path) -> RunRecord:
+    """A release of ours as a record of weights alone, of its only network.
+
+    Raises:
+        ValueError: the folder is of another program, or damaged.
+    """
+    config = read_config(folder)
+    if config.get("format") == FSAE_FORMAT and isinstance(config.get("model"), dict):
+        networks, run = {"fsae": {"kind": "fsae", "model": config["model"]}}, RunDescription({})
+    elif config.get("format") == DIT_FORMAT:
+        record, _ = open_dit_release(folder)
+        networks, run = {DIT_KIND: record.network.to_json()}, RunDescription({}, record.data)
+    else:
+        raise ValueError(
+            f"{folder} holds a model of another program: convert it first with tools/convert_checkpoint.py --input "
+            f"{folder} --output FOLDER --output-format release (an autoencoder: with tools/convert_fsae.py)"
+        )
+    return RunRecord(0, 0, networks, run, weights_only=True)
 
 
 def is_dit_release(folder: Path) -> bool:
@@ -72,8 +140,9 @@ def open_dit_release(folder: Path) -> tuple[DiTRecord, SafetensorsFolder]:
     if values.get("format") != DIT_FORMAT:
         raise ValueError(f"{folder} holds {values.get('format')!r}, not a DiT ({DIT_FORMAT!r})")
     try:
-        job = from_dict(DiTJob, values["job"])
-        record = DiTRecord(job, values["data"], values["iteration"], values["origin"])
+        # Earlier releases hold the job instead.
+        network = values["network"] if "network" in values else old_networks(values)[DIT_KIND]
+        record = DiTRecord(DiTNetwork.parse(network), values["data"], values["iteration"], values["origin"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is damaged: {error!r}") from error
     return record, SafetensorsFolder(folder)

@@ -13,10 +13,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, check_files
 from megatron_fsvideo.checkpoint.safetensors_shards import TensorInfo, write_shards
+from megatron_fsvideo.checkpoint.save_folder import describe_folder, iteration_folder, latest_iteration
 from megatron_fsvideo.config import FSAEConfig, from_dict, to_dict
 from megatron_fsvideo.data.outputs import write_json
-from megatron_fsvideo.data.text_files import TextError, read_object, read_text
+from megatron_fsvideo.data.text_files import TextError, read_object
 from megatron_fsvideo.models.fsae import FSAE
 
 CONFIG_FILE = "config.json"
@@ -24,7 +26,6 @@ RELEASE_BASENAME = "model"
 WEIGHTS_FILE = f"{RELEASE_BASENAME}.safetensors"
 ONE_FILE = 1 << 62
 """Size of shards that makes one of all weights."""
-LATEST_FILE = "latest_checkpointed_iteration.txt"
 FSAE_FORMAT = "megatron_fsvideo.fsae"
 MODEL_FOLDER = "model"
 
@@ -66,7 +67,9 @@ def load_release(folder: str | Path, device: str | torch.device = "cpu") -> tupl
     root = Path(folder)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (root / name).is_file():
-            raise ValueError(f"{folder} is not a release folder: it has no {name}")
+            raise ValueError(f"{folder} is no release: it {_describe_missing(root, name)}")
+    if (root.parent / CHECKSUM_FILE).is_file():  # of the checkpoint that the release lies in
+        check_files(root.parent, under=root.name)
     try:
         config = read_object(root / CONFIG_FILE)
         # The library says "No such file" of one that it may not read.
@@ -77,6 +80,13 @@ def load_release(folder: str | Path, device: str | torch.device = "cpu") -> tupl
         raise ValueError(f"{folder}: {WEIGHTS_FILE} cannot be read: {error.strerror or error}") from error
     except (TextError, safetensors.SafetensorError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
+
+
+def _describe_missing(folder: Path, name: str) -> str:
+    if folder.is_dir() and not any(folder.iterdir()):
+        return "is empty"
+    found = describe_folder(folder)
+    return found if found != "holds no checkpoint" else f"has no {name}"
 
 
 def save_fsae(folder: str | Path, fsae: FSAE, weights: dict[str, Tensor] | None = None) -> None:
@@ -106,23 +116,16 @@ def load_fsae(path: str | Path, device: str | torch.device = "cpu", dtype: torch
 
 
 def resolve_release(path: str | Path) -> Path:
-    """The release folder that `path` means: itself, or the model folder of its latest checkpoint."""
-    latest = Path(path) / LATEST_FILE
-    if not latest.is_file():
-        return Path(path)
-    return iteration_folder(path, _read_iteration(latest)) / MODEL_FOLDER
+    """The release folder that `path` means: itself, or the model folder of its latest checkpoint.
 
-
-def _read_iteration(latest: Path) -> int:
-    text = read_text(latest).strip()
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{latest} is damaged: it holds {text[:40]!r}, not the number of an iteration")
-    return int(text)
-
-
-def iteration_folder(save: str | Path, iteration: int) -> Path:
-    """Folder of one checkpoint of a run."""
-    return Path(save) / f"iter_{iteration:07d}"
+    Raises:
+        ValueError: a --save folder that says no latest checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir() or (folder / CONFIG_FILE).is_file():
+        return folder
+    iteration = latest_iteration(folder)
+    return folder if iteration is None else iteration_folder(folder, iteration) / MODEL_FOLDER
 
 
 def check_weights(source: str, model: torch.nn.Module, weights: dict[str, Tensor]) -> None:

@@ -5,7 +5,10 @@ megatron-core's own writer forks processes, does not copy tensors that are on th
 
 import io
 import json
+import os
 import queue
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,14 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, ChecksummedFile, checksums_of
-from megatron_fsvideo.checkpoint.distributed import JOB_FILE, write_text_atomically
+from megatron_fsvideo.checkpoint.checksums import (
+    ChecksummedFile,
+    checksums_of,
+    write_checksums,
+    write_text_atomically,
+)
 from megatron_fsvideo.checkpoint.safe_pickle import COMMON_FILE, METADATA_FILE
+from megatron_fsvideo.checkpoint.save_folder import JOB_FILE
 from megatron_fsvideo.checkpoint.writer import Work
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
 
@@ -37,8 +45,28 @@ _WRAPPING = 1600
 Written = tuple[dict[str, int], list[WriteResult]]
 
 
+@dataclass(frozen=True)
+class ExtraFiles:
+    """What else rank 0 writes into a checkpoint's folder; the checksums cover it.
+
+    Attributes:
+        num_bytes: about.
+        write: writes into the folder it is given and returns the files' names relative to it. Like `Work.write` it may
+            run in a thread while training goes on.
+    """
+
+    num_bytes: int
+    write: Callable[[Path], list[str]]
+
+
 def plan_checkpoint(
-    target: Path, state: dict[str, Any], record: dict[str, Any], *, is_rank_zero: bool, in_background: bool
+    target: Path,
+    state: dict[str, Any],
+    record: dict[str, Any],
+    *,
+    is_rank_zero: bool,
+    in_background: bool,
+    extra: ExtraFiles | None = None,
 ) -> Work:
     """Share the work out; every rank calls this.
 
@@ -47,6 +75,7 @@ def plan_checkpoint(
         state: nested dict of Megatron's ShardedTensors, and plain data that is equal on all ranks.
         record: JSON-able; becomes job.json.
         in_background: copy everything now, because it will change while it is written.
+        extra: further files, on rank 0; None for none.
     """
     planner = _Planner(BACKEND, VERSION, thread_count=1)
     # Megatron's queue would start a manager process that imports the whole program again. This one stays empty.
@@ -68,6 +97,12 @@ def plan_checkpoint(
             checksums[COMMON_FILE] = file.crc32
         for part in files:
             checksums[part.name] = part.write(target, places)
+        if is_rank_zero and extra is not None:
+            names = extra.write(target)
+            for name in names:
+                with (target / name).open("rb") as file:
+                    os.fsync(file.fileno())
+            checksums |= checksums_of(target, names)
         return checksums, places
 
     def complete(results: list[Written]) -> None:
@@ -77,9 +112,12 @@ def plan_checkpoint(
         checksums = checksums_of(target, (METADATA_FILE, CONFIG_FILE, JOB_FILE))
         for written, _ in results:
             checksums |= written
-        write_text_atomically(target / CHECKSUM_FILE, json.dumps(checksums, indent=1, sort_keys=True) + "\n")
+        write_checksums(target, checksums)
 
-    return Work(sum(part.num_bytes for part in files) + len(plain.getvalue()), write, complete)
+    num_bytes = sum(part.num_bytes for part in files) + len(plain.getvalue())
+    if is_rank_zero and extra is not None:
+        num_bytes += extra.num_bytes
+    return Work(num_bytes, write, complete)
 
 
 class _Planner(TorchDistSaveShardedStrategy):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_fsvideo.checkpoint.distributed import (
+from megatron_fsvideo.checkpoint.save_folder import (
     iteration_folder,
     latest_iteration,
     name_latest,

@@ -147,7 +147,7 @@ class FSAEJob:
 
 
 def check_stage(stage: StageConfig, checkpoint: CheckpointConfig) -> None:
-    """Refuse a new stage that would not know what it continues, or whether it has begun.
+    """Refuse a new stage that would not know what it continues.
 
     Raises:
         ValueError: naming the flags.
@@ -155,11 +155,6 @@ def check_stage(stage: StageConfig, checkpoint: CheckpointConfig) -> None:
     if stage.new_stage and checkpoint.finetune:
         raise ValueError(
             "new_stage keeps optimizer and iteration, finetune starts them anew: give one of them (or --no-new-stage)"
-        )
-    if stage.new_stage and checkpoint.load == checkpoint.save is not None:
-        raise ValueError(
-            "new_stage continues --load, the stage before, and saves into a --save folder of its own; both are "
-            f"{checkpoint.save}"
         )
 
 

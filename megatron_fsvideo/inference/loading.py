@@ -6,11 +6,17 @@ from typing import Any
 
 import torch
 
-from megatron_fsvideo.checkpoint.distributed import latest_iteration, load_checkpoint, read_record
-from megatron_fsvideo.checkpoint.dit_release import DiTRecord, is_dit_release, open_dit_release
+from megatron_fsvideo.checkpoint.distributed import Checkpoint, open_checkpoint
+from megatron_fsvideo.checkpoint.dit_release import (
+    DiTNetwork,
+    DiTRecord,
+    dit_of_run,
+    is_dit_release,
+    open_dit_release,
+)
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder
-from megatron_fsvideo.config import DiTJob, DiTParallelConfig, from_dict
+from megatron_fsvideo.config import DiTParallelConfig
 from megatron_fsvideo.models.codecs.identity import fingerprint
 from megatron_fsvideo.models.dit import DiTModel, build_dit
 from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
@@ -23,13 +29,14 @@ class LoadedDiT:
     """A trained DiT and what its checkpoint says about it.
 
     Attributes:
-        job: the job it was trained by; the architecture is `job.model`.
-        data: the dataset's description: autoencoder, encoders, latent mean and std, buckets, fps.
+        network: its architecture and its diffusion process.
+        data: the dataset's description: autoencoder, encoders, latent mean and std, buckets, fps; None if it has not
+            been trained on latents.
     """
 
     model: DiTModel
-    job: DiTJob
-    data: dict[str, Any]
+    network: DiTNetwork
+    data: dict[str, Any] | None
     iteration: int
 
 
@@ -45,52 +52,37 @@ def load_dit(folder: str | Path, parallel: DiTParallelConfig, pgs: ProcessGroups
     """
     if parallel.pipeline_model_parallel_size > 1:
         raise ValueError("generation runs with tensor and context parallelism, not with pipeline stages")
-    record = read_dit_record(folder)
-    if record.data is None:
+    loaded = load_model(folder, parallel, pgs, use_ema)
+    if loaded.data is None:
         raise ValueError(
             f"{folder} was converted from another model and knows no autoencoder: train it on latents first "
             "(pretrain_dit.py --load ... --finetune)"
         )
-    model = load_model(folder, record, parallel, pgs, use_ema)
-    return LoadedDiT(model.eval().requires_grad_(False), record.job, record.data, record.iteration)
+    loaded.model.eval().requires_grad_(False)
+    return loaded
 
 
-def read_dit_record(folder: str | Path) -> DiTRecord:
-    """What a release, or the newest checkpoint of a --save folder, says about its weights.
-
-    Raises:
-        ValueError: neither is there, or it is damaged.
-    """
-    if is_dit_release(Path(folder)):
-        return open_dit_release(Path(folder))[0]
-    iteration = latest_iteration(Path(folder))
-    if iteration is None:
-        raise ValueError(
-            f"{folder} holds no checkpoint of pretrain_dit.py (no latest_checkpointed_iteration.txt) and is no release"
-        )
-    values = read_record(Path(folder), iteration)
-    return DiTRecord(from_dict(DiTJob, values["job"]), values["data"], iteration, values.get("origin", {}))
-
-
-def load_model(
-    folder: str | Path, record: DiTRecord, parallel: DiTParallelConfig, pgs: ProcessGroups, use_ema: bool
-) -> DiTModel:
-    """The model of a release or checkpoint folder in this layout.
-
-    Args:
-        record: the folder's, from `read_dit_record`.
+def load_model(folder: str | Path, parallel: DiTParallelConfig, pgs: ProcessGroups, use_ema: bool) -> LoadedDiT:
+    """The model of a release or checkpoint folder in this layout, to be trained or used.
 
     Raises:
-        ValueError: the weights do not fit the record.
+        ValueError: neither is there, it is damaged, or its weights do not fit its record.
     """
-    dtype = torch.bfloat16 if record.job.training.bf16 else torch.float32
-    model = build_dit(record.job.model, parallel, pgs, params_dtype=dtype)
     if is_dit_release(Path(folder)):
-        _load_release(model, str(folder), open_dit_release(Path(folder))[1])
+        record, stored = open_dit_release(Path(folder))
+        model = _build(record, parallel, pgs)
+        _load_release(model, str(folder), stored)
     else:
-        averaged = use_ema and record.job.optimizer.ema_decay > 0
-        _load_weights(model, Path(folder), record.iteration, averaged)
-    return model
+        checkpoint = open_checkpoint(Path(folder), pgs)
+        name, record = dit_of_run(checkpoint.record, str(folder))
+        model = _build(record, parallel, pgs)
+        _load_weights(model, checkpoint, name, use_ema and record.network.average)
+    return LoadedDiT(model, record.network, record.data, record.iteration)
+
+
+def _build(record: DiTRecord, parallel: DiTParallelConfig, pgs: ProcessGroups) -> DiTModel:
+    dtype = torch.bfloat16 if record.network.bf16 else torch.float32
+    return build_dit(record.network.model, parallel, pgs, params_dtype=dtype)
 
 
 def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.device, dtype: torch.dtype) -> FSAE:
@@ -130,14 +122,15 @@ def _load_release(model: DiTModel, folder: str, stored: SafetensorsFolder) -> No
         parameter.copy_(part)
 
 
-def _load_weights(model: DiTModel, folder: Path, iteration: int, averaged: bool) -> None:
+def _load_weights(model: DiTModel, checkpoint: Checkpoint, name: str, averaged: bool) -> None:
     """Read the trained or the averaged weights, which a checkpoint keeps beside each other."""
+    prefix = checkpoint.record.average_prefix(name) if averaged else checkpoint.record.model_prefix(name)
     wanted = model.sharded_state_dict()
-    if averaged:
-        for tensor in wanted.values():
-            tensor.key = f"ema.{tensor.key}"
+    for tensor in wanted.values():
+        tensor.key = f"{prefix}{tensor.key}"
+        if averaged:
             tensor.data, tensor.dtype = tensor.data.detach().float(), torch.float32
-    content = load_checkpoint(folder, iteration, {"weights": wanted})
+    content = checkpoint.load({"weights": wanted})
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, value in content["weights"].items():

@@ -102,7 +102,7 @@ class ImageToVideoPipeline:
         num_latent_frames = 1 + (self.bucket.num_frames - 1) // self.fsae.temporal_factor
         shape = (*encoded.shape[:2], num_latent_frames, *encoded.shape[3:])
         image = self._image_features(first_frames)
-        job = self.dit.job
+        job = self.dit.network
         conditional = first_frame_condition(
             encoded.expand(shape),
             job.model.mask_channels,
@@ -127,12 +127,12 @@ class ImageToVideoPipeline:
         return next(self.fsae.parameters()).dtype
 
     def _text_features(self, prompts: Sequence[str]) -> Tensor | None:
-        if not self.dit.job.model.text_embed_dim:
+        if not self.dit.network.model.text_embed_dim:
             return None
         return self.text_encoder.encode(prompts)[0].to(self.pgs.device)
 
     def _image_features(self, first_frames: Tensor) -> Tensor | None:
-        if not self.dit.job.model.image_embed_dim:
+        if not self.dit.network.model.image_embed_dim:
             return None
         return self.image_encoder.encode(first_frames[:, :, 0]).to(self.pgs.device)
 

@@ -5,9 +5,10 @@ are what other packages use instead of torch.distributed.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from megatron_fsvideo.parallel import cpu_backend
 
 # The watchdog (training/watchdog.py) ends a hanging run after the same time and names the missing ranks: it goes first.
 _GRACE_MINUTES = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,23 @@ class ProcessGroups:
             return flags
         counts = torch.tensor(flags, dtype=torch.int32, device=self.device)
         return [count > 0 for count in all_reduce_sum(counts).tolist()]
+
+    def on_rank_zero(self, action: Callable[[], T]) -> T:
+        """Let rank 0 alone look at the disk or decide; every rank gets its result.
+
+        Raises:
+            ValueError, OSError: what the action raised, on every rank.
+        """
+        result = error = None
+        if self.is_rank_zero:
+            try:
+                result = action()
+            except (ValueError, OSError) as raised:
+                error = raised
+        result, error = broadcast_object((result, error))
+        if error is not None:
+            raise error
+        return result
 
 
 def initialize(parallel: ParallelConfig) -> ProcessGroups:

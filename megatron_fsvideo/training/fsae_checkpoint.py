@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, checksums_of
-from megatron_fsvideo.checkpoint.distributed import JOB_FILE, write_text_atomically
+from megatron_fsvideo.checkpoint.checksums import checksums_of, write_checksums, write_text_atomically
 from megatron_fsvideo.checkpoint.release import CONFIG_FILE, MODEL_FOLDER, WEIGHTS_FILE, save_fsae
+from megatron_fsvideo.checkpoint.save_folder import JOB_FILE
 from megatron_fsvideo.checkpoint.writer import Work
 from megatron_fsvideo.models.fsae import FSAE
 
@@ -59,7 +59,7 @@ def plan_fsae_checkpoint(
     def complete(results: list[dict[str, int]]) -> None:
         write_text_atomically(target / JOB_FILE, json.dumps(record, indent=1) + "\n")
         checksums = results[0] | checksums_of(target, (JOB_FILE,))
-        write_text_atomically(target / CHECKSUM_FILE, json.dumps(checksums, indent=1, sort_keys=True) + "\n")
+        write_checksums(target, checksums)
 
     return Work(_num_bytes(weights) + _num_bytes(content), write, complete)
 

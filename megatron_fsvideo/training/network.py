@@ -171,7 +171,8 @@ class TrainedNetwork:
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint's job.json says about the network."""
-        return self._record
+        optimizer = {"optimizer": self._settings.optimizer}
+        return self._record | {"average": self.average is not None, "optimizer": optimizer}
 
     def section(self, is_loading: bool, *, with_optimizer: bool = True, with_average: bool = True) -> dict[str, Any]:
         """What a checkpoint holds of the network: a nested dict of Megatron's sharded tensors, all keys by name.

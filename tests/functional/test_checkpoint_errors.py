@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_fsvideo.checkpoint.distributed import JOB_FILE, LATEST_FILE, iteration_folder, latest_iteration
+from megatron_fsvideo.checkpoint.checksums import checksums_of, read_checksums, write_checksums
+from megatron_fsvideo.checkpoint.save_folder import JOB_FILE, LATEST_FILE, iteration_folder, latest_iteration
 from tests.functional.runs import Run, debug_arguments, run_to_end
 from tests.latent_fixtures import write_latent_dataset
 
@@ -39,6 +40,11 @@ class _Payload:
         return open, (str(self.path), "w")
 
 
+def forge_checksums(source: Path) -> None:
+    """What somebody would do who means to deceive."""
+    write_checksums(source, checksums_of(source, read_checksums(source)))
+
+
 @pytest.mark.parametrize("file", [".metadata", "common.pt"])
 def test_a_hostile_checkpoint_runs_no_code(data: Path, saved: Path, tmp_path: Path, file: str) -> None:
     folder, canary = _copy(saved, tmp_path / "run"), tmp_path / "code_ran"
@@ -47,6 +53,7 @@ def test_a_hostile_checkpoint_runs_no_code(data: Path, saved: Path, tmp_path: Pa
         torch.save({"iteration": _Payload(canary)}, path)
     else:
         path.write_bytes(pickle.dumps(_Payload(canary)))
+    forge_checksums(iteration_folder(folder, SAVED))
     _expect_one_line(debug_arguments(data, folder), tmp_path / "log", file, "refused")
     assert not canary.exists()
     # The payload does work where nobody looks.
@@ -59,11 +66,12 @@ def test_a_hostile_entry_among_the_tensors_runs_no_code(data: Path, saved: Path,
     folder, canary = _copy(saved, tmp_path / "run"), tmp_path / "code_ran"
     source = iteration_folder(folder, SAVED)
     metadata = pickle.loads((source / ".metadata").read_bytes())
-    name = next(name for name in metadata.state_dict_metadata if name.startswith("ema."))
+    name = next(name for name in metadata.state_dict_metadata if name.startswith("dit.ema."))
     metadata.state_dict_metadata[name] = BytesStorageMetadata()
     (source / ".metadata").write_bytes(pickle.dumps(metadata))
     for path in source.glob("*.distcp"):
         torch.save(_Payload(canary), path)
+    forge_checksums(source)
     _expect_one_line(debug_arguments(data, folder), tmp_path / "log", ".metadata", "refused")
     assert not canary.exists()
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from megatron_fsvideo.checkpoint.distributed import LATEST_FILE
+from megatron_fsvideo.checkpoint.save_folder import LATEST_FILE
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from tests.functional.runs import Run, debug_arguments, losses, run_to_end
 from tests.latent_fixtures import write_latent_dataset

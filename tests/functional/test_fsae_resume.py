@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pretrain_fsae
-from megatron_fsvideo.checkpoint.distributed import iteration_folder, latest_iteration
+from megatron_fsvideo.checkpoint.save_folder import iteration_folder, latest_iteration
 from megatron_fsvideo.training.fsae_checkpoint import TRAINING_FILE
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from tests.functional.runs import Run, run_to_end

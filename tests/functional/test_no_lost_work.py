@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fsvideo.checkpoint.distributed import iteration_folder, latest_iteration
+from megatron_fsvideo.checkpoint.save_folder import iteration_folder, latest_iteration
 from megatron_fsvideo.data.latent_shards import hash_key
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from tests.functional.runs import Run, debug_arguments, run_to_end

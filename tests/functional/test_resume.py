@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fsvideo.checkpoint.distributed import JOB_FILE, iteration_folder, latest_iteration
+from megatron_fsvideo.checkpoint.save_folder import JOB_FILE, iteration_folder, latest_iteration
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from tests.functional.runs import Run, debug_arguments, run_to_end
 from tests.latent_fixtures import write_latent_dataset

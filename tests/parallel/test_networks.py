@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fsvideo.checkpoint.distributed import load_checkpoint
-from megatron_fsvideo.checkpoint.sharded_state import plan_checkpoint
-from megatron_fsvideo.checkpoint.writer import CheckpointWriter
-from megatron_fsvideo.config import DiTParallelConfig
+from megatron_fsvideo.checkpoint.run_record import RunDescription
+from megatron_fsvideo.config import CheckpointConfig, DiTParallelConfig
 from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.training.run_checkpoints import RunCheckpoints
 from megatron_fsvideo.training.state import TrainState
 from tests.parallel.harness import run_workers
 from tests.parallel.toy_task import TRAINING, ToyTask
@@ -47,17 +46,15 @@ def train_and_resume(folder: Path, plain: bool, settings: dict) -> tuple[list, l
         result = task.train_step(state)
         state.advance(result.num_samples)
         rows.append(result.metrics)
-    sections = {name: network.section(False) for name, network in task.networks.items()}
-    writer = CheckpointWriter(folder, pgs)
-    writer.save(
-        2, lambda target: plan_checkpoint(target, sections, {}, is_rank_zero=pgs.is_rank_zero, in_background=False)
-    )
+    config = CheckpointConfig(save=str(folder), load=str(folder))
+    checkpoints = RunCheckpoints(config, lambda: RunDescription({}), pgs, train_iters=TRAINING.train_iters)
+    checkpoints.save(state, task.networks)
+    checkpoints.finish()
     rows += train(task, state)
     again = ToyTask(parallel, pgs, plain)
-    content = load_checkpoint(folder, 2, {name: network.section(True) for name, network in again.networks.items()})
-    for name, network in again.networks.items():
-        network.load_section(content[name])
-    resumed = train(again, TrainState(2, 2 * TRAINING.global_batch_size))
+    state = checkpoints.load(again.networks)
+    assert (state.iteration, state.consumed_samples) == (2, 2 * TRAINING.global_batch_size)
+    resumed = train(again, state)
     groups.shutdown()
     return rows, resumed
 

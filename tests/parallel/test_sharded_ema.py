@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_fsvideo.checkpoint.distributed import iteration_folder
 from megatron_fsvideo.checkpoint.distributed_weights import DistributedWeights
+from megatron_fsvideo.checkpoint.save_folder import iteration_folder
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, parse_job
 from megatron_fsvideo.inference.loading import load_dit
 from megatron_fsvideo.models.dit.weights import named_global_parameters
@@ -68,7 +68,7 @@ def train(argv: list[str], data: Path, save: Path, load: Path) -> dict:
         is_whole = all(torch.equal(whole[name], p.float()) for name, p in step.chunks.named_parameters())
     step.save(state)
     step.finish_save()
-    stored = DistributedWeights(iteration_folder(save, state.iteration), "ema.")
+    stored = DistributedWeights(iteration_folder(save, state.iteration), "dit.ema.")
     result = {
         "restored": restored,
         "is_whole": is_whole,

@@ -60,7 +60,7 @@ class ToyTask:
                 parallel,
                 TRAINING,
                 pgs,
-                {"kind": "toy"},
+                {"kind": "toy", "model": {}},
             )
 
     def train_step(self, state: TrainState) -> StepResult:

@@ -15,10 +15,10 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 
 import tools.convert_checkpoint as tool
 from megatron_fsvideo.checkpoint.checksums import check_files
-from megatron_fsvideo.checkpoint.distributed import iteration_folder, read_record
 from megatron_fsvideo.checkpoint.dit_release import open_dit_release
+from megatron_fsvideo.checkpoint.save_folder import iteration_folder, read_record
 from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, DiTParallelConfig, build_job
-from megatron_fsvideo.inference.loading import load_dit, load_model, read_dit_record
+from megatron_fsvideo.inference.loading import load_dit, load_model
 from megatron_fsvideo.models.dit import unpatchify
 from megatron_fsvideo.parallel import groups
 from tests.functional.runs import debug_arguments, losses, run_to_end
@@ -94,12 +94,11 @@ def run_converted(folder: Path, tp_size: int, dtype: torch.dtype = torch.float32
     def work() -> torch.Tensor:
         parallel = DiTParallelConfig(tensor_model_parallel_size=tp_size, sequence_parallel=tp_size > 1)
         pgs = groups.initialize(parallel)
-        record = read_dit_record(folder)
-        assert record.job.training.bf16 == (dtype == torch.bfloat16)
-        config = record.job.model
-        model, data = load_model(folder, record, parallel, pgs, use_ema=True), inputs(config)
+        loaded = load_model(folder, parallel, pgs, use_ema=True)
+        assert loaded.network.bf16 == (dtype == torch.bfloat16)
+        config, data = loaded.network.model, inputs(loaded.network.model)
         with torch.no_grad():
-            tokens = model(data["hidden_states"], data["timestep"], data["text"], data["image"])
+            tokens = loaded.model(data["hidden_states"], data["timestep"], data["text"], data["image"])
         return unpatchify(tokens, (3, 4 // config.patch_size[1], 6 // config.patch_size[2]), config.patch_size)
 
     return run_workers(work, tp_size)[0]
@@ -197,7 +196,7 @@ def test_number_formats(tmp_path):
     state = write_wan(tmp_path / "wan", TINY, torch.bfloat16)
     convert(tmp_path / "wan", tmp_path / "kept", "release")
     record, stored = open_dit_release(tmp_path / "kept")
-    assert record.job.training.bf16 and {info.dtype for info in stored.infos.values()} == {torch.bfloat16}
+    assert record.network.bf16 and {info.dtype for info in stored.infos.values()} == {torch.bfloat16}
     convert(tmp_path / "kept", tmp_path / "wan_again", "wan")
     assert_equal_states(read_folder(tmp_path / "wan_again"), state)
 
@@ -207,7 +206,7 @@ def test_number_formats(tmp_path):
     assert all(name.startswith(("condition_embedder.time", "head.")) or "scale_shift" in name for name in wide)
     assert len(wide) == 6 + 3 + TINY.num_layers
     convert(tmp_path / "kept", tmp_path / "fp32", "distributed", dtype="fp32")
-    assert not read_dit_record(tmp_path / "fp32").job.training.bf16
+    assert not read_record(tmp_path / "fp32", 0)["networks"]["dit"]["bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +221,7 @@ def test_a_wan_checkpoint_becomes_a_start(debug_wan, tmp_path):
     convert(debug_wan, tmp_path / "plain", "release")
     kept, fresh = read_folder(tmp_path / "plain"), []
     record, stored = open_dit_release(tmp_path / "start")
-    assert record.job.model == DiTConfig(**{**PRESET.__dict__, "layer_memory_init": 0.99})
+    assert record.network.model == DiTConfig(**{**PRESET.__dict__, "layer_memory_init": 0.99})
     for name in stored.infos:
         if name.startswith(("patch_embedding.", "head.proj_out.")) or ".layer_memory." in name:
             fresh.append(name)

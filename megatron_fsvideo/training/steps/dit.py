@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,20 +9,10 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
-from megatron_fsvideo.checkpoint.agreement import check_agreement
-from megatron_fsvideo.checkpoint.distributed import (
-    check_save_folder,
-    latest_iteration,
-    load_checkpoint,
-    newest_good_iteration,
-    read_record,
-)
-from megatron_fsvideo.checkpoint.safe_pickle import check_checkpoint
-from megatron_fsvideo.checkpoint.sharded_state import plan_checkpoint
-from megatron_fsvideo.checkpoint.writer import CheckpointWriter
+from megatron_fsvideo.checkpoint.dit_release import DiTNetwork
+from megatron_fsvideo.checkpoint.run_record import RunDescription
 from megatron_fsvideo.config import DiTJob, to_dict
 from megatron_fsvideo.data.latent_dataset import LatentDataset
-from megatron_fsvideo.data.sample_order import check_order
 from megatron_fsvideo.data.stored_batch import StoredBatch
 from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
 from megatron_fsvideo.diffusion.losses import loss_of_mse
@@ -37,7 +26,9 @@ from megatron_fsvideo.optim.state import load_optimizer_state, sharded_optimizer
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
 from megatron_fsvideo.parallel.pipeline import run_schedule
 from megatron_fsvideo.training.flops import dit_training_flops
+from megatron_fsvideo.training.network import prefixed
 from megatron_fsvideo.training.router_images import RouterImages
+from megatron_fsvideo.training.run_checkpoints import RunCheckpoints
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.steps.dit_batches import (
     BatchSource,
@@ -87,11 +78,14 @@ class DiTStep:
         self.ema = MovingAverage(self.optimizer, sharded_weights(chunks), decay) if decay else None
         self.null_text = pad_rows(self.dataset.null_text, self.dataset.text_length)
         self.router_images = RouterImages(job, pgs)
-        checkpoint = job.checkpoint
-        self.writer = (
-            CheckpointWriter(Path(checkpoint.save), pgs, checkpoint.keep_checkpoints, checkpoint.async_save)
-            if checkpoint.save
-            else None
+        self.networks = {"dit": self}
+        self.checkpoints = RunCheckpoints(
+            job.checkpoint,
+            # The latents' scale becomes the checkpoint's after it is loaded.
+            lambda: RunDescription(to_dict(job), self.dataset.description(), sample_order(self.dataset, job)),
+            pgs,
+            train_iters=job.training.train_iters,
+            new_stage=job.stage.new_stage,
         )
         self._source: BatchSource | None = None
         self._errors: list[tuple[Tensor, Tensor]] = []  # sample ids and their velocity errors, of the last iteration
@@ -168,103 +162,64 @@ class DiTStep:
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint into `--save`."""
-        record = {
-            "format": 1,
-            "job": to_dict(self.job),
-            "data": self.dataset.description(),
-            "order": sample_order(self.dataset, self.job),
-            "iteration": state.iteration,
-            "consumed_samples": state.consumed_samples,
-        }
-        content = self._sharded_state()
-        content |= {"iteration": state.iteration, "consumed_samples": state.consumed_samples}
-        self.writer.save(
-            state.iteration,
-            lambda target: plan_checkpoint(
-                target,
-                content,
-                record,
-                is_rank_zero=self.pgs.is_rank_zero,
-                in_background=self.writer.in_background,
-            ),
-        )
+        self.checkpoints.save(state, self.networks)
 
     def is_saving(self) -> bool:
         """Whether this rank still writes a checkpoint."""
-        return self.writer is not None and self.writer.is_writing()
+        return self.checkpoints.is_saving()
 
     def finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if any, and make it the newest."""
-        if self.writer is not None:
-            self.writer.finish()
+        self.checkpoints.finish()
 
     def load(self) -> TrainState:
-        """Continue from `--save` if this run has saved before, otherwise from `--load`, if there is a checkpoint in it.
+        """Begin or continue as the flags and the folders say (checkpoint/starting_point.py).
 
         Raises:
             ValueError: the checkpoint is of another architecture, autoencoder or dataset, or damaged; or `--save` holds
                 one that would be overwritten.
         """
-        folder, finetune = self._checkpoint_source()
-        if folder is None:
-            return TrainState()
-        is_resumed = self.writer is not None and folder == self.writer.folder
-        new_stage = self.job.stage.new_stage and not is_resumed
-        iteration = newest_good_iteration(folder, self.pgs, check_checkpoint)
-        assert iteration is not None, "the source has a checkpoint"
-        record = read_record(folder, iteration)
-        description = self.dataset.description()
-        check_agreement(record, self.job, description, str(folder), finetune=finetune, new_stage=new_stage)
-        if not finetune and not new_stage and "order" in record:
-            remedy = (
-                "load it with --new-stage (keeps the optimizer's state) or --finetune, and save into another folder"
-            )
-            check_order(record["order"], sample_order(self.dataset, self.job), str(folder), remedy)
-        if is_resumed:
-            self.writer.resume_from(iteration)
-        if record["data"] is not None:
-            self._normalize_with(record["data"]["latent_mean"], record["data"]["latent_std"])
-        had_ema = record["job"]["optimizer"]["ema_decay"] > 0
-        state = self._sharded_state(with_ema=had_ema, with_optimizer=not finetune)
-        content = load_checkpoint(folder, iteration, state)
+        state = self.checkpoints.load(self.networks)
+        loaded = self.checkpoints.loaded
+        if loaded is not None and loaded.run.data is not None:
+            self._normalize_with(loaded.run.data["latent_mean"], loaded.run.data["latent_std"])
+        return state
+
+    def section(self, is_loading: bool, *, with_optimizer: bool, with_average: bool) -> dict[str, Any]:
+        """What a checkpoint holds, as Megatron's sharded tensors of this rank's slices."""
+        content: dict[str, Any] = {}
+        if self.ema is not None and with_average:
+            content["ema"] = self.ema.sharded_state(self._sharded_weights())
+        if with_optimizer:
+            content["optimizer"] = sharded_optimizer_state(self.optimizer, self._sharded_weights())
+        content["model"] = prefixed(self._sharded_weights(), "model.")
+        return prefixed(content, "dit.")
+
+    def load_section(self, content: dict[str, Any], *, with_optimizer: bool, with_average: bool) -> None:
+        """Take in what was read; an average that was not read begins at the weights."""
         missing, _ = self.chunks.load_state_dict(content["model"], strict=False)
         assert all(name.endswith("_extra_state") for name in missing), missing
-        if finetune:
-            reload_masters(self.optimizer)
-        else:
+        if with_optimizer:
             load_optimizer_state(self.optimizer, self._sharded_weights(), content["optimizer"])
-        if self.ema is not None and had_ema:
+        else:
+            reload_masters(self.optimizer)
+        if self.ema is not None and with_average:
             self.ema.load_state(content["ema"])
         elif self.ema is not None:
             self.ema.restart()
-        if finetune:
-            return TrainState()
-        return TrainState(content["iteration"], 0 if new_stage else content["consumed_samples"])
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint says about the network."""
+        job = self.job
+        network = DiTNetwork(job.model, job.diffusion, job.training.bf16, self.ema is not None)
+        autoencoder = self.dataset.description()["autoencoder"]
+        return network.to_json() | {"codec": autoencoder, "optimizer": {"optimizer": job.optimizer.optimizer}}
 
     def _normalize_with(self, mean: list[float], std: list[float]) -> None:
         """The weights know latents of this mean and std per channel, whatever another dataset's are."""
         for dataset in (self.dataset, self.valid_dataset):
             if dataset is not None:
                 dataset.scale = LatentScale(mean, std)
-
-    def _checkpoint_source(self) -> tuple[Path | None, bool]:
-        """The folder to continue from, or None for a fresh start; and whether only its weights are taken."""
-        checkpoint = self.job.checkpoint
-        has_saved = checkpoint.save is not None and latest_iteration(Path(checkpoint.save)) is not None
-        if checkpoint.load is None:
-            for name, is_set in (("new_stage", self.job.stage.new_stage), ("finetune", checkpoint.finetune)):
-                if is_set:
-                    raise ValueError(f"{name} begins with an earlier run's state: give its --save folder as --load")
-            check_save_folder(checkpoint.save, checkpoint.load)
-            return None, False
-        if has_saved:
-            # A run that began from another folder, was stopped and is started again by the same command.
-            return Path(checkpoint.save), checkpoint.finetune and checkpoint.load == checkpoint.save
-        if latest_iteration(Path(checkpoint.load)) is not None:
-            return Path(checkpoint.load), checkpoint.finetune
-        if checkpoint.load != checkpoint.save:
-            raise ValueError(f"--load {checkpoint.load} holds no checkpoint (only the --save folder may be empty)")
-        return None, False
 
     def _training_step(
         self, iterator: Iterator[StoredBatch], wrapped: DistributedDataParallel
@@ -358,16 +313,6 @@ class DiTStep:
         check_data_fits_model(dataset, self.job.model, self.job.parallel)
         check_batches(dataset, self.job, self.pgs.dp_size)
         return dataset
-
-    def _sharded_state(self, with_ema: bool = True, with_optimizer: bool = True) -> dict[str, Any]:
-        """What a checkpoint holds, as Megatron's sharded tensors of this rank's slices."""
-        model = self._sharded_weights()
-        content: dict[str, Any] = {"model": model}
-        if self.ema is not None and with_ema:
-            content["ema"] = self.ema.sharded_state(self._sharded_weights())
-        if with_optimizer:
-            content["optimizer"] = sharded_optimizer_state(self.optimizer, model)
-        return content
 
     def _sharded_weights(self) -> dict[str, ShardedTensor]:
         return sharded_weights(self.chunks)

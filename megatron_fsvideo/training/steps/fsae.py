@@ -15,12 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from megatron_fsvideo.checkpoint.distributed import (
-    check_save_folder,
-    iteration_folder,
-    newest_good_iteration,
-    read_record,
-)
+from megatron_fsvideo.checkpoint.distributed import newest_good_checkpoint
+from megatron_fsvideo.checkpoint.starting_point import find_starting_point
 from megatron_fsvideo.checkpoint.writer import CheckpointWriter
 from megatron_fsvideo.config import FSAEConfig, FSAEJob, differences, from_dict, to_dict
 from megatron_fsvideo.data.sample_order import check_order
@@ -176,22 +172,21 @@ class FSAEStep:
             ValueError: all checkpoints are damaged, or the newest is of another architecture or of another phase; or
                 `--save` holds one that would be overwritten.
         """
-        check_save_folder(self.job.checkpoint.save, self.job.checkpoint.load)
-        folder = self.job.checkpoint.load
-        iteration = newest_good_iteration(Path(folder), self.pgs, lambda source: None) if folder else None
-        if iteration is None:
-            if self.job.checkpoint.init_from is not None:
-                self._inherit(self.job.checkpoint.init_from)
+        start = self.pgs.on_rank_zero(lambda: find_starting_point(self.job.checkpoint, new_stage=False))
+        if start.folder is None:
             return TrainState()
-        source = iteration_folder(Path(folder), iteration)
-        if self.writer is not None and Path(folder) == self.writer.folder:
-            self.writer.resume_from(iteration)
-        record = read_record(Path(folder), iteration)
+        if start.is_initial:
+            self._inherit(str(start.folder))
+            return TrainState()
+        checkpoint = newest_good_checkpoint(start.folder, self.pgs)
+        if start.is_own:
+            self.writer.resume_from(checkpoint.iteration)
+        source, record = checkpoint.path, {"job": checkpoint.record.run.job, "order": checkpoint.record.run.order}
         if wrong := differences(from_dict(FSAEConfig, record["job"]["model"]), self.job.model):
             raise ValueError(f"the checkpoint {source} has another architecture: {'; '.join(wrong)}")
         content = torch.load(source / TRAINING_FILE, map_location=self.pgs.device, weights_only=True)
         self.model.load_state_dict(content["weights"])
-        if self.job.checkpoint.finetune:
+        if start.purpose == "finetune":
             return TrainState()
         saved = from_dict(FSAEJob, record["job"])
         if saved.phase.phase != self.job.phase.phase:
@@ -199,7 +194,7 @@ class FSAEStep:
                 f"the checkpoint {source} is of phase {saved.phase.phase}, this run of phase {self.job.phase.phase}: "
                 "give it a --load and --save folder of its own, and the other as --init-from"
             )
-        if "order" in record:
+        if record["order"] is not None:
             remedy = "start from it as --init-from, with a --save folder of its own"
             check_order(record["order"], self.batches.sample_order(), str(source), remedy)
         self._load_training_state(content, source)
