@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
+from megatron_fsvideo.config.cli import report_error
 from megatron_fsvideo.config.rules import Checked, FieldError, has_no_default
 
 T = TypeVar("T")
@@ -228,7 +229,8 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # argparse prints its usage first; with a hundred flags that hides the one line that matters.
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the flags)\n")
+        report_error(f"{self.prog}: error: {message} (--help lists the flags)")
+        sys.exit(2)
 
 
 class _StoreTuple(argparse.Action):

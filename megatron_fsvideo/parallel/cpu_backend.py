@@ -12,6 +12,8 @@ megatron-core assumes CUDA in three ways, and each has one answer here:
 `install()` makes the first two, for the process. The others are made by a mode, `megatron_on_cpu()`: it
 lies to every library that looks at a tensor, costs about 1.3 us per operation and stops torch.compile, so it holds in
 one thread, only around calls of Megatron's schedule, optimizer and checkpointing.
+
+That Megatron's functions are not compiled here is `megatron_import.py`'s business: it has to happen earlier.
 """
 
 from collections.abc import Callable, Iterator

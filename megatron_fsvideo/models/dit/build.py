@@ -144,6 +144,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        cuda_graph_scope=[],  # Megatron's default is an old spelling that it warns of
     )
     config.has_cond_embedder = True  # Megatron then sums the gradients of the stages' embedder copies
     return config
