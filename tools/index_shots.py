@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText
-from megatron_fsvideo.data.listing import list_videos
+from megatron_fsvideo.data.frame_files import list_clip_files
 from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex
 
 
@@ -25,7 +25,7 @@ class IndexFlags(Checked):
     """what to index, and where to write"""
 
     video_dir: PathText
-    """Folder of video files; subfolders are searched too."""
+    """Folder of video and image files; subfolders are searched too."""
     shot_index: PathText | None = None
     """Folder of the index. None takes .shots in --video-dir, where training looks for it."""
 
@@ -42,7 +42,7 @@ def main() -> None:
     flags = parse_job(IndexJob).index
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder = Path(flags.shot_index or Path(flags.video_dir) / INDEX_FOLDER)
-    paths = list_videos(flags.video_dir)
+    paths = list_clip_files(flags.video_dir)
     index = ShotIndex(flags.video_dir, folder)
     mine = paths[rank::world_size]
     todo = [path for path in mine if not index.knows(path)]

@@ -38,7 +38,7 @@ class VideoDataConfig(Checked):
     """video files for the autoencoder"""
 
     video_dir: PathText | None = None
-    """Folder of video files; subfolders are searched too."""
+    """Folder of video and image files; subfolders are searched too. An image is a clip of one frame."""
     num_frames: PositiveInt = 17
     """Frames per training clip; 4k + 1 for a whole number k."""
     resolution: PositiveInt = 256

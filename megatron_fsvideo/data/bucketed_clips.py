@@ -88,7 +88,7 @@ class BucketedClips:
         shots = self._shots[bucket]
         shot = shots[self._draws[bucket](generator)]
         gaps = bucket.num_frames - 1
-        longest_stride = min(self.max_frame_stride, (shot.num_frames - 1) // max(1, gaps))
+        longest_stride = max(1, min(self.max_frame_stride, (shot.num_frames - 1) // max(1, gaps)))
         stride = 1 + draw(longest_stride - 1, generator)
         start = shot.start + draw(shot.num_frames - 1 - gaps * stride, generator)
         # Closed each time: the next clip is elsewhere, and decoders hold memory and threads.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_fsvideo.config import VideoDataConfig
 from megatron_fsvideo.data.draws import WeightedDraw, draw
-from megatron_fsvideo.data.listing import list_videos
+from megatron_fsvideo.data.frame_files import is_image, list_clip_files
 from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex, find_all_shots
 from megatron_fsvideo.data.shots import Shot, split_shots
 from megatron_fsvideo.data.video import resize_short_side, to_unit
@@ -64,7 +64,7 @@ class ClipDataset:
         generator = sample_generator(self.seed, number, 0, "clip")
         index = self._draw_of(num_frames)(generator)
         shot = self.shots[index]
-        longest_stride = min(self.max_frame_stride, (shot.num_frames - 1) // max(1, num_frames - 1))
+        longest_stride = max(1, min(self.max_frame_stride, (shot.num_frames - 1) // max(1, num_frames - 1)))
         stride = 1 + draw(longest_stride - 1, generator)
         start = draw(shot.num_frames - 1 - (num_frames - 1) * stride, generator)
         frames = self._read(index, start, num_frames, stride)
@@ -157,6 +157,7 @@ def open_clips(data: VideoDataConfig, seed: int) -> tuple[ClipDataset, ClipDatas
     valid_index = index
     if data.valid_video_dir is not None:
         valid_index, held_out = _shots_below(data.valid_video_dir, data.valid_shot_index)
+    images = [shot for shot in train if is_image(shot.path)]
     # Only after the split, which must not depend on the clips' length.
     train, held_out = ([shot for shot in part if shot.num_frames >= data.num_frames] for part in (train, held_out))
     if data.valid_video_dir is not None and not held_out:
@@ -171,6 +172,8 @@ def open_clips(data: VideoDataConfig, seed: int) -> tuple[ClipDataset, ClipDatas
             f"none of the {len(shots)} shots below {data.video_dir} that are left for training has {data.num_frames} "
             "frames: lower num_frames, or give longer videos"
         )
+    # Images serve the batches of one frame.
+    train = sorted({*train, *images})
     validation = None
     if held_out:
         validation = ClipDataset(held_out, data.short_side, seed, cache_gib=data.cache_gib, index=valid_index)
@@ -179,4 +182,4 @@ def open_clips(data: VideoDataConfig, seed: int) -> tuple[ClipDataset, ClipDatas
 
 def _shots_below(folder: str, index_folder: str | None) -> tuple[ShotIndex, list[Shot]]:
     index = ShotIndex(folder, index_folder or Path(folder) / INDEX_FOLDER)
-    return index, find_all_shots(list_videos(folder), index)
+    return index, find_all_shots(list_clip_files(folder), index)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_fsvideo.data.buckets import Bucket, choose_bucket
+from megatron_fsvideo.data.frame_files import open_frames
 from megatron_fsvideo.data.latent_shards import hash_key
 from megatron_fsvideo.data.manifest import VideoEntry
 from megatron_fsvideo.data.shots import scan_shots
-from megatron_fsvideo.data.video import VideoError, VideoReader
+from megatron_fsvideo.data.video import VideoError
 
 DIGEST_BYTES = 1 << 16
 
@@ -80,7 +81,7 @@ class Source:
         table = None
         if entry.start is None:
             table, self._shots = scan_shots(entry.path)
-        self.reader = VideoReader(entry.path, table)
+        self.reader = open_frames(entry.path, table)
 
     def shots(self) -> list[tuple[int, int]]:
         """Ranges [start, end) of frames between cuts."""

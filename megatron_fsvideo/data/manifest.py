@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 
 from megatron_fsvideo.config import require
-from megatron_fsvideo.data.listing import list_videos
+from megatron_fsvideo.data.frame_files import list_clip_files
 from megatron_fsvideo.data.schema import checked
 from megatron_fsvideo.data.text_files import (
     TextError,
@@ -103,9 +103,9 @@ def read_manifest_lines(path: str | Path, split: str | None = None) -> list[Vide
 
 
 def folder_entries(folder: str | Path) -> list[VideoEntry]:
-    """All videos below a folder; the caption of `a.mp4` is the text of `a.txt` beside it, if there is one."""
+    """All videos and images below a folder; the caption of `a.mp4` is the text of `a.txt` beside it, if any."""
     entries = []
-    for path in list_videos(folder):
+    for path in list_clip_files(folder):
         source, text = str(path.relative_to(folder)), path.with_suffix(".txt")
         if not is_unicode(source):
             entries.append(_unusable(source, f"{path}: the file name is not UTF-8; rename the file"))

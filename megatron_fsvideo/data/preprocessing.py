@@ -32,6 +32,7 @@ from megatron_fsvideo.data.clips import (
     latent_key,
     text_key,
 )
+from megatron_fsvideo.data.frame_files import ImageReader
 from megatron_fsvideo.data.latent_shards import (
     DATASET_FILE,
     FORMAT_VERSION,
@@ -284,7 +285,7 @@ def _readable_clips(
                 _check_bad(job, skipped_before + len(skipped), str(error))
 
 
-def _load(job: Job, clip: Clip, digest: str, reader: VideoReader) -> _Loaded:
+def _load(job: Job, clip: Clip, digest: str, reader: VideoReader | ImageReader) -> _Loaded:
     encoders = job.encoders
     keys = {
         "latent_key": latent_key(clip, digest, encoders.fingerprint),

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_fsvideo.data.clips import file_digest
+from megatron_fsvideo.data.frame_files import ImageReader, is_image, open_frames
 from megatron_fsvideo.data.shots import MIN_SHOT_FRAMES, Shot, scan_shots
 from megatron_fsvideo.data.video import FrameTable, VideoError, VideoInfo, VideoReader
 from megatron_fsvideo.data.video.frame_table import PROGRESS_AFTER
@@ -95,13 +96,14 @@ class ShotIndex:
         self._lines[line.path] = line
 
     def shots(self, path: str | Path, min_frames: int = MIN_SHOT_FRAMES) -> list[Shot]:
-        """The shots of a file with at least `min_frames` frames, in order.
+        """The shots of a file with at least `min_frames` frames, in order; of an image, its one frame.
 
         Raises:
             VideoError: the file cannot be read.
         """
         ranges = self._readable(path).shots
-        return [Shot(str(path), start, end - start) for start, end in ranges if end - start >= min_frames]
+        least = 1 if is_image(path) else min_frames
+        return [Shot(str(path), start, end - start) for start, end in ranges if end - start >= least]
 
     def info(self, path: str | Path) -> VideoInfo:
         """A file's measures.
@@ -112,13 +114,13 @@ class ShotIndex:
         line = self._readable(path)
         return VideoInfo(line.num_frames, line.height, line.width, line.fps)
 
-    def open(self, path: str | Path) -> VideoReader:
+    def open(self, path: str | Path) -> VideoReader | ImageReader:
         """A reader that need not measure the file; it opens the file when it reads.
 
         Raises:
             VideoError: the file cannot be read.
         """
-        return VideoReader(path, self._readable(path).table())
+        return open_frames(path, self._readable(path).table())
 
     def add(self, path: str | Path, part: Path) -> bool:
         """Decode a file and append what is found to `part`; whether it can be read."""

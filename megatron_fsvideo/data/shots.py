@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_fsvideo.data.frame_files import is_image, measure_image
 from megatron_fsvideo.data.video import FrameTable
 from megatron_fsvideo.data.video.frame_table import measure_while
 from megatron_fsvideo.data.video.picture import PictureMaker
@@ -66,9 +67,13 @@ def find_shots(path: str | Path, min_frames: int = MIN_SHOT_FRAMES) -> list[Shot
 def scan_shots(path: str | Path) -> tuple[FrameTable, list[tuple[int, int]]]:
     """A file's table and the ranges [start, end) of its shots, in one pass. Damaged frames belong to no shot.
 
+    An image is a shot of one frame.
+
     Raises:
         VideoError: not a video, nothing in it decodes, or its frames change their size.
     """
+    if is_image(path):
+        return measure_image(path), [(0, 1)]
     picture = PictureMaker(path)
     table, ranges = measure_while(path, lambda frames: detect_shots(picture(frame, THUMBNAIL) for frame in frames))
     return table, [part for found in ranges for part in _without(found, table.damaged)]

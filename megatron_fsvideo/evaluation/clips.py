@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_fsvideo.config import VideoDataConfig
-from megatron_fsvideo.data.listing import list_videos
+from megatron_fsvideo.data.frame_files import list_clip_files, open_frames
 from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex
 from megatron_fsvideo.data.shots import Shot, split_shots
-from megatron_fsvideo.data.video import VideoError, VideoReader, resize_short_side, to_unit
+from megatron_fsvideo.data.video import VideoError, resize_short_side, to_unit
 from megatron_fsvideo.data.video.frame_table import PROGRESS_AFTER
 from megatron_fsvideo.parallel.team import Team
 
@@ -55,7 +55,7 @@ def list_clips(data: VideoDataConfig, sampling: Sampling, count: int, team: Team
         raise ValueError("no videos to judge: give --video-dir FOLDER")
     if count < 1:
         raise ValueError(f"num_clips must be at least 1, got {count}")
-    paths = list_videos(Path(data.video_dir))
+    paths = list_clip_files(data.video_dir)
     index = ShotIndex(data.video_dir, data.shot_index or Path(data.video_dir) / INDEX_FOLDER)
     mine = list(team.share(paths))
     bar = tqdm(mine, desc="shots", unit="video", delay=PROGRESS_AFTER, disable=None if team.leads else True)
@@ -91,7 +91,7 @@ def read_clip(clip: Shot, data: VideoDataConfig, index: ShotIndex | None = None)
     Raises:
         VideoError: the file is damaged there.
     """
-    with VideoReader(clip.path) if index is None else index.open(clip.path) as reader:
+    with open_frames(clip.path) if index is None else index.open(clip.path) as reader:
         frames = resize_short_side(reader.read(clip.start, clip.num_frames), data.short_side)
     side = data.resolution
     top, left = (frames.shape[1] - side) // 2, (frames.shape[2] - side) // 2
