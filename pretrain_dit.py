@@ -28,6 +28,7 @@ def pretrain(job: DiTJob) -> None:
     with Watchdog(pgs, 60 * job.parallel.distributed_timeout_minutes) as watchdog:
         step = DiTStep(job, pgs)
         state = watchdog.state = step.load()
+        step.warn_of_frozen_routers()
         logger = MetricsLogger(
             job.logging,
             job.training.train_iters,

@@ -46,7 +46,8 @@ class DiTConfig(Checked):
     """Order of mixing and norm. raw mixes hidden states, then applies the norm (paper); normalized applies the norm to
     each hidden state, then mixes."""
     layer_memory_init: Annotated[float, Meta(gt=0, le=1)] = 0.9
-    """Initial softmax weight of the latest hidden state. With 1.0 the model starts exactly as without layer memory."""
+    """Initial softmax weight of the latest hidden state. With 1.0 the model starts exactly as without layer memory,
+    and its routers never learn: their gradient vanishes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

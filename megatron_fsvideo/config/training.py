@@ -82,8 +82,8 @@ class OptimizerConfig(Checked):
     """Epsilon of AdamW."""
     clip_grad: NonNegative = 1.0
     """Largest norm of all gradients together; larger gradients are scaled down to it. 0 switches clipping off."""
-    router_lr_mult: NonNegative = 10.0
-    """Learning rate of the layer-memory router as a multiple of lr (LIMe uses 10)."""
+    router_lr_mult: NonNegative = 1.0
+    """Learning rate of the layer-memory router as a multiple of lr."""
     ema_decay: Decay = 0.9999
     """Decay of the moving average of the weights. 0 keeps no average."""
 

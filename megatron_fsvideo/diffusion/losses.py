@@ -19,17 +19,21 @@ def squared_errors(prediction: Tensor, target: Tensor) -> Tensor:
 def pseudo_huber(mse: Tensor, huber_c: float) -> Tensor:
     """Pseudo-Huber loss of each sample from its mean squared error [b].
 
-    2 c (sqrt(mse + c^2) - c): the squared error where it is small, 2 c times the root-mean-square error where it is
-    large, so that no sample's gradient outgrows the others'. `huber_c` is in units of the per-element error; Song &
-    Dhariwal 2023 (iCT) and Lee et al. 2024 scale the same loss differently with the number of elements.
+    sqrt(mse + c^2) - c: the root-mean-square error where it is large, a multiple of the squared error where it is
+    small, so that no sample's gradient outgrows the others'. This is the loss of Song & Dhariwal 2023 (iCT) and Lee et
+    al. 2024 divided by the root of the number of elements. At an error of order 1 its gradient is half the squared
+    error's, whatever `huber_c` is: gradient clipping and Adam's epsilon then mean what they mean with `mse`.
+
+    Args:
+        huber_c: in units of the root-mean-square error.
     """
-    return 2 * huber_c * (torch.sqrt(mse + huber_c**2) - huber_c)
+    return torch.sqrt(mse + huber_c**2) - huber_c
 
 
 def huber_constant(loss_type: str, num_elements: int, huber_c: float) -> float:
     """The constant of `pseudo_huber` for samples of `num_elements` elements.
 
-    The references state theirs for the norm of a sample, c (dit_spec 3.2): here it is c / sqrt(num_elements).
+    The references state theirs for the norm of a sample: here it is divided by sqrt(num_elements).
 
     Args:
         loss_type: "pseudo_huber" takes `huber_c`; "ict" Song & Dhariwal 2023's c = 0.00054 sqrt(num_elements); "rfpp"

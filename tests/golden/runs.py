@@ -2,7 +2,8 @@
 
     python -m tests.golden.runs tests/golden/losses.json        # writes the file anew; only for a change on purpose
 
-The file was made by commit b37ee46. The rates are constant and the dataset has one sample, so that neither the form of
+The file was made by commit b37ee46; the DiT's rows were made again when the pseudo-Huber loss lost its factor 2c and
+routers the tenfold rate. The rates are constant and the dataset has one sample, so that neither the form of
 the schedule nor the order of the data matters here.
 """
 

@@ -1,4 +1,4 @@
-"""Changes that should not change a result have not: losses of short runs, against those of commit b37ee46."""
+"""Changes that should not change a result have not: losses of short runs, against those that are kept."""
 
 import json
 from pathlib import Path

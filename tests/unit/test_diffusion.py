@@ -61,11 +61,18 @@ def test_white_latents_bound_is_what_the_best_linear_predictor_reaches():
 
 def test_pseudo_huber_limits_and_gradient():
     mse = torch.tensor([1e-6, 0.3, 4.0], dtype=torch.float64, requires_grad=True)
-    torch.testing.assert_close(losses.pseudo_huber(mse, 1e3), mse, rtol=1e-5, atol=1e-9)
-    small = losses.pseudo_huber(mse, 1e-6) / 2e-6
-    torch.testing.assert_close(small[1:], mse.sqrt()[1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(2e3 * losses.pseudo_huber(mse, 1e3), mse, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(losses.pseudo_huber(mse, 1e-6)[1:], mse.sqrt()[1:], rtol=1e-5, atol=1e-5)
     (gradient,) = torch.autograd.grad(losses.pseudo_huber(mse, 0.03).sum(), mse)
-    torch.testing.assert_close(gradient, 0.03 / torch.sqrt(mse.detach() + 0.03**2))
+    torch.testing.assert_close(gradient, 0.5 / torch.sqrt(mse.detach() + 0.03**2))
+
+
+@pytest.mark.parametrize("loss_type", ["pseudo_huber", "ict", "rfpp"])
+def test_clipping_and_adams_epsilon_mean_the_same_with_every_loss(loss_type):
+    """At the errors that training sees the gradient is of the squared error's size, whatever the constant is."""
+    mse = torch.tensor([0.3, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(losses.loss_of_mse(mse, 63_488, loss_type, 0.03).sum(), mse)
+    assert 0.3 < gradient.min() and gradient.max() < 1.0
 
 
 def test_a_sample_cut_in_two_has_the_loss_of_the_whole_not_the_mean_of_the_parts():
@@ -78,14 +85,14 @@ def test_a_sample_cut_in_two_has_the_loss_of_the_whole_not_the_mean_of_the_parts
 
 
 def test_loss_presets_are_the_references_constants():
-    """dit_spec 3.2's table: c of the norm of a sample with d elements, and the same in units of its RMS error."""
+    """Both papers' constants: c of the norm of a sample with d elements, and the same in units of its RMS error."""
     for d, ict, rfpp in ((3072, 0.030, 1.66), (2048, 0.024, 1.11), (63_488, 0.136, 34.3), (253_952, 0.272, 137)):
         root = d**0.5
         assert losses.huber_constant("ict", d, 0.5) * root == pytest.approx(ict, rel=0.03)
         assert losses.huber_constant("rfpp", d, 0.5) * root == pytest.approx(rfpp, rel=0.01)
         errors = torch.tensor([0.5 * d], dtype=torch.float64)
         c = losses.huber_constant("rfpp", d, 0.5) * root
-        expected = 2 * c / d * (math.sqrt(0.5 * d + c**2) - c)
+        expected = (math.sqrt(0.5 * d + c**2) - c) / root
         assert losses.per_sample_loss(errors, d, "rfpp", 0.5).item() == pytest.approx(expected, rel=1e-6)
     assert losses.huber_constant("pseudo_huber", 99, 0.5) == 0.5
     assert losses.per_sample_loss(torch.tensor([6.0]), 3, "mse", 0.5).item() == 2.0

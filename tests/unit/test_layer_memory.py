@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job
 from megatron_fsvideo.kernels import MixSettings, torch_mixing
 from megatron_fsvideo.models.dit import build_dit
-from megatron_fsvideo.models.dit.layer_memory import LayerMemory
+from megatron_fsvideo.models.dit.layer_memory import LayerMemory, count_frozen_routers, identity_leaning_bias
 from megatron_fsvideo.models.dit.memory_bank import MemoryBank
 from megatron_fsvideo.parallel import groups
 from tests.parallel.harness import run_workers
@@ -323,3 +323,12 @@ def test_a_frozen_model_in_evaluation_recomputes():
 
     kept, recomputed = run_workers(work, 1)[0]
     assert recomputed < kept / 4, (recomputed, kept)
+
+
+@pytest.mark.parametrize(("initial_weight", "expected"), [(0.9, 0), (0.99, 0), (1.0, 3)])
+def test_routers_that_cannot_learn_are_counted(initial_weight, expected):
+    layers = nn.ModuleList(LayerMemory(number, 8, initial_weight) for number in (2, 3, 4))
+    for layer in layers:
+        nn.init.zeros_(layer.router.bias)
+        layer.router.bias.data[-1] = identity_leaning_bias(layer.num_states, initial_weight)
+    assert count_frozen_routers(layers) == expected

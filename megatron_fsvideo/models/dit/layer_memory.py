@@ -24,6 +24,7 @@ from megatron_fsvideo.models.dit.memory_bank import MemoryBank
 
 # exp(-60) of the other states vanishes beside 1 in fp32: the mix is X_{l-1} to the last bit.
 IDENTITY_BIAS = 60.0
+FROZEN_WEIGHT = 1e-6
 
 
 class LayerMemory(nn.Module):
@@ -55,6 +56,18 @@ class LayerMemory(nn.Module):
             shift, scale: the modulation [b, h], fp32.
         """
         return bank.read(query_source, latest, self.router, shift, scale)
+
+
+def count_frozen_routers(network: nn.Module) -> int:
+    """Routers that can hardly learn: without regard to the token, they give all states but one less than 1e-6 together.
+
+    The gradient of a weight of the softmax is proportional to it.
+    """
+    return sum(
+        1.0 - torch.softmax(module.router.bias.detach().double(), dim=0).max().item() < FROZEN_WEIGHT
+        for module in network.modules()
+        if isinstance(module, LayerMemory)
+    )
 
 
 def identity_leaning_bias(num_states: int, initial_weight: float) -> float:

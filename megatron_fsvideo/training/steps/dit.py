@@ -1,5 +1,6 @@
 """The DiT's step: flow matching on latents with Megatron's schedule, optimizer and checkpoints (paper section 3)."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_fsvideo.diffusion.flow_matching import white_latents_bound
 from megatron_fsvideo.diffusion.losses import loss_of_mse
 from megatron_fsvideo.models.codecs import LatentScale
 from megatron_fsvideo.models.dit import Denoiser, build_dit_chunks
+from megatron_fsvideo.models.dit.layer_memory import count_frozen_routers
 from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
 from megatron_fsvideo.optim.moving_average import MovingAverage
 from megatron_fsvideo.optim.optimizer import build_optimizer, reload_masters, step_if_finite, wrap_ddp
@@ -171,6 +173,17 @@ class DiTStep:
     def finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if any, and make it the newest."""
         self.checkpoints.finish()
+
+    def warn_of_frozen_routers(self) -> None:
+        """Say on the first rank of each stage if its routers cannot learn, with the weights as they are now."""
+        count = count_frozen_routers(self.chunks)
+        if count and self.pgs.tp_rank == self.pgs.dp_cp_rank == 0:
+            print(
+                f"warning: {count} layer-memory routers give one state all the weight, so that their gradient vanishes "
+                "and they never learn: start with layer_memory_init 0.99, or train without layer memory",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def load(self) -> TrainState:
         """Begin or continue as the flags and the folders say (checkpoint/starting_point.py).
