@@ -24,6 +24,7 @@ from megatron_fsvideo.config.rules import Checked, PathText, Positive, PositiveI
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.clips import ClipOptions
 from megatron_fsvideo.data.manifest import VideoEntry, folder_entries, read_manifest_lines, require_captions
+from megatron_fsvideo.data.outputs import try_folder
 from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions, check_cache, preprocess
 from megatron_fsvideo.models.codecs.identity import fingerprint
 from megatron_fsvideo.models.encoders import load_image_encoder, load_text_encoder
@@ -103,6 +104,7 @@ def main() -> None:
     # Everything that can be refused without a model is refused before one is loaded.
     buckets = tuple(Bucket.parse(text) for text in job.encode.buckets)
     clips = ClipOptions(buckets, job.encode.fps, job.encode.frame_stride)
+    try_folder(job.encode.output)
     entries = _entries(job.source)
     if job.encode.text_encoder != "none":
         require_captions(entries)

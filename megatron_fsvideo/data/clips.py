@@ -12,6 +12,7 @@ from megatron_fsvideo.data.shots import scan_shots
 from megatron_fsvideo.data.video import VideoError
 
 DIGEST_BYTES = 1 << 16
+MISSING = "missing"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def file_digest(path: str | Path) -> str:
     A missing file has the digest "missing"; reading it will say so.
     """
     if not Path(path).is_file():
-        return "missing"
+        return MISSING
     size = Path(path).stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with Path(path).open("rb") as file:

@@ -5,6 +5,7 @@ they become tensors batch.py's. A *stream* is one folder's samples of one bucket
 """
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -17,6 +18,7 @@ import safetensors.torch
 import torch
 
 from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.dataset_json import SHARED_FIELDS, read_dataset_json
 from megatron_fsvideo.data.latent_shards import (
     DATASET_FILE,
     NULL_TEXT_FILE,
@@ -25,18 +27,18 @@ from megatron_fsvideo.data.latent_shards import (
     LatentStatistics,
     SampleEntry,
     ShardError,
-    read_json,
     read_manifest,
     read_record,
     read_sample,
 )
 from megatron_fsvideo.data.sample_order import list_record
+from megatron_fsvideo.data.text_files import read_lines
 from megatron_fsvideo.models.codecs import LatentScale, is_same_encoder
 
 logger = logging.getLogger(__name__)
 
-# Parts of dataset.json that must be equal in all folders of a blend: the model sees one latent and one text space.
-SHARED_FIELDS = ("autoencoder", "text_encoder", "image_encoder")
+# Short, for 1e999999999 would be computed.
+_NUMBER = re.compile(r"[-+]?(\d{1,15}(\.\d{0,15})?|\.\d{1,15})(e[-+]?\d{1,2})?|\d{1,15}/\d{1,15}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def read_sample_list(path: str | Path) -> frozenset[str]:
     """
     if not Path(path).is_file():
         raise ValueError(f"sample_list {path} does not exist")
-    lines = (line.split() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    lines = (line.checked().split() for line in read_lines(path))
     keys = frozenset(words[0] for words in lines if words and not words[0].startswith("#"))
     if not keys:
         raise ValueError(f"sample_list {path} names no sample")
@@ -208,10 +210,31 @@ class LatentDataset:
             if f"{path}:{entry.key}" in self.bad_samples:
                 continue
             try:
-                return read_sample(path, entry)
+                sample = read_sample(path, entry)
+                self._check_shapes(path, entry, sample)
+                return sample
             except ShardError as error:
                 self._count_bad(f"{path}:{entry.key}", str(error))
         raise ShardError(f"{self.folders[self.streams[stream_index].folder_index]}: no readable sample left")
+
+    def _check_shapes(self, path: Path, entry: SampleEntry, sample: LatentSample) -> None:
+        """Refuse a sample that would not fit into a batch.
+
+        Raises:
+            ShardError: naming the sample and both shapes.
+        """
+        encoder, text, image = (self._datasets[0][name] for name in SHARED_FIELDS)
+        sides = Bucket.parse(entry.bucket).latent_shape(encoder["spatial_factor"], encoder["temporal_factor"])
+        rows = min(len(sample.text), text["max_length"])
+        expected = {
+            "latents": (encoder["latent_channels"], *sides),
+            "text": (rows, text["embed_dim"]),
+            "image": (image["num_tokens"], image["embed_dim"]),
+        }
+        found = {"latents": sample.latents.shape, "text": sample.text.shape, "image": sample.image.shape}
+        for name, shape in expected.items():
+            if tuple(found[name]) != shape:
+                raise ShardError(f"{path}: sample {entry.key}: {name} is {list(found[name])}, expected {list(shape)}")
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The JSON member of every sample that is used, without reading the latents.
@@ -259,32 +282,24 @@ def parse_data_path(data_path: Sequence[str]) -> tuple[list[Fraction] | None, li
         return None, [Path(item) for item in data_path]
     paired = len(data_path) % 2 == 0 and all((number is not None) == (k % 2 == 0) for k, number in enumerate(numbers))
     if not paired:
-        raise ValueError(f"data_path is folders, or weight folder weight folder ..., got: {' '.join(data_path)}")
+        folders = [item for item in data_path if _NUMBER.fullmatch(item) and Path(item).is_dir()]
+        hint = (
+            f"; {folders[0]} is a folder here: name it ./{folders[0]}, and no weight like a folder" if folders else ""
+        )
+        raise ValueError(f"data_path is folders, or weight folder weight folder ..., got: {' '.join(data_path)}{hint}")
     weights = [number for number in numbers if number is not None]
     if min(weights) <= 0:
         raise ValueError(f"data_path weights must be positive, got {' '.join(data_path[::2])}")
     return [weight / sum(weights) for weight in weights], [Path(item) for item in data_path[1::2]]
 
 
-def read_dataset_json(folder: Path) -> dict[str, Any]:
-    """Read and check a folder's `dataset.json`.
-
-    Raises:
-        ShardError: missing (not a dataset, or preprocessing has not finished) or damaged.
-    """
-    path = folder / DATASET_FILE
-    if not path.is_file():
-        raise ShardError(f"{path} is missing: not a latent dataset, or tools/preprocess_latents.py has not finished")
-    values = read_json(path)
-    if missing := [name for name in (*SHARED_FIELDS, "shards", "statistics", "fps") if name not in values]:
-        raise ShardError(f"{path}: damaged, no field {missing}")
-    return values
-
-
 def _as_weight(item: str) -> Fraction | None:
+    """A weight; None for a folder, which may have a number for a name."""
+    if not _NUMBER.fullmatch(item) or Path(item).is_dir():
+        return None
     try:
         return Fraction(item)
-    except (ValueError, ZeroDivisionError):
+    except ZeroDivisionError:
         return None
 
 

@@ -9,26 +9,35 @@ and a manifest appears after its tar.
 import hashlib
 import io
 import json
+import logging
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
+from msgspec import Meta
 
+from megatron_fsvideo.config.rules import Count
 from megatron_fsvideo.data import text_files
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.listing import files_in
 from megatron_fsvideo.data.outputs import replacing, write_bytes
-from megatron_fsvideo.data.text_files import TextError
+from megatron_fsvideo.data.schema import checked
+from megatron_fsvideo.data.text_files import TextError, one_line
+
+logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 NULL_TEXT_FILE = "null_text.safetensors"
 SHARD_FOLDER = "shards"
+
+
+ShardName = Annotated[str, Meta(pattern=r"^[^/\\\x00]+\.tar$")]
 
 
 class ShardError(ValueError):
@@ -61,24 +70,24 @@ class LatentSample:
 class SampleEntry:
     """Where a sample lies in its shard, and what is needed to choose it without reading it."""
 
-    key: str
+    key: Annotated[str, Meta(pattern="^[0-9a-f]{15,64}$")]
     latent_key: str
     text_key: str
     image_key: str
     bucket: str
-    fps: float
-    offset: int
-    length: int
-    crc32: int
-    json_offset: int
-    json_length: int
+    fps: Annotated[float, Meta(gt=0, le=1e6)]
+    offset: Count
+    length: Count
+    crc32: Annotated[int, Meta(ge=0, lt=2**32)]
+    json_offset: Count
+    json_length: Count
 
 
 @dataclass(frozen=True)
 class LatentStatistics:
     """Sums over all latent positions, per channel: mean and std of a dataset come from its shards' sums."""
 
-    count: int = 0
+    count: Count = 0
     total: tuple[float, ...] = ()
     total_square: tuple[float, ...] = ()
 
@@ -113,15 +122,17 @@ class ShardManifest:
         size: its bytes.
         autoencoder: fingerprint of the weights that made the latents.
         skipped: name and reason of each clip that could not be read.
+        duplicates: clips left out because an equal one is there.
     """
 
-    shard: str
-    size: int
+    shard: ShardName
+    size: Count
     autoencoder: str
     samples: tuple[SampleEntry, ...]
     statistics: LatentStatistics = field(default_factory=LatentStatistics)
     skipped: tuple[tuple[str, str], ...] = ()
     version: int = FORMAT_VERSION
+    duplicates: Count = 0
 
 
 def hash_key(*parts: object) -> str:
@@ -151,14 +162,23 @@ def write_shard(
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}.tar"
     entries: list[SampleEntry] = []
-    statistics = LatentStatistics()
+    statistics, keys, duplicates = LatentStatistics(), set[str](), 0
     with replacing(target) as temporary, temporary.open("wb") as file:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for sample in samples:
+                # Equal clips with equal captions have one key, and readers of tars take a name that repeats for damage.
+                if sample.key in keys:
+                    duplicates += 1
+                    continue
+                keys.add(sample.key)
                 entries.append(_add_sample(file, tar, sample))
                 statistics += LatentStatistics.of(sample.latents)
         size = file.tell()
-    manifest = ShardManifest(target.name, size, autoencoder, tuple(entries), statistics, tuple(skipped))
+    if duplicates:
+        logger.warning("%s: %d clips are equal to others, captions included, and left out", target.name, duplicates)
+    manifest = ShardManifest(
+        target.name, size, autoencoder, tuple(entries), statistics, tuple(skipped), duplicates=duplicates
+    )
     write_bytes(folder / f"{name}.json", json.dumps(asdict(manifest)).encode())
     return manifest
 
@@ -169,17 +189,16 @@ def read_manifest(path: Path) -> ShardManifest:
     Raises:
         ShardError: damaged, or the tar is missing or has another size.
     """
-    values = read_json(path)
     try:
-        if values["version"] != FORMAT_VERSION:
-            raise ShardError(f"{path}: format version {values['version']}, this code reads {FORMAT_VERSION}")
-        samples = tuple(SampleEntry(**entry) for entry in values["samples"])
-        sums = values["statistics"]
-        statistics = LatentStatistics(sums["count"], tuple(sums["total"]), tuple(sums["total_square"]))
-        skipped = tuple((name, reason) for name, reason in values["skipped"])
-        manifest = ShardManifest(values["shard"], values["size"], values["autoencoder"], samples, statistics, skipped)
-    except (KeyError, TypeError) as error:
+        manifest = checked(str(path), ShardManifest, read_json(path))
+        for bucket in {entry.bucket for entry in manifest.samples}:
+            Bucket.parse(bucket)
+    except ShardError:
+        raise
+    except ValueError as error:
         raise ShardError(f"{path}: not a shard manifest ({error})") from error
+    if manifest.version != FORMAT_VERSION:
+        raise ShardError(f"{path}: format version {manifest.version}, this code reads {FORMAT_VERSION}")
     tar = path.with_name(manifest.shard)
     size = tar.stat().st_size if tar.is_file() else 0
     if size != manifest.size:
@@ -209,8 +228,21 @@ def read_sample(tar: Path, entry: SampleEntry) -> LatentSample:
         raise ShardError(
             f"{tar}: sample {entry.key} at byte {entry.offset}: checksum {checksum:08x}, expected {entry.crc32:08x}"
         )
-    tensors = safetensors.torch.load(payload)
-    return LatentSample(tensors["latents"], tensors["text"], tensors["image"], json.loads(record))
+    where = f"{tar}: sample {entry.key}"
+    try:
+        # A right checksum only says that the bytes are those which somebody wrote.
+        tensors = safetensors.torch.load(payload)
+        sample = LatentSample(
+            tensors["latents"], tensors["text"], tensors["image"], _parse_record(where, record, entry)
+        )
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ShardError(f"{where}: not a sample: {one_line(str(error))}") from error
+    for name, tensor, axes in (("latents", sample.latents, 4), ("text", sample.text, 2), ("image", sample.image, 2)):
+        if tensor.ndim != axes or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ShardError(
+                f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}, expected {axes} axes of finite numbers"
+            )
+    return sample
 
 
 def read_record(tar: Path, entry: SampleEntry) -> dict[str, Any]:
@@ -222,12 +254,23 @@ def read_record(tar: Path, entry: SampleEntry) -> dict[str, Any]:
     try:
         with tar.open("rb") as file:
             file.seek(entry.json_offset)
-            record = json.loads(file.read(entry.json_length))
-        if record["key"] == entry.key:
-            return record
-    except (OSError, ValueError, TypeError, KeyError) as error:
+            return _parse_record(f"{tar}: sample {entry.key}", file.read(entry.json_length), entry)
+    except (OSError, ValueError) as error:
         raise ShardError(f"{tar}: sample {entry.key}: damaged JSON member ({error})") from error
-    raise ShardError(f"{tar}: sample {entry.key}: the JSON member at byte {entry.json_offset} is {record['key']}'s")
+
+
+def _parse_record(where: str, data: bytes, entry: SampleEntry) -> dict[str, Any]:
+    """A sample's JSON member.
+
+    Raises:
+        ValueError: not JSON, or another sample's.
+    """
+    record = text_files.parse_json(data.decode("utf-8"), where)
+    if not isinstance(record, dict) or record.get("key") != entry.key:
+        raise ValueError(f"the JSON member at byte {entry.json_offset} is not that of {entry.key}")
+    if record.get("bucket") != entry.bucket or not isinstance(record.get("caption"), str):
+        raise ValueError(f"the JSON member's bucket is {record.get('bucket')!r}, the manifest's {entry.bucket!r}")
+    return record
 
 
 def read_json(path: Path) -> Any:
@@ -239,7 +282,7 @@ def read_json(path: Path) -> Any:
     try:
         return text_files.read_json(path)
     except TextError as error:
-        raise ShardError(f"damaged or missing: {error}") from error
+        raise ShardError(f"{error} (damaged or missing)") from error
 
 
 def find_manifests(dataset: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from megatron_fsvideo.config import require
 from megatron_fsvideo.data.frame_files import list_clip_files
 from megatron_fsvideo.data.schema import checked
 from megatron_fsvideo.data.text_files import (
+    HalfPairError,
     TextError,
     is_unicode,
     one_line,
@@ -173,7 +174,10 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
             if line.text is None:
                 yield where, line.problem
             elif line.text.strip():
-                yield where, parse_json(line.text, where)
+                try:
+                    yield where, parse_json(line.text, where)
+                except HalfPairError as error:
+                    yield where, str(error)
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[tuple[str, Any]]:

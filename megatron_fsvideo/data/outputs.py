@@ -70,16 +70,16 @@ def check_outputs(
 
 
 def try_output(path: str | Path) -> None:
-    """Make the folder of an output and create a file in it, which is removed again.
+    """Create a file in the folder of an output, or where that folder would be made, and remove it again.
 
     Raises:
         OutputError: with the cause: no space, not permitted, read-only, quota, a name that is too long.
     """
     try:
         target = _target(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         _try_name(target)
-        temporary = _temporary(target)
+        folder = next(parent for parent in target.parents if os.path.lexists(parent))
+        temporary = _temporary(folder / target.name)
         temporary.touch()
         temporary.unlink()
     except OSError as error:
@@ -87,7 +87,7 @@ def try_output(path: str | Path) -> None:
 
 
 def try_folder(folder: str | Path) -> None:
-    """Make an output folder and create a file in it, which is removed again.
+    """Create a file in an output folder, or where it would be made, and remove it again.
 
     Raises:
         OutputError: with the cause, as `try_output`.

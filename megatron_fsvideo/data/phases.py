@@ -32,6 +32,7 @@ class Phases:
 
     def __init__(self, folder: Path, num_processes: int = 1) -> None:
         try_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / PHASES_FILE
         self.num_processes = num_processes
         self._done = read_object(self.path) if self.path.exists() else {}

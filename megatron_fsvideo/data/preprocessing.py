@@ -8,6 +8,7 @@ and removes the shards that the list no longer asks for.
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ import torch
 
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.clips import (
+    MISSING,
     Clip,
     ClipOptions,
     Source,
@@ -59,6 +61,7 @@ logger = logging.getLogger(__name__)
 
 # A whole file becomes an unknown number of clips; it counts as this many when files are dealt to shards.
 CLIPS_PER_FILE = 16
+_SHARD_FILE = re.compile(r"\d{6}-[0-9a-f]{16}\.(tar|json)")
 TEXT_BATCH = 32
 PIXELS_WAITING = 1 << 27
 """Pixels x frames of the clips that wait to be encoded together: one of 121x704x1280, or 1,600 of 9x96x96."""
@@ -221,12 +224,24 @@ def plan_shards(
     digests = {path: file_digest(path) for path in sorted({entry.path for entry in entries})}
     groups: list[list[tuple[VideoEntry, str]]] = []
     weight = options.samples_per_shard
+    seen: set[tuple[object, ...]] = set()
+    duplicates: list[str] = []
     for entry in sorted(entries, key=lambda e: (e.source, e.start or 0, e.num_frames or 0, e.caption)):
+        content = digests[entry.path], entry.start, entry.num_frames, entry.caption
+        if digests[entry.path] != MISSING and content in seen:
+            duplicates.append(entry.name)
+            continue
+        seen.add(content)
         if weight >= options.samples_per_shard:
             groups.append([])
             weight = 0
         groups[-1].append((entry, digests[entry.path]))
         weight += CLIPS_PER_FILE if entry.start is None else 1
+    if duplicates:
+        logger.warning(
+            "%d entries are equal to others, captions included, and left out; the first: %s",
+            len(duplicates), duplicates[0],
+        )  # fmt: skip
     settings = (
         FORMAT_VERSION,
         encoders.fingerprint,
@@ -455,6 +470,7 @@ def _describe(job: Job, manifests: list[ShardManifest], skipped: list[tuple[str,
             "total_square": list(statistics.total_square),
         },
         "skipped": skipped,
+        "duplicates": sum(manifest.duplicates for manifest in manifests),
         "shards": [manifest.shard for manifest in manifests],
     }
 
@@ -462,5 +478,7 @@ def _describe(job: Job, manifests: list[ShardManifest], skipped: list[tuple[str,
 def _remove_others(folder: Path, keep: set[str]) -> None:
     """Delete the shards of earlier lists and what killed processes left."""
     for path in folder.iterdir():
-        if path.name.startswith(".") or path.stem not in keep:
+        is_stale = _SHARD_FILE.fullmatch(path.name) and path.stem not in keep
+        # Nothing else is ours to delete: the folder may have been somebody's before.
+        if is_stale or (path.name.startswith(".") and path.suffix == ".tmp"):
             path.unlink(missing_ok=True)

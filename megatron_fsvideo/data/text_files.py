@@ -3,18 +3,27 @@
 `str.splitlines` also splits at U+2028, U+0085 and form feeds, which are ordinary characters inside a caption.
 """
 
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_fsvideo.config import rules
+
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+# JSON spells letters beyond 16 bits as two escapes; one of them alone is no letter.
+_HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+_HALF_PAIR = re.compile(f"{_HIGH}(?!{_LOW})|(?<!{_HIGH}){_LOW}")
 
 
 class TextError(ValueError):
     """A text file, or a line of one, that cannot be read. The message is one line that names the file."""
+
+
+class HalfPairError(TextError):
+    """A JSON text with half of a surrogate pair."""
 
 
 @dataclass(frozen=True)
@@ -101,20 +110,20 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; NaN and Infinity, which JSON does not have, are refused.
+    """The value of a JSON text.
 
     Args:
         where: file and line, for messages.
 
     Raises:
-        TextError: not JSON, or nested deeper than the interpreter's stack.
+        TextError: not JSON (NaN and Infinity are not), nested too deeply; HalfPairError where a letter is cut in half.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
-    except RecursionError:
-        raise TextError(f"{where}: is nested too deeply to be read") from None
+        return rules.parse_json(text, where)
     except ValueError as error:
-        raise TextError(f"{where}: is not JSON: {error}") from None
+        if _HALF_PAIR.search(text):
+            raise HalfPairError(f"{where}: holds half of a surrogate pair, which is no letter") from None
+        raise TextError(printable(str(error))) from None
 
 
 def one_line(text: str) -> str:
@@ -140,14 +149,3 @@ def _decode(path: str | Path, number: int, raw: bytes) -> Line:
         return Line(
             number, None, f"{path} line {number}: is not UTF-8 at byte {error.start} ({shown!r}); save it as UTF-8"
         )
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{text[:40]} is too large for a number")
-    return value
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON number")

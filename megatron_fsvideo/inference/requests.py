@@ -4,14 +4,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from megatron_fsvideo.config.rules import Checked, PathText, from_dict
 from megatron_fsvideo.data.buckets import Bucket, choose_bucket
 from megatron_fsvideo.data.outputs import check_outputs
-from megatron_fsvideo.data.text_files import TextError, is_unicode, read_jsonl, read_text
+from megatron_fsvideo.data.text_files import TextError, read_jsonl, read_text
 
-FIELDS = {"image": str, "prompt": str, "out": str, "seed": int}
-MAX_SEED = 2**63 - 1
+
+@dataclass(frozen=True)
+class _Line(Checked):
+    """A line of a --requests file."""
+
+    image: PathText
+    prompt: str
+    out: PathText
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,9 @@ def read_requests(path: str | Path, seed: int) -> list[Request]:
     requests = []
     for line, values in read_jsonl(path):
         line.checked()
-        where = f"{path} line {line.number}"
-        _check_fields(where, values)
-        image, out = (str(folder / values[name]) for name in ("image", "out"))
-        requests.append(Request(image, values["prompt"], out, values.get("seed", seed)))
+        found = from_dict(_Line, values, f"{path} line {line.number}")
+        chosen = seed if found.seed is None else found.seed
+        requests.append(Request(str(folder / found.image), found.prompt, str(folder / found.out), chosen))
     if not requests:
         raise TextError(f"{path}: has no request; write a line with image, prompt and out for each clip")
     return requests
@@ -93,25 +99,6 @@ def nearest_bucket(buckets: Sequence[Bucket], height: int, width: int) -> Bucket
     """The bucket to generate from a photo: nearest aspect ratio, then most frames. Videos before images."""
     videos = [bucket for bucket in buckets if bucket.num_frames > 1] or list(buckets)
     return choose_bucket(videos, height, width, max(bucket.num_frames for bucket in videos))
-
-
-def _check_fields(where: str, values: Any) -> None:
-    if not isinstance(values, dict):
-        raise TextError(f"{where}: is {type(values).__name__}, not an object with image, prompt and out")
-    if missing := [name for name in ("image", "prompt", "out") if name not in values]:
-        raise TextError(f"{where}: is no request with image, prompt and out: {', '.join(missing)} is missing")
-    if unknown := sorted(set(values) - set(FIELDS)):
-        raise TextError(f"{where}: has unknown fields {', '.join(unknown)}; a request has {', '.join(FIELDS)}")
-    for name, value in values.items():
-        if type(value) is not FIELDS[name]:
-            raise TextError(f"{where}: {name} is {value!r}, expected {FIELDS[name].__name__}")
-        if isinstance(value, str) and not is_unicode(value):
-            raise TextError(f"{where}: {name} {value!r} holds half of a surrogate pair, which is no letter")
-    for name in ("image", "out"):
-        if not values[name].strip() or "\0" in values[name]:
-            raise TextError(f"{where}: {name} is {values[name]!r}, expected the name of a file")
-    if not -MAX_SEED <= values.get("seed", 0) <= MAX_SEED:
-        raise TextError(f"{where}: seed is {values['seed']}, expected a number of up to 63 bits")
 
 
 def _is_record(path: Path, out: str) -> bool:

@@ -58,6 +58,7 @@ class MetricsLogger:
         if logging.tensorboard_dir is not None:
             folder = Path(logging.tensorboard_dir)
             try_folder(folder)
+            folder.mkdir(parents=True, exist_ok=True)
             if dropped := truncate_metrics(folder / METRICS_FILE, resume_iteration):
                 print(f"{dropped} lines of {folder / METRICS_FILE} are moved to {DROPPED_FILE}", flush=True)
             self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")

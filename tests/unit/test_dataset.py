@@ -1,9 +1,15 @@
 """Latent datasets: blending, agreement of folders, damaged samples, batches."""
 
+import json
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
 import pytest
 import torch
 from data_fixtures import CornerImage, make_videos, tiny_encoders, tiny_options
 
+from megatron_fsvideo.data import latent_dataset
 from megatron_fsvideo.data.batch_loader import BatchLoader
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_dataset import LatentDataset, SampleFilter, parse_data_path, read_sample_list
@@ -212,3 +218,51 @@ def test_a_sample_list_keeps_those_samples_and_the_normalisation(tmp_path):
     listed.write_text("# nothing\n")
     with pytest.raises(ValueError, match="names no sample"):
         read_sample_list(listed)
+
+
+def test_a_folder_with_a_number_for_a_name_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "2024").mkdir()
+    assert parse_data_path(["2024", "lat"]) == (None, [Path("2024"), Path("lat")])
+    assert parse_data_path(["2025", "lat"]) == ([Fraction(1)], [Path("lat")])
+    assert parse_data_path(["1", "2024", "3", "lat"]) == ([Fraction(1, 4), Fraction(3, 4)], [Path("2024"), Path("lat")])
+    with pytest.raises(ValueError, match="2024 is a folder here"):
+        parse_data_path(["1", "lat", "2024", "other"])
+
+
+def test_a_number_that_would_fill_the_memory_is_a_folder():
+    assert parse_data_path(["1e999999999"]) == (None, [Path("1e999999999")])
+
+
+DAMAGE = {
+    "fps": ("8", "fps is '8'"),
+    "latent_std": ([0.0], "latent_std[0] is 0.0"),
+    "latent_mean": ([0.0], "latent_mean has 1 numbers for"),
+    "shards": (["../a.tar"], "shards[0] is '../a.tar'"),
+    "autoencoder": ({"fingerprint": "a"}, "autoencoder is dict of 1: object missing required field"),
+    "text_encoder": (None, "text_encoder is None"),
+    "version": (7, "format version 7"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_values_of_dataset_json_are_checked(copy, name):
+    value, words = DAMAGE[name]
+    path = copy / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(ShardError, match="dataset.json") as error:
+        LatentDataset([str(copy)])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_sample_of_another_shape_is_skipped_and_named(copy, monkeypatch, caplog):
+    dataset = LatentDataset([str(copy)], max_bad_fraction=0.5)
+    whole = dataset.read(0, 0)
+
+    def read(path, entry, honest=latent_dataset.read_sample):
+        sample = honest(path, entry)
+        return replace(sample, latents=sample.latents[:, :, :1]) if entry.key == whole.key else sample
+
+    monkeypatch.setattr(latent_dataset, "read_sample", read)
+    assert dataset.read(0, 0).key != whole.key
+    assert f"sample {whole.key}: latents is" in caplog.text and len(dataset.bad_samples) == 1

@@ -60,15 +60,15 @@ def test_no_parquet_file(tmp_path):
         ('{"path": "a", "start": -1, "num_frames": 9}', "start is -1: expected `int` >= 0"),
         ('{"path": "a", "num_frames": 0}', "num_frames is 0: expected `int` >= 1"),
         ('{"path": "a", "num_frames": true}', "num_frames is True: expected `int"),
-        ('{"path": "a", "num_frames": 1e400}', "too large for a number"),
+        ('{"path": "a", "num_frames": 1e400}', "not valid JSON"),
         ('{"path": "a", "start": 2}', "has start but no num_frames"),
-        ('{"path": "a", "start": NaN}', "NaN is not a JSON number"),
+        ('{"path": "a", "start": NaN}', "not valid JSON"),
         ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_number(tmp_path, line, words):
     path = written(tmp_path, "a.jsonl", '{"path": "good.mp4"}\n' + line + "\n")
-    with pytest.raises(ValueError, match="a.jsonl line 2: ") as error:
+    with pytest.raises(ValueError, match="a.jsonl line 2") as error:
         read_manifest_lines(path)
     assert words in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
@@ -94,11 +94,11 @@ def test_what_is_wrong_with_one_entry_alone_marks_it(tmp_path):
     entries = read_manifest_lines(written(tmp_path, "a.jsonl", b"\n".join(lines)))
     assert [entry.problem == "" for entry in entries] == [True, False, False, False]
     assert "a.jsonl line 2: is not UTF-8" in entries[1].problem
-    assert "a.jsonl line 3: caption 'half \\ud83d' holds half of a surrogate pair" in entries[2].problem.replace(
-        "\\\\", "\\"
-    )
+    assert "a.jsonl line 3: holds half of a surrogate pair" in entries[2].problem
     assert "line 4: path" in entries[3].problem
     require_captions(entries)
+    whole = read_manifest_lines(written(tmp_path, "b.jsonl", b'{"path": "c.mp4", "caption": "\\ud83d\\ude00"}'))
+    assert whole[0].caption == "\N{GRINNING FACE}"
     csv = read_manifest_lines(written(tmp_path, "a.csv", b"path,caption\na.mp4,x\nb.mp4,caf\xe9\nc.mp4,y\n"))
     assert [entry.problem == "" for entry in csv] == [True, False, True]
     assert "a.csv line 3: is not UTF-8" in csv[1].problem

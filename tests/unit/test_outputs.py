@@ -41,11 +41,11 @@ def test_two_outputs_of_one_name(tmp_path):
     refused("would be written twice", [tmp_path / "a.mp4", tmp_path / "b" / ".." / "a.mp4"])
 
 
-def test_trying_leaves_nothing_behind_but_the_folder(tmp_path):
-    check_outputs([tmp_path / "new" / "deep" / "a.json"])
-    assert list((tmp_path / "new" / "deep").iterdir()) == []
+def test_trying_leaves_nothing_behind(tmp_path):
+    check_outputs([tmp_path / "new" / "deep" / "a.json", tmp_path / "b.json"])
     try_folder(tmp_path / "other")
-    assert list((tmp_path / "other").iterdir()) == []
+    try_folder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -355,3 +355,35 @@ def test_tool_ends_with_an_error_code_on_a_truncated_video_and_a_corrupt_shard(t
     result = run_tool(*arguments)
     assert result.returncode == 1 and folder_bytes(tmp_path / "out") == before
     assert "corrupt shard: 999 bytes" in result.stderr.strip().splitlines()[-1]
+
+
+def test_equal_files_with_equal_captions_are_encoded_once(tmp_path, caplog):
+    entries = make_videos(tmp_path / "videos", 2)
+    twin = tmp_path / "videos" / "twin.mp4"
+    twin.write_bytes(Path(entries[0].path).read_bytes())
+    entries += [replace(entries[0], path=str(twin), source="twin.mp4")]
+    entries += [replace(entries[0], path=str(twin), source="twin.mp4", caption="another caption")]
+    assert preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options())
+    assert "1 entries are equal to others, captions included, and left out; the first: " in caplog.text
+    assert len(LatentDataset([str(tmp_path / "out")])) == 3
+
+
+def test_entries_with_a_problem_are_skipped_counted_and_named(tmp_path):
+    entries = make_videos(tmp_path / "videos", 3)
+    entries.append(VideoEntry("", "caf\\udce9.mp4", "", problem="caf\\udce9.mp4: the file name is not UTF-8"))
+    with pytest.raises(ValueError, match="1 of 4 videos cannot be read, .*the file name is not UTF-8"):
+        preprocess(tmp_path / "strict", entries, tiny_encoders(), tiny_options())
+    assert preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options(max_bad_fraction=0.5))
+    description = read_json(tmp_path / "out" / "dataset.json")
+    assert description["num_samples"] == 3 and "not UTF-8" in description["skipped"][0][1]
+
+
+def test_files_of_others_in_the_shard_folder_are_kept(tmp_path):
+    shards = tmp_path / "out" / "shards"
+    shards.mkdir(parents=True)
+    stale = ["000009-0123456789abcdef.tar", ".1.0123456789ab.tmp"]
+    kept = ["film.mp4", "notes.txt", "my.tar", ".hidden"]
+    for name in stale + kept:
+        (shards / name).touch()
+    assert preprocess(tmp_path / "out", make_videos(tmp_path / "videos", 1), tiny_encoders(), tiny_options())
+    assert [name for name in stale + kept if (shards / name).exists()] == kept

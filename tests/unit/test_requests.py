@@ -30,17 +30,17 @@ GOOD = {"image": "a.png", "prompt": "x", "out": "a.mp4"}
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("[1]", "is list, not an object"),
-        ("null", "is NoneType, not an object"),
-        ({"image": "a.png"}, "prompt, out is missing"),
-        (GOOD | {"sed": 1}, "unknown fields sed"),
-        (GOOD | {"seed": "1"}, "seed is '1', expected int"),
-        (GOOD | {"seed": True}, "seed is True, expected int"),
-        (GOOD | {"seed": 2**64}, "up to 63 bits"),
-        (GOOD | {"prompt": None}, "prompt is None, expected str"),
-        (GOOD | {"prompt": "\ud800"}, "prompt .* half of a surrogate pair"),
-        (GOOD | {"out": ""}, "out is '', expected the name of a file"),
-        (GOOD | {"image": "a\0b"}, "expected the name of a file"),
+        ("[1]", "must be an object with fields"),
+        ("null", "must be an object with fields"),
+        ({"image": "a.png"}, "lacks the field prompt, out"),
+        (GOOD | {"sed": 1}, "has no field 'sed'"),
+        (GOOD | {"seed": "1"}, "seed must be an integer or none, got '1'"),
+        (GOOD | {"seed": True}, "seed must be an integer or none, got True"),
+        (GOOD | {"seed": 2**64}, "seed must be an integer"),
+        (GOOD | {"prompt": None}, "prompt must be text, got None"),
+        (GOOD | {"prompt": "\ud800"}, "half of a surrogate pair"),
+        (GOOD | {"out": ""}, "out must be text that is not empty, got ''"),
+        (GOOD | {"image": "a\0b"}, "image must be text without a null character"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, words):
