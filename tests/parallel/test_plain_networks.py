@@ -14,16 +14,16 @@ from megatron.core import optimizer as megatron_optimizers
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_fsvideo.checkpoint.distributed import load_checkpoint
-from megatron_fsvideo.checkpoint.sharded_state import plan_checkpoint
-from megatron_fsvideo.checkpoint.writer import CheckpointWriter
-from megatron_fsvideo.config import DiTParallelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_fsvideo.checkpoint.run_record import RunDescription
+from megatron_fsvideo.config import CheckpointConfig, DiTParallelConfig, OptimizerConfig, ParallelConfig, TrainingConfig
 from megatron_fsvideo.losses.adversarial import discriminator_loss, generator_loss
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.discriminator import Discriminator
 from megatron_fsvideo.models.fsae.parameter_rules import fsae_parameter_rules
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.training.network import TrainedNetwork
+from megatron_fsvideo.training.run_checkpoints import RunCheckpoints
+from megatron_fsvideo.training.state import TrainState
 from tests.parallel.harness import run_workers
 from tests.unit.fsae_fixtures import config
 
@@ -51,7 +51,15 @@ def build(optimizer: str, is_shared: bool, pgs) -> dict[str, TrainedNetwork]:
     for name, model, chosen in (("fsae", fsae, settings), ("discriminator", discriminator, of_discriminator)):
         own = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
         networks[name] = TrainedNetwork(
-            name, [model], own, fsae_parameter_rules(model), chosen, parallel, TrainingConfig(train_iters=END), pgs, {}
+            name,
+            [model],
+            own,
+            fsae_parameter_rules(model),
+            chosen,
+            parallel,
+            TrainingConfig(train_iters=END),
+            pgs,
+            {"kind": "toy", "model": {}},
         )
     return networks
 
@@ -134,13 +142,13 @@ def run(optimizer: str, is_shared: bool, folder: Path, is_resumed: bool) -> dict
     pgs = groups.initialize(DiTParallelConfig())
     networks, norms = build(optimizer, is_shared, pgs), []
     if is_resumed:
-        content = load_checkpoint(folder, SAVED, {name: net.section(True) for name, net in networks.items()})
-        for name, network in networks.items():
-            network.load_section(content[name])
+        assert checkpoints(folder, pgs).load(networks).iteration == SAVED
     for iteration in range(SAVED + 1 if is_resumed else 1, END + 1):
         norms.append(train_step(networks, iteration, pgs))
         if iteration == SAVED:
-            save(networks, folder, pgs)
+            saved = checkpoints(folder, pgs)
+            saved.save(TrainState(SAVED, SAVED * NUM_SAMPLES), networks)
+            saved.finish()
     states = [len(link.optimizer.state) for net in networks.values() for link in net.optimizer.chained_optimizers]
     averages = sum(average.numel() for net in networks.values() for average in net.average.weights.values())
     result = {"weights": weights_of(networks), "norms": norms, "states": states, "averages": averages}
@@ -148,13 +156,9 @@ def run(optimizer: str, is_shared: bool, folder: Path, is_resumed: bool) -> dict
     return result
 
 
-def save(networks: dict[str, TrainedNetwork], folder: Path, pgs) -> None:
-    writer = CheckpointWriter(folder, pgs, 0, False)
-    content = {name: network.section(False) for name, network in networks.items()}
-    writer.save(
-        SAVED, lambda target: plan_checkpoint(target, content, {}, is_rank_zero=pgs.is_rank_zero, in_background=False)
-    )
-    writer.finish()
+def checkpoints(folder: Path, pgs) -> RunCheckpoints:
+    config = CheckpointConfig(save=str(folder), load=str(folder))
+    return RunCheckpoints(config, lambda: RunDescription({}), pgs, train_iters=END)
 
 
 @pytest.fixture(scope="module")
