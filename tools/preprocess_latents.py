@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from megatron_fsvideo.checkpoint.release import load_fsae
+from megatron_fsvideo.checkpoint.release import load_codec
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText, Positive, PositiveInt, Share
 from megatron_fsvideo.data.buckets import Bucket
@@ -26,7 +26,6 @@ from megatron_fsvideo.data.clips import ClipOptions
 from megatron_fsvideo.data.manifest import VideoEntry, folder_entries, read_manifest_lines, require_captions
 from megatron_fsvideo.data.outputs import try_folder
 from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions, check_cache, preprocess
-from megatron_fsvideo.models.codecs.identity import fingerprint
 from megatron_fsvideo.models.encoders import load_image_encoder, load_text_encoder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -132,18 +131,15 @@ def _load_encoders(job: PreprocessJob) -> Encoders:
     if name is None:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     device, dtype = torch.device(name), DTYPES[job.work.dtype]
-    # The fingerprint is that of the stored weights, whatever they are then rounded to.
-    autoencoder = load_fsae(Path(job.encode.fsae), torch.device("cpu"), torch.float32)
-    mark = fingerprint(autoencoder)
-    autoencoder = autoencoder.to(device, dtype)
-    check_cache(Path(job.encode.output), mark)
+    codec = load_codec(job.encode.fsae)
+    check_cache(Path(job.encode.output), codec.identity)
     # The small encoders gain nothing from bf16 on a CPU.
     condition_dtype = dtype if device.type != "cpu" else torch.float32
     names, downloads = (job.encode.text_encoder, job.encode.image_encoder), job.encode.allow_download
     length = job.encode.text_max_length
     text = load_text_encoder(names[0], device, condition_dtype, length, allow_download=downloads)
     image = load_image_encoder(names[1], device, condition_dtype, allow_download=downloads)
-    return Encoders(autoencoder, mark, job.encode.fsae, text, image, device, dtype)
+    return Encoders(codec.to(device, dtype), job.encode.fsae, text, image)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ from megatron_fsvideo.checkpoint.save_folder import describe_folder, iteration_f
 from megatron_fsvideo.config import FSAEConfig, from_dict, to_dict
 from megatron_fsvideo.data.outputs import write_json
 from megatron_fsvideo.data.text_files import TextError, read_object
+from megatron_fsvideo.models.codecs import FSAECodec
 from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.models.fsae.tiling import Tiling
 
 CONFIG_FILE = "config.json"
 RELEASE_BASENAME = "model"
@@ -113,6 +115,15 @@ def load_fsae(path: str | Path, device: str | torch.device = "cpu", dtype: torch
     check_weights(str(folder), fsae, weights)
     fsae.load_state_dict(weights, assign=True)
     return fsae.to(device, dtype).eval().requires_grad_(False)
+
+
+def load_codec(path: str | Path, tiling: Tiling | None = None) -> FSAECodec:
+    """Load an autoencoder as a codec, in fp32 on the CPU: its identity is that of the stored weights.
+
+    Raises:
+        ValueError: as `load_fsae`.
+    """
+    return FSAECodec(load_fsae(path), tiling=tiling)
 
 
 def resolve_release(path: str | Path) -> Path:

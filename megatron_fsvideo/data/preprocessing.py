@@ -56,6 +56,7 @@ from megatron_fsvideo.data.latent_shards import (
 from megatron_fsvideo.data.manifest import VideoEntry
 from megatron_fsvideo.data.outputs import write_bytes
 from megatron_fsvideo.data.video import VideoError, VideoReader, to_unit
+from megatron_fsvideo.models.codecs import CodecIdentity, LatentCodec
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +66,6 @@ _SHARD_FILE = re.compile(r"\d{6}-[0-9a-f]{16}\.(tar|json)")
 TEXT_BATCH = 32
 PIXELS_WAITING = 1 << 27
 """Pixels x frames of the clips that wait to be encoded together: one of 121x704x1280, or 1,600 of 9x96x96."""
-
-
-class Autoencoder(Protocol):
-    """What is needed of the video autoencoder."""
-
-    spatial_factor: int
-    temporal_factor: int
-    latent_channels: int
-
-    def encode(self, video: torch.Tensor) -> torch.Tensor:
-        """Video [b, 3, f, h, w] in [-1, 1] -> latents [b, c, t, h, w]."""
 
 
 class Text(Protocol):
@@ -105,18 +95,13 @@ class Encoders:
     """The frozen models of a preprocessing run.
 
     Attributes:
-        fingerprint: of the autoencoder's weights.
-        autoencoder_path: where they came from, for the record.
-        device, dtype: what the autoencoder's input is moved to.
+        autoencoder_path: where its weights came from, for the record.
     """
 
-    autoencoder: Autoencoder
-    fingerprint: str
+    autoencoder: LatentCodec
     autoencoder_path: str
     text: Text
     image: Image
-    device: torch.device
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -147,9 +132,14 @@ class PlannedShard:
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what is encoded, by what, how, to where, and what earlier runs left (latent key -> sample)."""
+    """One run: what is encoded, by what, how, to where, and what earlier runs left (latent key -> sample).
+
+    Attributes:
+        fingerprint: under which the folder knows the autoencoder, from `check_cache`.
+    """
 
     output: Path
+    fingerprint: str
     entries: tuple[VideoEntry, ...]
     encoders: Encoders
     options: PreprocessOptions
@@ -172,15 +162,17 @@ def preprocess(
         ValueError: sizes that the autoencoder cannot divide, or too many unreadable videos. Finished shards stay.
     """
     for bucket in options.clips.buckets:
-        bucket.check_factors(encoders.autoencoder.spatial_factor, encoders.autoencoder.temporal_factor)
-    manifests = check_cache(output, encoders.fingerprint)
+        compression = encoders.autoencoder.compression
+        bucket.check_factors(compression.spatial, compression.temporal)
+    manifests, fingerprint = check_cache(output, encoders.autoencoder.identity)
     entries = tuple(dict.fromkeys(entries))
     earlier = {
         sample.latent_key: (output / SHARD_FOLDER / manifest.shard, sample)
         for manifest in manifests.values()
         for sample in manifest.samples
     }
-    job = Job(output, entries, encoders, options, plan_shards(entries, encoders, options), earlier)
+    plan = plan_shards(entries, fingerprint, encoders, options)
+    job = Job(output, fingerprint, entries, encoders, options, plan, earlier)
     skipped = 0
     for index in range(rank, len(job.plan), world_size):
         shard = job.plan[index]
@@ -199,8 +191,10 @@ def preprocess(
     return _finish(job)
 
 
-def check_cache(output: Path, fingerprint: str) -> dict[str, ShardManifest]:
-    """Finished shards of a folder by name.
+def check_cache(output: Path, identity: CodecIdentity) -> tuple[dict[str, ShardManifest], str]:
+    """Finished shards of a folder by name, and the fingerprint that they have.
+
+    Folders of earlier versions know an autoencoder by all its weights; they go on so.
 
     Raises:
         ShardError: one was made by another autoencoder, or is damaged.
@@ -209,16 +203,16 @@ def check_cache(output: Path, fingerprint: str) -> dict[str, ShardManifest]:
     made_by = {manifest.autoencoder for manifest in manifests.values()}
     if (output / DATASET_FILE).is_file():
         made_by.add(read_json(output / DATASET_FILE).get("autoencoder", {}).get("fingerprint", "unknown"))
-    if stale := sorted(made_by - {fingerprint}):
+    if stale := sorted(made_by - {identity.encoder, identity.weights}):
         raise ShardError(
             f"{output}: stale cache: its latents were made by autoencoder {stale[0][:12]}, this one is "
-            f"{fingerprint[:12]}; choose another --output, or delete the folder"
+            f"{identity.encoder[:12]}; choose another --output, or delete the folder"
         )
-    return manifests
+    return manifests, identity.weights if identity.weights in made_by else identity.encoder
 
 
 def plan_shards(
-    entries: Sequence[VideoEntry], encoders: Encoders, options: PreprocessOptions
+    entries: Sequence[VideoEntry], fingerprint: str, encoders: Encoders, options: PreprocessOptions
 ) -> tuple[PlannedShard, ...]:
     """Cut the list, in order, into shards of about `samples_per_shard` clips."""
     digests = {path: file_digest(path) for path in sorted({entry.path for entry in entries})}
@@ -244,7 +238,7 @@ def plan_shards(
         )  # fmt: skip
     settings = (
         FORMAT_VERSION,
-        encoders.fingerprint,
+        fingerprint,
         (encoders.text.name, encoders.text.max_length),
         encoders.image.name,
         options.clips,
@@ -260,7 +254,7 @@ def _make_shard(job: Job, shard: PlannedShard, skipped_before: int) -> ShardMani
     skipped: list[tuple[str, str]] = []
     clips = _readable_clips(job, shard, skipped, skipped_before)
     samples = _encode(job, clips)
-    return write_shard(job.output / SHARD_FOLDER, shard.name, job.encoders.fingerprint, samples, skipped)
+    return write_shard(job.output / SHARD_FOLDER, shard.name, job.fingerprint, samples, skipped)
 
 
 @dataclass(frozen=True)
@@ -303,7 +297,7 @@ def _readable_clips(
 def _load(job: Job, clip: Clip, digest: str, reader: VideoReader | ImageReader) -> _Loaded:
     encoders = job.encoders
     keys = {
-        "latent_key": latent_key(clip, digest, encoders.fingerprint),
+        "latent_key": latent_key(clip, digest, job.fingerprint),
         "text_key": text_key(clip.entry.caption, encoders.text.name, encoders.text.max_length),
         "image_key": image_key(clip, digest, encoders.image.name),
     }
@@ -366,7 +360,7 @@ def _encode_batch(
 @torch.no_grad()
 def _encode_latents(encoders: Encoders, batch: list[_Loaded]) -> list[torch.Tensor]:
     video = torch.stack([to_unit(loaded.frames) for loaded in batch])  # [b, 3, f, h, w]
-    latents = encoders.autoencoder.encode(video.to(encoders.device, encoders.dtype)).to("cpu", torch.bfloat16)
+    latents = encoders.autoencoder.encode(video).to("cpu", torch.bfloat16)
     if not latents.isfinite().all():
         raise ValueError(f"the autoencoder gives latents that are not finite, at {batch[0].clip.entry.name}")
     return list(latents)
@@ -435,7 +429,7 @@ def _finish(job: Job) -> bool:
 
 
 def _describe(job: Job, manifests: list[ShardManifest], skipped: list[tuple[str, str]]) -> dict[str, Any]:
-    encoders = job.encoders
+    encoders, codec = job.encoders, job.encoders.autoencoder
     statistics = reduce(add, (manifest.statistics for manifest in manifests), LatentStatistics())
     mean, std = statistics.mean_std()
     samples = [sample for manifest in manifests for sample in manifest.samples]
@@ -443,10 +437,11 @@ def _describe(job: Job, manifests: list[ShardManifest], skipped: list[tuple[str,
         "version": FORMAT_VERSION,
         "autoencoder": {
             "path": encoders.autoencoder_path,
-            "fingerprint": encoders.fingerprint,
-            "spatial_factor": encoders.autoencoder.spatial_factor,
-            "temporal_factor": encoders.autoencoder.temporal_factor,
-            "latent_channels": encoders.autoencoder.latent_channels,
+            **codec.identity.record(),
+            "fingerprint": job.fingerprint,
+            "spatial_factor": codec.compression.spatial,
+            "temporal_factor": codec.compression.temporal,
+            "latent_channels": codec.latent_channels,
         },
         "text_encoder": {
             "name": encoders.text.name,

@@ -14,13 +14,12 @@ from megatron_fsvideo.checkpoint.dit_release import (
     is_dit_release,
     open_dit_release,
 )
-from megatron_fsvideo.checkpoint.release import load_fsae
+from megatron_fsvideo.checkpoint.release import load_codec
 from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder
 from megatron_fsvideo.config import DiTParallelConfig
-from megatron_fsvideo.models.codecs.identity import fingerprint
+from megatron_fsvideo.models.codecs import FSAECodec, is_same_encoder, spell_autoencoder
 from megatron_fsvideo.models.dit import DiTModel, build_dit
 from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
-from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
 
@@ -85,28 +84,36 @@ def _build(record: DiTRecord, parallel: DiTParallelConfig, pgs: ProcessGroups) -
     return build_dit(record.network.model, parallel, pgs, params_dtype=dtype)
 
 
-def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.device, dtype: torch.dtype) -> FSAE:
-    """The autoencoder that made the training latents.
+def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.device, dtype: torch.dtype) -> FSAECodec:
+    """An autoencoder with the encoder that made the training latents, and any decoder trained for it.
 
     Args:
         data: from the checkpoint.
+        override: another place than the checkpoint's, or another decoder.
         dtype: of its weights and activations.
-        override: where it is now, when it has moved.
 
     Raises:
-        ValueError: not found, or another autoencoder.
+        ValueError: not found, or another encoder.
     """
-    path = override or data["autoencoder"]["path"]
+    record = data["autoencoder"]
+    path = override or record["path"]
     if not Path(path).exists():
         raise ValueError(f"the autoencoder {path} does not exist; say where it is now with --fsae")
-    fsae = load_fsae(path, device)
-    found, expected = fingerprint(fsae), data["autoencoder"]["fingerprint"]
-    if found != expected:
+    codec = load_codec(path)
+    if not is_same_encoder(codec.identity.record(), _completed(record)):
         raise ValueError(
-            f"the DiT was trained on latents of the autoencoder {expected[:12]}, {path} is {found[:12]}: "
-            "its latents mean something else to this autoencoder"
+            f"the DiT was trained on latents of the autoencoder {spell_autoencoder(record)}, {path} has another "
+            f"encoder ({codec.identity.encoder[:12]}): its latents mean something else"
         )
-    return fsae.to(dtype)
+    return codec.to(device, dtype)
+
+
+def _completed(record: dict[str, Any]) -> dict[str, Any]:
+    """An autoencoder's record; an old one with its encoder's fingerprint, if the weights are where they were."""
+    if "encoder_fingerprint" in record or not Path(record["path"]).exists():
+        return record
+    identity = load_codec(record["path"]).identity
+    return record | identity.record() if identity.weights == record["fingerprint"] else record
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ from megatron_fsvideo.diffusion.conditions import first_frame_condition
 from megatron_fsvideo.diffusion.guidance import guided
 from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
 from megatron_fsvideo.inference.loading import LoadedDiT
+from megatron_fsvideo.models.codecs import FSAECodec, LatentScale
 from megatron_fsvideo.models.dit import Denoiser
 from megatron_fsvideo.models.encoders import ImageEncoder, TextEncoder
-from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.parallel.seeds import sample_generator
 
@@ -47,17 +47,18 @@ class ImageToVideoPipeline:
     def __init__(
         self,
         dit: LoadedDiT,
-        fsae: FSAE,
+        codec: FSAECodec,
         text_encoder: TextEncoder,
         image_encoder: ImageEncoder,
         bucket: Bucket,
         pgs: ProcessGroups,
     ) -> None:
-        bucket.check_factors(fsae.spatial_factor, fsae.temporal_factor)
-        self.dit, self.fsae, self.bucket, self.pgs = dit, fsae, bucket, pgs
+        compression = codec.compression
+        bucket.check_factors(compression.spatial, compression.temporal)
+        self.dit, self.bucket, self.pgs = dit, bucket, pgs
+        self.codec = codec.with_scale(LatentScale(dit.data["latent_mean"], dit.data["latent_std"]))
+        self.latent_frames = compression.latent_frames(bucket.num_frames)
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
-        mean, std = (torch.tensor(dit.data[name], device=pgs.device) for name in ("latent_mean", "latent_std"))
-        self.latent_mean, self.latent_std = (values.view(1, -1, 1, 1, 1) for values in (mean, std))
 
     @torch.no_grad()
     def __call__(
@@ -76,11 +77,11 @@ class ImageToVideoPipeline:
             negative_prompt: what guidance leads away from.
 
         Returns:
-            video, uint8 [b, f, height, width, 3].
+            video, uint8 [b, f, height, width, 3], in host memory.
         """
         first_frames = torch.cat([self.prepare_image(image) for image in images])  # (b, 3, 1, height, width)
         latents = self.sample_latents(first_frames, prompts, seeds, sampling, negative_prompt, progress)
-        return self.decode(latents)
+        return self.decode(latents, first_frames)
 
     def prepare_image(self, image: Tensor) -> Tensor:
         """uint8 [height, width, 3] -> the bucket's first frame [1, 3, 1, height, width] in [-1, 1]."""
@@ -97,34 +98,35 @@ class ImageToVideoPipeline:
         progress: Progress,
     ) -> Tensor:
         """Normalised latents [b, c, t, h, w]."""
-        encoded = self.fsae.encode(first_frames.to(self._fsae_dtype)).float()
-        encoded = (encoded - self.latent_mean) / self.latent_std  # (b, c, 1, h, w)
-        num_latent_frames = 1 + (self.bucket.num_frames - 1) // self.fsae.temporal_factor
-        shape = (*encoded.shape[:2], num_latent_frames, *encoded.shape[3:])
+        encoded = self.codec.encode(first_frames)  # (b, c, 1, h, w)
+        shape = (*encoded.shape[:2], self.latent_frames, *encoded.shape[3:])
         image = self._image_features(first_frames)
-        job = self.dit.network
+        network = self.dit.network
         conditional = first_frame_condition(
             encoded.expand(shape),
-            job.model.mask_channels,
+            network.model.mask_channels,
             self._text_features(prompts),
             image,
-            repeat=job.diffusion.repeat_condition,
+            repeat=network.diffusion.repeat_condition,
         )
         unconditional = replace(conditional, text=self._text_features([negative_prompt] * len(prompts)))
-        denoiser = Denoiser(self.dit.model, job.diffusion.prediction_type)
+        denoiser = Denoiser(self.dit.model, network.diffusion.prediction_type)
         velocity = guided(denoiser.under(conditional), denoiser.under(unconditional), sampling.guidance_scale)
         noise = torch.stack([_noise(seed, shape[1:]) for seed in seeds]).to(self.pgs.device)
         sigmas = euler_sigmas(sampling.num_inference_steps, sampling.sigma_shift)
         return euler_sample(velocity, noise, sigmas, progress)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [b, c, t, h, w] -> uint8 [b, f, height, width, 3]."""
-        restored = latents * self.latent_std + self.latent_mean
-        return from_unit(self.fsae.decode(restored.to(self._fsae_dtype)))
+    def decode(self, latents: Tensor, first_frames: Tensor) -> Tensor:
+        """Normalised latents [b, c, t, h, w] -> uint8 [b, f, height, width, 3], in host memory.
 
-    @property
-    def _fsae_dtype(self) -> torch.dtype:
-        return next(self.fsae.parameters()).dtype
+        Args:
+            first_frames: [b, 3, 1, height, width] in [-1, 1].
+        """
+        clips = []
+        for one, frame in zip(latents.split(1), first_frames.split(1), strict=True):
+            parts = self.codec.decode_stream(one, frame)
+            clips.append(torch.cat([from_unit(part[0]).cpu() for part in parts]))
+        return torch.stack(clips)
 
     def _text_features(self, prompts: Sequence[str]) -> Tensor | None:
         if not self.dit.network.model.text_embed_dim:

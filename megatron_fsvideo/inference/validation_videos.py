@@ -21,8 +21,8 @@ from megatron_fsvideo.diffusion.guidance import guided
 from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
 from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
 from megatron_fsvideo.inference.loading import load_autoencoder
+from megatron_fsvideo.models.codecs import FSAECodec
 from megatron_fsvideo.models.dit import Denoiser, DiTModel
-from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.groups import ProcessGroups, gather_objects
 from megatron_fsvideo.parallel.seeds import sample_generator
 
@@ -52,10 +52,10 @@ class ValidationVideos:
         number = min(job.sampling.num_validation_videos, len(everything))
         self.chosen = [everything[k * len(everything) // number] for k in range(number)]
         self._writes = pgs.tp_rank == pgs.cp_rank == 0  # all ranks of one sample have the same
-        self.fsae: FSAE | None = None
+        self.codec: FSAECodec | None = None
         if job.sampling.fsae is not None and self._writes:
             dtype = torch.bfloat16 if job.training.bf16 else torch.float32
-            self.fsae = load_autoencoder(dataset.description(), job.sampling.fsae, torch.device("cpu"), dtype)
+            self.codec = load_autoencoder(dataset.description(), job.sampling.fsae, torch.device("cpu"), dtype)
 
     @torch.no_grad()
     def write(self, iteration: int) -> tuple[float, Tensor | None]:
@@ -67,15 +67,15 @@ class ValidationVideos:
         """
         folder = self.folder / f"iter_{iteration:07d}"
         folder.mkdir(parents=True, exist_ok=True)
-        if self.fsae is not None:
-            self.fsae.to(self.pgs.device)
+        if self.codec is not None:
+            self.codec.to(self.pgs.device)
         made: list[Made] = []
         for begin in range(0, len(self.chosen), self.pgs.dp_size):
             index = begin + self.pgs.dp_rank
             mine = self._make(index, folder) if index < len(self.chosen) else None
             made += [one for one in gather_objects(mine if self._writes else None) if one is not None]
-        if self.fsae is not None:
-            self.fsae.to("cpu")  # training wants the memory
+        if self.codec is not None:
+            self.codec.to("cpu")  # training wants the memory
         made.sort(key=lambda one: one[0])
         error = sum(one[1] for one in made) / len(made)
         rows = [(label, frames) for label, _, frames in made if frames is not None]
@@ -91,16 +91,25 @@ class ValidationVideos:
         label = f"{index:02d} {sample.record['caption']}"[:LABEL_LENGTH]
         if not self._writes:
             return label, error, None
-        restored = self.dataset.scale.restore(latents)
-        if self.fsae is None:
-            tensors = {"latents": restored[0].bfloat16().cpu().contiguous()}
+        if self.codec is None:
+            stored = self.dataset.scale.restore(latents)[0].bfloat16()
+            tensors = {"latents": stored.cpu().contiguous()}
             safetensors.torch.save_file(tensors, folder / f"{index:02d}.safetensors")
             return label, error, None
-        dtype = next(self.fsae.parameters()).dtype
-        video = from_unit(self.fsae.decode(restored.to(dtype)))[0].cpu()  # (f, h, w, 3)
+        video = self._decode(latents, batch.latents[:, :, :1])
         write_video(folder / f"{index:02d}.mp4", video, sample.record["fps"])
         shown = torch.linspace(0, len(video) - 1, min(SHEET_COLUMNS, len(video))).round().long()
         return label, error, video[shown]
+
+    def _decode(self, latents: Tensor, first: Tensor) -> Tensor:
+        """Normalised latents [1, c, t, h, w] -> uint8 [f, height, width, 3].
+
+        Args:
+            first: the sample's own first latent: the dataset has no pixels, and what it decodes to is closest to them.
+        """
+        codec = self.codec.with_scale(self.dataset.scale)
+        parts = codec.decode_stream(latents, codec.decode(first).clamp(-1, 1))
+        return torch.cat([from_unit(part[0]).cpu() for part in parts])
 
     def _sample(self, batch: Batch) -> Tensor:
         """Normalised latents [1, c, t, h, w] from the sample's first frame, if it is a video, and its text."""

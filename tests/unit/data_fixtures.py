@@ -7,24 +7,27 @@ import numpy as np
 import torch
 from torch import nn
 
+from megatron_fsvideo.config import Compression
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.clips import ClipOptions
 from megatron_fsvideo.data.manifest import VideoEntry
 from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions
 from megatron_fsvideo.data.video import write_video
+from megatron_fsvideo.models.codecs import CodecIdentity
 from megatron_fsvideo.models.encoders import NoImage
 
 
 class TinyAutoencoder(nn.Module):
     """4 x 4 pixels and 4 frames per latent position, 6 random channels; frame 0 stands alone."""
 
-    spatial_factor, temporal_factor, latent_channels = 4, 4, 6
+    compression, latent_channels = Compression(4), 6
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.weight = nn.Parameter(torch.randn(6, 3, 4, 4, 4, generator=generator), requires_grad=False)
         self.encoded_clips = 0
+        self.identity = CodecIdentity(f"{seed:x}" * 64, f"{seed + 8:x}" * 64)
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
         """[b, 3, f, h, w] -> [b, 6, 1 + (f - 1) / 4, h / 4, w / 4]."""
@@ -91,10 +94,7 @@ def write_manifest(path: Path, entries: list[VideoEntry]) -> Path:
 
 def tiny_encoders(seed: int = 0, image=None) -> Encoders:
     """The stand-ins; another seed is another autoencoder."""
-    return Encoders(
-        TinyAutoencoder(seed), f"{seed:x}" * 64, "tiny", LetterText(), image or NoImage(),
-        torch.device("cpu"), torch.float32,
-    )  # fmt: skip
+    return Encoders(TinyAutoencoder(seed), "tiny", LetterText(), image or NoImage())
 
 
 def tiny_options(*buckets: str, **changes) -> PreprocessOptions:

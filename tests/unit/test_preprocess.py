@@ -1,6 +1,7 @@
 """Preprocessing: restart, any number of processes, reuse by key, refusals, bad videos."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -29,6 +30,7 @@ from megatron_fsvideo.data.latent_shards import ShardError, find_manifests, read
 from megatron_fsvideo.data.manifest import VideoEntry, folder_entries, read_manifest_lines, require_captions
 from megatron_fsvideo.data.preprocessing import preprocess
 from megatron_fsvideo.data.video import read_video, to_unit, write_video
+from megatron_fsvideo.models.codecs import CodecIdentity, is_same_encoder
 from megatron_fsvideo.models.fsae import FSAE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +111,29 @@ def test_another_autoencoder_is_refused_and_nothing_changes(tmp_path, entries):
     with pytest.raises(ShardError, match="stale cache: its latents were made by autoencoder 000000000000, this one"):
         preprocess(tmp_path / "out", entries, tiny_encoders(1), tiny_options())
     assert folder_bytes(tmp_path / "out") == before
+
+
+def test_another_decoder_of_the_encoder_goes_on(tmp_path, entries):
+    preprocess(tmp_path / "out", entries[:7], tiny_encoders(), tiny_options())
+    other = tiny_encoders()
+    other.autoencoder.identity = CodecIdentity(other.autoencoder.identity.encoder, "f" * 64)
+    assert preprocess(tmp_path / "out", entries, other, tiny_options()) and other.autoencoder.encoded_clips == 3
+
+
+def test_a_folder_that_knows_the_autoencoder_by_all_its_weights_goes_on(tmp_path, entries):
+    """As earlier versions wrote them."""
+    folder, weights = tmp_path / "out", tiny_encoders().autoencoder.identity.weights
+    old = tiny_encoders()
+    old.autoencoder.identity = CodecIdentity(weights, weights)
+    preprocess(folder, entries[:7], old, tiny_options())
+    values = read_json(folder / "dataset.json")
+    del values["autoencoder"]["encoder_fingerprint"], values["autoencoder"]["weights_fingerprint"]
+    (folder / "dataset.json").write_text(json.dumps(values))
+    new = tiny_encoders()
+    assert preprocess(folder, entries, new, tiny_options()) and new.autoencoder.encoded_clips == 3
+    record = LatentDataset([str(folder)]).description()["autoencoder"]
+    assert record["fingerprint"] == weights and is_same_encoder(record, new.autoencoder.identity.record())
+    assert is_same_encoder(record, values["autoencoder"])
 
 
 def test_a_corrupt_shard_is_refused_and_nothing_changes(tmp_path, entries):

@@ -1,7 +1,8 @@
 """Whose latents these are: an autoencoder's encoder decides what latents mean, any decoder of it reads them.
 
-A dataset's and a checkpoint's record hold both fingerprints. Records of earlier versions hold that of all weights alone
-(in `fingerprint`): they agree with whatever has the same weights throughout.
+A dataset's and a checkpoint's record hold the encoder's fingerprint and that of all weights, and in `fingerprint` the
+one that its shards carry. Earlier versions wrote only `fingerprint`, of all weights: such a record agrees with whatever
+has the same weights throughout.
 """
 
 import hashlib
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+_FIELDS = ("fingerprint", "encoder_fingerprint", "weights_fingerprint")
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class CodecIdentity:
     weights: str
 
     def record(self) -> dict[str, str]:
-        """The two fields of an autoencoder's record."""
-        return {"fingerprint": self.encoder, "weights_fingerprint": self.weights}
+        """The fields of an autoencoder's record."""
+        return dict(zip(_FIELDS, (self.encoder, self.encoder, self.weights), strict=True))
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -41,7 +44,7 @@ def fingerprint(module: nn.Module) -> str:
 
 def is_same_encoder(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether two autoencoders' records have a fingerprint in common."""
-    first, second = ({record["fingerprint"], record.get("weights_fingerprint")} - {None} for record in (ours, theirs))
+    first, second = ({record.get(field) for field in _FIELDS} - {None} for record in (ours, theirs))
     return bool(first & second)
 
 
