@@ -74,17 +74,22 @@ class PictureMaker:
         """An upright frame uint8 [h, w, 3], scaled to `size` (height, width) by a fast filter.
 
         Raises:
-            VideoError: this FFmpeg cannot map the frame's colours.
+            VideoError: this FFmpeg cannot convert the frame's colours.
         """
         turns = _quarter_turns(self._path, frame)
         shown = frame.height, max(1, round(frame.width * self._ratio))
         stored = shown if size is None else size[::-1] if turns % 2 else size
         # Averaging while converting costs a third of converting first and then scaling down.
         method = "BICUBIC" if size is None else "AREA"
-        if hdr_name(frame) is not None:
-            rgb = self._map_colours(frame, stored, method.lower())
-        else:
-            rgb = _convert(frame, stored, method)
+        try:
+            if hdr_name(frame) is not None:
+                rgb = self._map_colours(frame, stored, method.lower())
+            else:
+                rgb = _convert(frame, stored, method)
+        except (av.FFmpegError, OSError) as error:  # colours that a damaged header claims, and no converter knows
+            raise VideoError(
+                f"{shown_name(self._path)}: frames of {frame.format.name} cannot be shown ({error.strerror})"
+            ) from error
         return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
 
     def _map_colours(self, frame: Any, size: tuple[int, int], method: str) -> np.ndarray:
