@@ -1,16 +1,24 @@
-"""When a run leaves before its last iteration: a signal asks it to (SLURM, spot machines), or its time is up."""
+"""When a run leaves before its last iteration: a signal asks it to (SLURM, spot machines, Ctrl-C) or its time is up."""
 
+import os
 import signal
+import socket
+import sys
+import threading
 import time
 from types import FrameType, TracebackType
 
 import psutil
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# What a shell says of a program that SIGINT ended.
+EXIT_INTERRUPTED = 130
+# torchrun passes on the SIGINT that a terminal has sent to its ranks already.
+_SAME_INTERRUPT_SECONDS = 1.0
 
 
 class ExitRequest:
-    """Within this context SIGTERM and SIGUSR1 are noted instead of ending the process.
+    """Within this context SIGTERM, SIGUSR1 and SIGINT are noted instead of ending the process; a second SIGINT ends it.
 
     One rank may know what the others do not: `flags` is what this one knows, and what all ranks make of it together
     (the flags that any of them has) is for `explain`.
@@ -25,14 +33,18 @@ class ExitRequest:
         self._limit_minutes = limit_minutes
         self._received: set[int] = set()
         self._previous: dict[int, object] = {}
+        self._interrupts: _Interrupts | None = None
 
     def __enter__(self) -> "ExitRequest":
         self._previous = {number: signal.signal(number, self._note) for number in self._signals}
+        self._interrupts = _Interrupts() if self._signals else None
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._interrupts is not None:
+            self._interrupts.close()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -49,6 +61,35 @@ class ExitRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._received.add(number)
+
+
+class _Interrupts:
+    """Ends the process at a second SIGINT, even while the main thread waits in a collective and handles no signal."""
+
+    def __init__(self) -> None:
+        self._reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        self._previous = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._read, name="interrupts", daemon=True).start()
+
+    def close(self) -> None:
+        """Let signals pass again."""
+        signal.set_wakeup_fd(self._previous)
+        self._writing.close()
+
+    def _read(self) -> None:
+        first = None
+        while received := self._reading.recv(1):
+            if received[0] != signal.SIGINT:
+                continue
+            if first is None:
+                first = time.monotonic()
+                text = "interrupted: saving after this iteration; interrupt again to leave at once"
+                print(text, file=sys.stderr, flush=True)
+            elif time.monotonic() - first > _SAME_INTERRUPT_SECONDS:
+                print("error: interrupted twice: left without saving", file=sys.stderr, flush=True)
+                os._exit(EXIT_INTERRUPTED)
+        self._reading.close()
 
 
 def age_minutes() -> float:

@@ -1,10 +1,11 @@
-"""Ends a run in which a rank hangs, and says which one: the others would wait in a collective, and say nothing.
+"""Ends a run in which a rank hangs or dies, and says which one: the others would wait, or print what gloo prints.
 
 A thread of each rank looks where the rank's program is. A rank that stays at one place for too long is stuck; most of
 them only wait for another. The thread publishes what it sees; of the stuck ranks the first prints the report.
 """
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import psutil
+
 from megatron_fsvideo.parallel.groups import ProcessGroups
-from megatron_fsvideo.parallel.heartbeat import Heartbeats
+from megatron_fsvideo.parallel.heartbeat import Heartbeats, is_peer_loss
 from megatron_fsvideo.training.state import TrainState
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command; starting it again is sensible.
@@ -34,6 +37,7 @@ class Sight:
         place: file, line and function of ours.
         is_waiting: the program is inside a collective operation.
         iteration: that are done.
+        host, process: where the rank runs; empty and 0 if unknown.
     """
 
     beat: int
@@ -41,6 +45,12 @@ class Sight:
     place: str
     is_waiting: bool
     iteration: int
+    host: str = ""
+    process: int = 0
+
+
+class PeerLostError(ValueError):
+    """Another rank's process has gone; the message names it where it is known."""
 
 
 class Watchdog:
@@ -56,7 +66,7 @@ class Watchdog:
         self.state = TrainState()
         self._limit = limit
         self._interval = min(5.0, limit / 10)
-        self._board = Heartbeats(pgs, patience=2 * self._interval) if pgs.world_size > 1 else None
+        self._board = Heartbeats(pgs, patience=max(3.0, 2 * self._interval)) if pgs.world_size > 1 else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._beat = 0
@@ -69,13 +79,19 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stop.set()
-        if self._board is not None:
-            self._thread.join()
+        if self._board is None:
+            return
+        try:
+            if is_peer_loss(error):
+                raise PeerLostError(self._blame(error)) from error
+        finally:
+            self._stop.set()
+            # A store that does not answer does not keep a run that is done from ending.
+            self._thread.join(3 * self._interval)
 
     def _watch(self) -> None:
         known, since = None, time.monotonic()
-        while not self._stop.wait(self._interval):
+        while True:
             frames = _main_frames()
             signature = [(id(frame), frame.f_lasti) for frame in frames]
             if signature != known:
@@ -91,10 +107,20 @@ class Watchdog:
                     self._end(
                         f"{_headline(stuck_for, self.state.iteration)}: {where}; this rank is at {_place(frames)}"
                     )
+            if self._stop.wait(self._interval):
+                return
 
     def _publish(self, frames: list[FrameType], stuck_for: float) -> None:
         self._beat += 1
-        sight = Sight(self._beat, stuck_for, _place(frames), _is_waiting(frames), self.state.iteration)
+        sight = Sight(
+            self._beat,
+            stuck_for,
+            _place(frames),
+            _is_waiting(frames),
+            self.state.iteration,
+            socket.gethostname(),
+            os.getpid(),
+        )
         self._board.publish(vars(sight))
 
     def _report(self) -> str | None:
@@ -110,6 +136,31 @@ class Watchdog:
         ]
         stuck = [rank for rank, sight in enumerate(sights) if sight is not None and sight.stuck_for >= self._limit / 2]
         return explain(sights, self._limit) if self._board.rank == min(stuck, default=self._board.rank) else None
+
+    def _blame(self, error: BaseException) -> str:
+        """Which ranks have gone: their processes on this machine, or those whose beats stand still."""
+        words = str(error).strip().splitlines()[0].split("] ")[-1]
+        try:
+            lost = self._lost_ranks()
+        except RuntimeError:
+            lost = "rank 0, or the launcher that keeps the job's store,"
+        if self._board.rank == 0:
+            # Rank 0 may keep the store, in which the others still look up who has gone.
+            time.sleep(min(2.0, 6 * self._interval))
+        return (
+            f"{lost} died or left after iteration {self.state.iteration}, as rank {self._board.rank} noticed "
+            f"({words}): look for that rank's own message, and start again from the last checkpoint"
+        )
+
+    def _lost_ranks(self) -> str:
+        before = self._board.read_all()
+        dead = [rank for rank, sight in enumerate(before) if sight is not None and _has_died(Sight(**sight))]
+        if not dead:
+            time.sleep(2.5 * self._interval)
+            after = self._board.read_all()
+            pairs = enumerate(zip(before, after, strict=True))
+            dead = [rank for rank, (old, new) in pairs if old is None or old["beat"] == new["beat"]]
+        return _ranks(dead) if dead else "a rank"
 
     def _end(self, report: str | None) -> None:
         if report is None:
@@ -141,6 +192,16 @@ def explain(sights: list[Sight | None], limit: float) -> str:
         places.setdefault(sight.place + (" waiting" if sight.is_waiting else ""), []).append(rank)
     seen = "; ".join(f"{_ranks(ranks)} at {place}" for place, ranks in places.items())
     return f"{_headline(limit, iteration)}: {blamed}. Of those that answer: {seen}"
+
+
+def _has_died(sight: Sight) -> bool:
+    """Whether a rank's process is gone; False if it runs on another machine."""
+    if sight.host != socket.gethostname() or not sight.process:
+        return False
+    try:
+        return psutil.Process(sight.process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _headline(seconds: float, iteration: int) -> str:

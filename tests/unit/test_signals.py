@@ -1,8 +1,11 @@
 """A run that is asked to leave does the iteration at hand, saves and returns; a hopeless one stops."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import pytest
 from megatron_fsvideo.config import CheckpointConfig, LoggingConfig, TrainingConfig
 from megatron_fsvideo.training.logging import METRICS_FILE, MetricsLogger, read_metrics
 from megatron_fsvideo.training.loop import train
-from megatron_fsvideo.training.signals import SIGNALS, ExitRequest, age_minutes
+from megatron_fsvideo.training.signals import EXIT_INTERRUPTED, SIGNALS, ExitRequest, age_minutes
 from megatron_fsvideo.training.state import StepResult, TrainState
 
 
@@ -70,6 +73,34 @@ def test_a_signal_saves_at_the_end_of_the_iteration(number):
     assert signal.getsignal(number) is before
 
 
+def interrupt_at_iteration_two(log: Path, pause: float) -> None:
+    sys.stderr = log.open("w", buffering=1)
+
+    def interrupts() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(pause)
+        os.kill(os.getpid(), signal.SIGINT)
+        blocked = threading.Lock()
+        blocked.acquire()
+        blocked.acquire(timeout=1 if pause < 1 else 60)  # as in a collective: no Python runs
+
+    events = run(Step({2: interrupts}))
+    os._exit(7 if events[-1] == "save 2" else 8)
+
+
+@pytest.mark.parametrize(("pause", "code"), [(0.01, 7), (1.1, EXIT_INTERRUPTED)], ids=["torchrun_repeats_it", "again"])
+def test_an_interrupt_saves_and_a_second_one_leaves_at_once(pause, code, tmp_path):
+    process = multiprocessing.get_context("fork").Process(
+        target=interrupt_at_iteration_two, args=(tmp_path / "log", pause)
+    )
+    process.start()
+    process.join(30)
+    alive, text = process.is_alive(), (tmp_path / "log").read_text()
+    process.kill()
+    assert (alive, process.exitcode) == (False, code)
+    assert text.startswith("interrupted: saving") and ("left without saving" in text) == (code == EXIT_INTERRUPTED)
+
+
 def test_another_ranks_signal_counts():
     heard = []
 
@@ -97,14 +128,14 @@ def test_without_the_handler_a_signal_is_not_ours():
 
 def test_the_time_that_a_process_has():
     assert 0 < age_minutes() < 24 * 60
-    assert run(Step(), exit_duration_in_mins=0.0) == ["train 1", "save 1"]
+    assert run(Step(), exit_duration_in_mins=1e-9) == ["train 1", "save 1"]
     assert run(Step(), exit_duration_in_mins=24 * 60.0)[-1] == "save 6"
 
 
 def test_the_reason_names_everything():
     request = ExitRequest(True, 5.0)
-    assert request.explain([False, False, False]) is None
-    assert request.explain([True, False, True]) == "SIGTERM and exit_duration_in_mins 5.0 is over"
+    assert request.explain([False] * 4) is None
+    assert request.explain([True, False, False, True]) == "SIGTERM and exit_duration_in_mins 5.0 is over"
 
 
 def test_a_skipped_step_is_logged_and_counted(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from megatron_fsvideo.config import ParallelConfig
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.training.state import TrainState
-from megatron_fsvideo.training.watchdog import EXIT_HUNG, Sight, Watchdog, explain
+from megatron_fsvideo.training.watchdog import EXIT_HUNG, PeerLostError, Sight, Watchdog, explain
 
 LIMIT = 2.0
 
@@ -23,8 +23,10 @@ LIMIT = 2.0
 def wait_for_the_others(how: str, rank: int) -> None:
     if rank == 1 and how == "sleeps":
         time.sleep(600)
-    if rank == 1 and how == "stopped":
+    if (rank, how) in ((1, "stopped"), (0, "store stopped")):
         os.kill(os.getpid(), signal.SIGSTOP)
+    if (rank, how) in ((1, "dies"), (0, "store dies")):
+        os.kill(os.getpid(), signal.SIGKILL)
     if rank == 1 and how == "works":
         until = time.monotonic() + 2.5 * LIMIT
         while time.monotonic() < until:
@@ -39,9 +41,14 @@ def work(rank: int, how: str, log: Path, port: int) -> None:
     pgs = groups.initialize(ParallelConfig())
     groups.barrier()
     limit = 100 * LIMIT if how == "works" and rank != 1 else LIMIT
-    with Watchdog(pgs, limit) as watchdog:
-        watchdog.state = TrainState(iteration=7)
-        wait_for_the_others(how, rank)
+    try:
+        with Watchdog(pgs, limit) as watchdog:
+            watchdog.state = TrainState(iteration=7)
+            groups.barrier()
+            wait_for_the_others(how, rank)
+    except PeerLostError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     os._exit(0)
 
 
@@ -54,8 +61,9 @@ def run(how: str, log: Path) -> tuple[list[int | None], str]:
     ranks = [context.Process(target=work, args=(rank, how, log, port)) for rank in range(3)]
     for process in ranks:
         process.start()
-    for process in (ranks[0], ranks[2], ranks[1]):
-        process.join(5 if how == "stopped" and process is ranks[1] else 100)
+    stopped = {"stopped": ranks[1], "store stopped": ranks[0]}.get(how)
+    for process in sorted(ranks, key=lambda process: process is stopped):
+        process.join(0.1 if process is stopped else 100)
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
@@ -78,6 +86,24 @@ def test_the_missing_rank_is_named(how, tmp_path):
     missing = report.split("missing: ")[1].split(". Of those")[0]
     assert missing.startswith("rank 1 (") and "rank 0" not in missing and "rank 2" not in missing
     assert ("does not answer" in missing) == (how == "stopped")
+
+
+def test_a_stopped_rank_that_holds_the_store_ends_the_run_too(tmp_path):
+    """Without torchrun rank 0 keeps the store: its calls do not come back."""
+    codes, text = run("store stopped", tmp_path / "log")
+    assert codes == [None, EXIT_HUNG, EXIT_HUNG], text
+    lines = reports(text)
+    assert len(lines) == 2 and all("rank 0, or the launcher" in line and "no progress" in line for line in lines), text
+
+
+@pytest.mark.parametrize(("how", "lost"), [("dies", 1), ("store dies", 0)])
+def test_a_rank_that_dies_is_named_in_one_line(how, lost, tmp_path):
+    codes, text = run(how, tmp_path / "log")
+    assert codes == [-signal.SIGKILL if rank == lost else 1 for rank in range(3)], text
+    lines = reports(text)
+    assert len(lines) == 2 and "Traceback" not in text, text
+    assert any(line.startswith(f"error: rank {lost}") for line in lines), text
+    assert all("died or left after iteration 7" in line for line in lines), text
 
 
 def test_a_rank_that_works_for_long_is_left_alone(tmp_path):
