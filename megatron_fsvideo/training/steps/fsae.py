@@ -83,6 +83,7 @@ class FSAEStep:
         """One optimizer step on images or on clips."""
         self._begin_video(state.iteration)
         plan = self.batches.plan(state.iteration)
+        self.batches.expect(state.iteration, state.consumed_samples, self._place)
         transform = self._draw_transform(plan, state)
         # Transformed latents make videos of any size: the discriminator sees plain ones only.
         adversary = self.adversary if transform is None or transform.role == "added" else None

@@ -1,6 +1,6 @@
 """Which clips an autoencoder's step reads: images or videos, crops or buckets; a function of the step's number."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os.path import getsize, relpath
 from typing import Any
@@ -13,6 +13,7 @@ from megatron_fsvideo.data.batch_sizes import Sharing, global_batch_sizes, micro
 from megatron_fsvideo.data.bucketed_clips import BucketedClips, open_bucketed_clips
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.clip_dataset import ClipDataset, open_clips
+from megatron_fsvideo.data.read_ahead import ReadAhead
 from megatron_fsvideo.data.sample_order import list_record, order_record
 from megatron_fsvideo.models.fsae.frame_shards import MIN_LATENTS
 from megatron_fsvideo.models.fsae.patch import cell_size
@@ -58,6 +59,7 @@ class FSAEBatches:
         self.cp_size = cp_size
         self._check_batches()
         self._clips, self._bucketed, held_out = self._open()
+        self._ahead = ReadAhead(self._clip, job.data.num_workers)
         self.batch_sizes: dict[Bucket, int] = {}
         self._micro_batch_sizes: dict[Bucket, int] = {}
         if self._bucketed is not None:
@@ -105,10 +107,30 @@ class FSAEBatches:
 
     def read(self, first: int, plan: BatchPlan) -> Tensor:
         """The micro-batch that begins with sample `first`: [micro_batch_size, 3, f, h, w] in [-1, 1]."""
+        return torch.stack([self._ahead.take((first + k, plan.bucket)) for k in range(plan.micro_batch_size)])
+
+    def expect(self, iteration: int, consumed_samples: int, place: Callable[[BatchPlan], tuple[int, int]]) -> None:
+        """Let the threads of `num_workers` read this rank's clips of the step after `iteration` steps, and of the next.
+
+        Args:
+            place: plan -> this rank's number, and the number of ranks, among those that share the batch.
+        """
+        keys: list[tuple[int, Bucket]] = []
+        for number in (iteration, iteration + 1):
+            plan = self.plan(number)
+            rank, num_ranks = place(plan)
+            per_rank = plan.num_samples // num_ranks
+            first = consumed_samples + rank * per_rank
+            keys += [(sample, plan.bucket) for sample in range(first, first + per_rank)]
+            consumed_samples += plan.num_samples
+        self._ahead.expect(keys)
+
+    def _clip(self, key: tuple[int, Bucket]) -> Tensor:
+        number, bucket = key
         if self._bucketed is not None:
-            return self._bucketed.random_batch(first, plan.micro_batch_size, plan.bucket)
+            return self._bucketed.random_clip(number, bucket)
         assert self._clips is not None
-        return self._clips.random_batch(first, plan.micro_batch_size, plan.bucket.num_frames, plan.bucket.height)
+        return self._clips.random_clip(number, bucket.num_frames, bucket.height)
 
     def _size_batches(self, buckets: Sequence[Bucket]) -> None:
         """The job's batch sizes are the largest bucket's; smaller clips come in larger batches."""
