@@ -21,10 +21,11 @@ from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.data.sampler import SampleRef
 from megatron_fsvideo.data.stored_batch import read_batch
-from megatron_fsvideo.evaluation.router_weights import KINDS, RouterWeights, write_router_figure
+from megatron_fsvideo.evaluation.router_figure import write_router_figure
 from megatron_fsvideo.inference.loading import LoadedDiT, load_dit
 from megatron_fsvideo.models.codecs import LatentScale, is_same_encoder, spell_autoencoder
 from megatron_fsvideo.models.dit import Denoiser
+from megatron_fsvideo.models.dit.router_weights import KINDS, RouterWeights
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.training.steps.dit_batches import check_data_fits_model
@@ -93,8 +94,8 @@ def open_dataset(job: PlotJob, dit: LoadedDiT) -> LatentDataset:
 
 
 @torch.no_grad()
-def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGroups) -> tuple[Tensor, int]:
-    """Mean weights as `RouterWeights.mean` returns them, and the number of samples seen."""
+def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGroups) -> tuple[dict[str, Tensor], int]:
+    """Maxima and means over all tokens, as `RouterWeights` returns them, and the number of samples seen."""
     flags, model, diffusion = job.plot, dit.network.model, dit.network.diffusion
     router = RouterWeights(model, job.parallel, pgs)
     denoiser = Denoiser(dit.model, diffusion.prediction_type)
@@ -103,7 +104,7 @@ def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGr
     for index, stream in enumerate(dataset.streams):
         number = min(flags.num_samples, stream.num_samples)
         refs = [SampleRef(index, position, 0) for position in range(number)]
-        # Every data-parallel rank looks at all samples, which changes no mean.
+        # Every data-parallel rank looks at all samples, which changes neither.
         for first in range(0, number, flags.micro_batch_size):
             batch = read_batch(dataset, refs[first : first + flags.micro_batch_size]).to(pgs.device)
             draws = validation_draws(batch, diffusion, flags.seed)
@@ -111,26 +112,32 @@ def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGr
                 noisy = make_noisy(batch, draws, null_text, model, diffusion)
                 denoiser.predict(noisy.noisy_latents, noisy.sigmas, noisy.condition)
         total += number
-    return router.mean(), total
+    return {"maximum": router.maximum(), "mean": router.mean()}, total
 
 
-def write(flags: PlotFlags, dit: LoadedDiT, weights: Tensor, num_samples: int) -> None:
-    """The PNG and the JSON."""
+def write(flags: PlotFlags, dit: LoadedDiT, weights: dict[str, Tensor], num_samples: int) -> None:
+    """The picture of the maxima, that of the means beside it, and the JSON of both."""
     out = Path(flags.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_router_figure(out, weights, f"{flags.load}, iteration {dit.iteration}")
+    title = f"{flags.load}, iteration {dit.iteration}"
+    write_router_figure(out, weights["maximum"], "maximum", title)
+    write_router_figure(out.with_name(f"{out.stem}_mean{out.suffix}"), weights["mean"], "mean", title)
+    num_layers = weights["mean"].shape[-1]
     values: dict[str, Any] = {
         "load": flags.load,
         "iteration": dit.iteration,
         "data_path": list(flags.data_path),
         "num_samples": num_samples,
         "seed": flags.seed,
-        "layers": list(range(2, weights.shape[-1] + 1)),
-        "states": list(range(weights.shape[-1])),
+        "layers": list(range(2, num_layers + 1)),
+        "states": list(range(num_layers)),
     }
-    for name, part in zip(KINDS, weights.tolist(), strict=True):
+    for statistic, kinds in weights.items():
         # JSON has no NaN: a null says that a layer does not read a state.
-        values[name.replace(" ", "_")] = [[None if weight != weight else weight for weight in row] for row in part]
+        values[statistic] = {
+            name.replace(" ", "_"): [[None if weight != weight else weight for weight in row] for row in part]
+            for name, part in zip(KINDS, kinds.tolist(), strict=True)
+        }
     write_json(out.with_suffix(".json"), values)
     print(f"{out} and {out.with_suffix('.json')}: {num_samples} samples")
 

@@ -84,10 +84,6 @@ class BucketSampler:
                 consumed += size
             round_index += 1
 
-    def batch_at(self, consumed_samples: int) -> GlobalBatch:
-        """The batch that starts at (or contains) `consumed_samples`."""
-        return next(self.batches(consumed_samples))
-
     def _stream_start(self, stream_index: int, round_index: int) -> int:
         """Samples a stream has given before a round."""
         return floor(round_index * self.streams[stream_index].share)

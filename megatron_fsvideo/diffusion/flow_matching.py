@@ -58,11 +58,6 @@ def to_velocity(prediction: Tensor, noisy_latents: Tensor, sigmas: Tensor, predi
     raise ValueError(f"prediction_type is velocity or sample, got {prediction_type!r}")
 
 
-def to_sample(velocity: Tensor, noisy_latents: Tensor, sigmas: Tensor) -> Tensor:
-    """The clean latents that a velocity points at: noisy_latents - sigma * velocity."""
-    return noisy_latents - _per_sample(sigmas, noisy_latents) * velocity
-
-
 def white_latents_bound(sigmas: Tensor) -> Tensor:
     """Velocity MSE per sigma of the best possible model on white unit-variance latents: 1 / (sigma^2 + (1 - sigma)^2).
 

@@ -52,15 +52,6 @@ def huber_constant(loss_type: str, num_elements: int, huber_c: float) -> float:
     return constants[loss_type]
 
 
-def per_sample_loss(sum_squared_errors: Tensor, num_elements: int, loss_type: str, huber_c: float) -> Tensor:
-    """Loss of each sample [b] from its squared error summed over all `num_elements` of its elements.
-
-    Raises:
-        ValueError: an unknown loss type.
-    """
-    return loss_of_mse(sum_squared_errors / num_elements, num_elements, loss_type, huber_c)
-
-
 def loss_of_mse(mse: Tensor, num_elements: int, loss_type: str, huber_c: float) -> Tensor:
     """Loss of each sample [b] from its mean squared error [b].
 

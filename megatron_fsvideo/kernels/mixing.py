@@ -6,10 +6,7 @@ Letters: s tokens of this rank, b samples, h channels, l states that a layer rea
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
-
-from megatron_fsvideo.config import require
 
 
 class MixResult(NamedTuple):
@@ -85,21 +82,3 @@ class Mixer(Protocol):
             gradients: what X_index receives besides, at most two of [s, b, h].
             reads: weights [s, b, l > index], fp32, and g [s, b, h] of each layer that read X_index.
         """
-
-
-def mixer_for(implementation: str, device: torch.device) -> Mixer:
-    """The kernels behind `--layer-memory-kernel`: torch, triton, or auto, which is Triton's on CUDA.
-
-    Raises:
-        ImportError: Triton is asked for and missing.
-    """
-    from megatron_fsvideo.kernels import torch_mixing
-
-    if implementation == "auto":
-        implementation = "triton" if device.type == "cuda" else "torch"
-    if implementation == "torch":
-        return torch_mixing
-    require("triton", "kernels")
-    from megatron_fsvideo.kernels import triton_mixing
-
-    return triton_mixing

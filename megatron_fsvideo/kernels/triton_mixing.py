@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_fsvideo.kernels import torch_mixing
 from megatron_fsvideo.kernels.mixing import MixResult, MixSettings
 
 # The gradients of shift and scale are summed over this many tokens by one program, and then over programs.
@@ -100,6 +101,8 @@ def pull(
     gradients: list[Tensor], index: int, reads: list[tuple[Tensor, Tensor]], state: Tensor, settings: MixSettings
 ) -> Tensor:
     """See `Mixer.pull`."""
+    if not reads:  # no addresses to hand over: a stage of one layer, or the first layer's input alone
+        return torch_mixing.pull(gradients, index, reads, state, settings)
     tokens, batch, hidden = state.shape
     state = state.contiguous()
     gradients = _contiguous(gradients)

@@ -4,10 +4,9 @@
 needs the library. Weights have the same names and shapes with both.
 """
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,11 +14,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import DiTParallelConfig, require
-from megatron_fsvideo.models.dot_product_attention import dot_product_attention
-from megatron_fsvideo.parallel.marks import mark_sees_local_tokens
+from megatron_fsvideo.models.dot_product_attention import AttentionType, dot_product_attention
+from megatron_fsvideo.models.norms import AffineLayerNorm, LayerNorm
 from megatron_fsvideo.parallel.sequence import heads_to_tokens, tokens_to_heads
-
-AttentionType = Literal["self", "cross"]
 
 # Compute capability that a recipe's matrix products need, and the CUDA version, as Transformer Engine asks for them.
 FP8_NEEDS = {
@@ -48,34 +45,6 @@ class Backend(Protocol):
     layer_norm: ModuleSpec | type
     affine_layer_norm: ModuleSpec | type
     core_attention: ModuleSpec | type
-
-
-class LayerNorm(nn.Module):
-    """Layer norm without weights, in fp32; what modulation follows. [..., h] -> fp32 [..., h]"""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return F.layer_norm(hidden_states.float(), hidden_states.shape[-1:], eps=self.eps)
-
-
-class AffineLayerNorm(nn.Module):
-    """Layer norm with gain and bias, computed in fp32. [..., h] -> [..., h] in the input's dtype"""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.bias = nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
-        mark_sees_local_tokens(self.parameters(), config.sequence_parallel)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        normed = F.layer_norm(
-            hidden_states.float(), hidden_states.shape[-1:], self.weight.float(), self.bias.float(), self.eps
-        )
-        return normed.to(hidden_states.dtype)
 
 
 class UlyssesAttention(nn.Module):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+AttentionType = Literal["self", "cross"]
 Kernel = Literal["flash3", "flash2", "sdpa"]
 
 MODULES = {"flash3": "flash_attn_interface", "flash2": "flash_attn"}

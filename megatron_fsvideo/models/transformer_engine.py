@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_fsvideo.config import require
-from megatron_fsvideo.models.backends import AttentionType, LayerNorm
+from megatron_fsvideo.models.dot_product_attention import AttentionType
+from megatron_fsvideo.models.norms import LayerNorm
 
 
 class TEEnteredLinear(TEColumnParallelLinear):

@@ -203,6 +203,12 @@ def all_reduce_sum(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return tensor
 
 
+def all_reduce_max(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Greatest over the ranks of a group, in place; of the whole job without a group. No gradient flows."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    return tensor
+
+
 def broadcast_tensor(tensor: Tensor, group: ProcessGroup, source: int) -> Tensor:
     """Overwrite a tensor with that of the group's rank `source`. No gradient flows."""
     # gloo and NCCL take contiguous memory only; a kernel may be kept channels last.

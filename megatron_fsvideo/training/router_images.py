@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import DiTJob, require
-from megatron_fsvideo.evaluation.router_weights import RouterWeights, router_pixels
+from megatron_fsvideo.evaluation.router_figure import router_pixels
+from megatron_fsvideo.models.dit.router_weights import RouterWeights
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
-IMAGE_NAME = "router_weights"
+IMAGE_NAMES = {"maximum": "router_weights_maximum", "mean": "router_weights_mean"}
 
 
 class RouterImages:
@@ -42,8 +43,13 @@ class RouterImages:
             yield
 
     def images(self) -> dict[str, Tensor]:
-        """Name -> picture uint8 [height, width, 3] of the iteration watched, on rank zero; nothing if it is not due."""
+        """Name -> picture uint8 [height, width, 3] of the iteration watched, on rank zero; nothing if it is not due.
+
+        The paper's Figure 6 shows the maximum over tokens; the mean says what a state is worth on the whole.
+        """
         if self._weights is None:
             return {}
-        mean = self._weights.mean()
-        return {IMAGE_NAME: router_pixels(mean)} if self._pgs.is_rank_zero else {}
+        weights = {"maximum": self._weights.maximum(), "mean": self._weights.mean()}
+        if not self._pgs.is_rank_zero:
+            return {}
+        return {IMAGE_NAMES[name]: router_pixels(values, name) for name, values in weights.items()}

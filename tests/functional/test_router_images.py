@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import pretrain_dit
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, FSAEJob, parse_job
-from megatron_fsvideo.evaluation.router_weights import router_pixels
+from megatron_fsvideo.evaluation.router_figure import router_pixels
 from megatron_fsvideo.kernels import torch_mixing
-from megatron_fsvideo.training.router_images import IMAGE_NAME
+from megatron_fsvideo.training.router_images import IMAGE_NAMES
 from tests.functional.cli import ROOT
 from tests.functional.runs import debug_arguments, losses, run_to_end
 from tests.latent_fixtures import write_latent_dataset
@@ -57,25 +57,25 @@ def noting_weights(main, path):
     return run
 
 
-def means(found):
-    """[2, layers - 1, layers], as `RouterWeights.mean`, of the mixes noted."""
+def over_tokens(found, statistic):
+    """[2, layers - 1, layers], as `RouterWeights` has it, of the mixes noted."""
     result = torch.full((2, NUM_LAYERS - 1, NUM_LAYERS), torch.nan)
     for states in range(2, NUM_LAYERS + 1):
         weights = torch.cat([each for each in found if each.shape[-1] == states], dim=1).double()
         assert weights.shape[0] == 2 * FIRST_FRAME_TOKENS
         for kind, part in enumerate(weights.split(FIRST_FRAME_TOKENS)):
-            result[kind, states - 2, :states] = part.mean((0, 1))
+            result[kind, states - 2, :states] = part.mean((0, 1)) if statistic == "mean" else part.amax((0, 1))
     return result
 
 
-def pictures(folder):
+def pictures(folder, statistic="maximum"):
     """Iteration -> picture [h, w, 3] in a run's event file."""
     events = EventAccumulator(str(folder / "logs"), size_guidance={"images": 0})
     events.Reload()
-    assert events.Tags()["images"] == [IMAGE_NAME]
+    assert sorted(events.Tags()["images"]) == sorted(IMAGE_NAMES.values())
     return {
         event.step: numpy.asarray(Image.open(io.BytesIO(event.encoded_image_string))).astype(int)
-        for event in events.Images(IMAGE_NAME)
+        for event in events.Images(IMAGE_NAMES[statistic])
     }
 
 
@@ -89,14 +89,15 @@ def trained(tmp_path_factory):
     return folder, data, torch.load(folder / "found.pt")
 
 
-def test_tensorboard_shows_the_weights_that_mixed(trained):
+@pytest.mark.parametrize("statistic", ["maximum", "mean"])
+def test_tensorboard_shows_the_weights_that_mixed(trained, statistic):
     folder, _, found = trained
-    shown = pictures(folder / "one")
+    shown = pictures(folder / "one", statistic)
     assert sorted(shown) == [2, 4]
     expected = {}
     for iteration in shown:
         calls = slice((iteration - 1) * CALLS_PER_ITERATION, iteration * CALLS_PER_ITERATION)
-        expected[iteration] = router_pixels(means(found[calls])).numpy().astype(int)
+        expected[iteration] = router_pixels(over_tokens(found[calls], statistic), statistic).numpy().astype(int)
         assert abs(shown[iteration] - expected[iteration]).max() <= 1
     assert abs(shown[4] - expected[2]).max() > 20, "the routers did not move: the comparison would prove nothing"
 
@@ -131,20 +132,23 @@ def test_the_tool_plots_the_weights_that_mix(trained):
 
     common = ["--load", str(folder / "one"), "--data-path", str(data), "--num-samples", "6", "--out"]
     run_to_end([*common, str(folder / "a.png")], folder / "a.log", main=noting_weights(main, folder / "plotted.pt"))
-    expected = means(torch.load(folder / "plotted.pt"))
+    noted = torch.load(folder / "plotted.pt")
     values = json.loads((folder / "a.json").read_text())
     assert values["iteration"] == 5 and values["num_samples"] == 6 and values["layers"] == [2, 3, 4]
-    for kind, name in enumerate(("first_frame", "other_frames")):
-        plotted = torch.tensor([[torch.nan if weight is None else weight for weight in row] for row in values[name]])
-        torch.testing.assert_close(plotted, expected[kind], rtol=0, atol=1e-6, equal_nan=True)
-    image = numpy.asarray(Image.open(folder / "a.png").convert("RGB"))
-    assert image.shape[1] > image.shape[0] > 100 and len(numpy.unique(image.reshape(-1, 3), axis=0)) > 100
+    for statistic, picture in (("maximum", "a.png"), ("mean", "a_mean.png")):
+        expected = over_tokens(noted, statistic)
+        for kind, name in enumerate(("first_frame", "other_frames")):
+            rows = [[torch.nan if weight is None else weight for weight in row] for row in values[statistic][name]]
+            torch.testing.assert_close(torch.tensor(rows), expected[kind], rtol=0, atol=1e-6, equal_nan=True)
+        image = numpy.asarray(Image.open(folder / picture).convert("RGB"))
+        assert image.shape[1] > image.shape[0] > 100 and len(numpy.unique(image.reshape(-1, 3), axis=0)) > 100
 
     more = [str(folder / "b.png"), "--tensor-model-parallel-size", "2", "--sequence-parallel"]
     run_to_end([*common, *more], folder / "b.log", 2, main)
     shared = json.loads((folder / "b.json").read_text())
-    assert shared["other_frames"][2] == pytest.approx(values["other_frames"][2], abs=1e-5)
-    assert shared["first_frame"][2] == pytest.approx(values["first_frame"][2], abs=1e-5)
+    for statistic in IMAGE_NAMES:
+        for name, rows in values[statistic].items():
+            assert shared[statistic][name][2] == pytest.approx(rows[2], abs=1e-5)
 
 
 @pytest.mark.parametrize(

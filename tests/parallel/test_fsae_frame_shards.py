@@ -6,7 +6,8 @@ from torch import Tensor
 
 from megatron_fsvideo.config import ParallelConfig
 from megatron_fsvideo.models.fsae import FSAE
-from megatron_fsvideo.models.fsae.frame_shards import decode_shard, encode_shard, latents_of_rank
+from megatron_fsvideo.models.fsae.context import DecodeContext
+from megatron_fsvideo.models.fsae.frame_shards import latents_of_rank, shards_of
 from megatron_fsvideo.models.fsae.tiling import frame_span
 from megatron_fsvideo.parallel import groups
 from tests.parallel.harness import run_workers
@@ -31,8 +32,8 @@ def sharded(kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     fsae, video, features = model(kind)
     first, last = frame_span(*latents_of_rank(NUM_LATENTS, pgs.dp))
     mine = video[:, :, first:last]
-    latents = encode_shard(fsae, mine, pgs.dp)
-    decoded = decode_shard(fsae, latents, pgs.dp, features)
+    latents = fsae.encoder(mine, shards_of(pgs.dp))
+    decoded = fsae.decoder(latents, DecodeContext(shards_of(pgs.dp), features))
     loss = (decoded - mine).abs().sum() / video.numel()
     loss.backward()
     summed = [groups.all_reduce_sum(x, pgs.dp) for x in (loss.detach(), flat_gradients(fsae))]

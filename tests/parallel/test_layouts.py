@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_fsvideo.config import DiTConfig, DiTParallelConfig, OptimizerConfig
-from megatron_fsvideo.diffusion.losses import per_sample_loss, squared_errors
+from megatron_fsvideo.diffusion.losses import loss_of_mse, squared_errors
 from megatron_fsvideo.models.dit import build_dit_chunks, patchify
 from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
 from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
@@ -229,7 +229,8 @@ def forward_step(iterator, wrapped, *, pgs):
         patch_size = wrapped.module.model_config.patch_size
         target = local_slice(patchify(batch["target"], patch_size), 1, pgs.cp)
         errors = sum_for_same_loss(squared_errors(prediction, target), pgs.cp)
-        loss = per_sample_loss(errors, batch["target"][0].numel(), "pseudo_huber", 0.5).mean()
+        number = batch["target"][0].numel()
+        loss = loss_of_mse(errors / number, number, "pseudo_huber", 0.5).mean()
         return loss, {"loss": loss.detach().clone()}
 
     return prediction, loss_function

@@ -1,10 +1,12 @@
 """Tiny autoencoders of each kind with random weights everywhere, in fp64, so that equalities are exact."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from megatron_fsvideo.config import FSAEConfig
-from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.models.fsae import FSAE, StreamCache
 
 
 def config(decoder: str = "causal", **changes) -> FSAEConfig:
@@ -54,6 +56,12 @@ def random_latents(fsae_config: FSAEConfig, num: int, height: int = 2, width: in
     generator = torch.Generator().manual_seed(num)
     shape = (batch, fsae_config.latent_channels, num, height, width)
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def decode_chunks(fsae: FSAE, chunks: Sequence[Tensor], features: list[Tensor] | None = None) -> list[Tensor]:
+    """What a stream of latents decodes to, part by part."""
+    cache = StreamCache()
+    return [fsae.decode_chunk(chunk, cache, features) for chunk in chunks]
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -168,7 +168,7 @@ def test_loader_reads_the_sampler_s_batches_from_any_point(folder, num_workers):
     )
     for step in range(5):
         plan, micro_batches = next(loader)
-        assert plan == sampler.batch_at(8 + 4 * step)
+        assert plan == next(sampler.batches(8 + 4 * step))
         keys = [dataset.read(ref.stream_index, ref.position).key for ref in plan.samples]
         assert [batch.sample_ids.item() for batch in micro_batches] == [sample_id(keys[1]), sample_id(keys[3])]
     loader.close()

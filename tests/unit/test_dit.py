@@ -9,7 +9,7 @@ from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, DiTParallelC
 from megatron_fsvideo.models.dit import build_dit, patchify, unpatchify
 from megatron_fsvideo.models.dit.layer_memory import LayerMemory
 from megatron_fsvideo.models.dit.rope import apply_rotary, axis_dims, rotary_tables
-from megatron_fsvideo.models.dit.weights import named_global_parameters
+from megatron_fsvideo.models.dit.weights import initial_value, named_global_parameters
 from megatron_fsvideo.parallel import groups
 from tests.parallel.harness import run_workers
 
@@ -90,8 +90,10 @@ def test_rotary_equals_complex_rotation():
 @pytest.mark.parametrize("num_states", [2, 3, 17, 40])
 @pytest.mark.parametrize("initial_weight", [0.5, 0.9, 0.99, 1.0])
 def test_router_starts_with_its_weight_on_the_latest_state(num_states, initial_weight):
-    memory = LayerMemory(num_states, 8, initial_weight)
-    memory.reset_parameters()
+    memory, config = LayerMemory(num_states, 8), dataclasses.replace(TINY, layer_memory_init=initial_weight)
+    with torch.no_grad():
+        for name, parameter in memory.named_parameters():
+            parameter.copy_(initial_value(f"block.layers.1.layer_memory.{name}", parameter.shape, config, 0))
     weights = memory.weights(torch.randn(5, 2, 8))
     assert weights.shape == (5, 2, num_states)
     torch.testing.assert_close(weights[..., -1], torch.full((5, 2), initial_weight))

@@ -11,7 +11,7 @@ from megatron_fsvideo.models.fsae.context import DecodeContext, Window
 from megatron_fsvideo.models.fsae.convolutions import CausalConv3d, CenterConv3d, GroupCausalConv3d
 from megatron_fsvideo.models.fsae.first_frame import FirstFrameAttention
 from megatron_fsvideo.models.fsae.layers import PixelNorm, ResBlock
-from tests.unit.fsae_fixtures import build, config, difference, random_latents, random_video
+from tests.unit.fsae_fixtures import build, config, decode_chunks, difference, random_latents, random_video
 
 KINDS = pytest.mark.parametrize("kind", ["causal", "standard", "lite"])
 
@@ -49,7 +49,7 @@ def test_property_03_what_a_latent_reaches(kind: str, latent: int) -> None:
 def test_property_05_sliced_decode_is_exact(kind: str, chunks: tuple[int, ...]) -> None:
     fsae = build(config(kind))
     latents, features = random_latents(fsae.config, 4), fsae.first_frame_features(random_video(1))
-    sliced = torch.cat(list(fsae.decode_chunks(latents.split(chunks, dim=2), features)), dim=2)
+    sliced = torch.cat(decode_chunks(fsae, latents.split(chunks, dim=2), features), dim=2)
     assert difference(sliced, fsae.decode(latents, features)) < 1e-12
 
 
@@ -211,7 +211,7 @@ def test_without_a_pixel_stage() -> None:
         whole = fsae.decode(latents, features)
         assert whole.shape == (1, 3, 9, 16, 24)
         if kind == "lite":
-            sliced = torch.cat(list(fsae.decode_chunks(latents.split(1, dim=2), features)), dim=2)
+            sliced = torch.cat(decode_chunks(fsae, latents.split(1, dim=2), features), dim=2)
             assert difference(sliced, whole) < 1e-12
 
 

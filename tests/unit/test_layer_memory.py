@@ -29,7 +29,7 @@ class Layer(nn.Module):
     def __init__(self, number: int) -> None:
         super().__init__()
         self.number = number
-        self.memory = LayerMemory(number, HIDDEN, 0.5) if number > 1 else None
+        self.memory = LayerMemory(number, HIDDEN) if number > 1 else None
         self.query = nn.Linear(HIDDEN, HIDDEN)
         self.key = nn.Linear(HIDDEN, HIDDEN)
         self.shift = nn.Parameter(torch.empty(BATCH, HIDDEN))
@@ -327,7 +327,7 @@ def test_a_frozen_model_in_evaluation_recomputes():
 
 @pytest.mark.parametrize(("initial_weight", "expected"), [(0.9, 0), (0.99, 0), (1.0, 3)])
 def test_routers_that_cannot_learn_are_counted(initial_weight, expected):
-    layers = nn.ModuleList(LayerMemory(number, 8, initial_weight) for number in (2, 3, 4))
+    layers = nn.ModuleList(LayerMemory(number, 8) for number in (2, 3, 4))
     for layer in layers:
         nn.init.zeros_(layer.router.bias)
         layer.router.bias.data[-1] = identity_leaning_bias(layer.num_states, initial_weight)

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job
-from megatron_fsvideo.evaluation.router_weights import RouterWeights, router_pixels
+from megatron_fsvideo.evaluation.router_figure import router_pixels
 from megatron_fsvideo.models.dit.layer_memory import LayerMemory
+from megatron_fsvideo.models.dit.router_weights import RouterWeights
 
 MODEL = build_job(DiTJob, DIT_PRESETS["dit_debug"] | {"num_layers": 3}).model
 ONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
@@ -20,7 +21,7 @@ class Layers(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.memories = nn.ModuleList(LayerMemory(number, 8, 0.9) for number in (2, 3))
+        self.memories = nn.ModuleList(LayerMemory(number, 8) for number in (2, 3))
         for memory in self.memories:
             memory.forward = lambda source: source
 
@@ -29,8 +30,9 @@ class Layers(nn.Module):
             memory(source)
 
 
-def test_means_of_first_and_other_frames(monkeypatch):
-    monkeypatch.setattr("megatron_fsvideo.evaluation.router_weights.all_reduce_sum", lambda tensor: tensor)
+def test_means_and_maxima_of_first_and_other_frames(monkeypatch):
+    for name in ("all_reduce_sum", "all_reduce_max"):
+        monkeypatch.setattr(f"megatron_fsvideo.models.dit.router_weights.{name}", lambda tensor: tensor)
     torch.manual_seed(0)
     layers, router = Layers(), RouterWeights(MODEL, DiTParallelConfig(), ALONE)
     batches = [torch.randn(12, 2, 8), torch.randn(12, 1, 8)]  # 3 frames of 2 x 2 tokens
@@ -38,13 +40,15 @@ def test_means_of_first_and_other_frames(monkeypatch):
         with router.recording(layers, (3, 2, 2)):
             layers(batch)
     layers(batches[0])  # not recorded
-    means = router.mean()
+    means, maxima = router.mean(), router.maximum()
+    assert torch.equal(means.isnan(), maxima.isnan())
     assert means.shape == (2, 2, 3) and means[:, 0, 2].isnan().all()
     for row, memory in enumerate(layers.memories):
         for kind, tokens in enumerate((slice(0, 4), slice(4, 12))):
             seen = torch.cat([memory.weights(batch[tokens]).flatten(0, 1) for batch in batches])
             torch.testing.assert_close(means[kind, row, : row + 2], seen.mean(0))
-    pixels = router_pixels(means)
+            torch.testing.assert_close(maxima[kind, row, : row + 2], seen.amax(0))
+    pixels = router_pixels(means, "mean")
     assert pixels.dtype == torch.uint8 and pixels.shape[-1] == 3 and pixels.float().std() > 10
 
 

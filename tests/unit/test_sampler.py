@@ -35,7 +35,7 @@ def test_any_point_can_be_entered():
         fresh = BucketSampler(streams(), SIZES, seed=3)
         assert take(fresh, 2, batches[k].consumed_samples)[0] == batches[k]
         # A count inside a batch (the batch size was changed) enters at that batch.
-        assert fresh.batch_at(batches[k].consumed_samples + 1) == batches[k]
+        assert next(fresh.batches(batches[k].consumed_samples + 1)) == batches[k]
 
 
 def test_one_bucket_a_batch_and_its_size():
@@ -77,7 +77,7 @@ def test_a_batch_larger_than_its_stream_wraps_into_the_next_epoch():
     sampler = BucketSampler([Stream(SMALL, 0, 3, Fraction(3))], {SMALL: 8}, seed=0)
     refs = [ref for batch in take(sampler, 9) for ref in batch.samples]
     assert Counter(ref.position for ref in refs) == {0: 24, 1: 24, 2: 24}
-    assert sampler.batch_at(64) == take(sampler, 9)[8]
+    assert next(sampler.batches(64)) == take(sampler, 9)[8]
 
 
 def test_unshuffled_is_stored_order():

@@ -24,7 +24,7 @@ def repeats_to_the_bit(mixer, norms_states):
 
 
 def pulls_as_torch_does(mixer, norms_states):
-    """Three reads, and none, one and two gradients from elsewhere."""
+    """Three reads and none, with none, one and two gradients from elsewhere."""
     settings = MixSettings(norms_states, EPSILON)
     generator = torch.Generator().manual_seed(3)
     tensors = [torch.randn(5, 2, 24, generator=generator) for _ in range(6)]
@@ -32,6 +32,8 @@ def pulls_as_torch_does(mixer, norms_states):
     for others in ([], tensors[3:4], tensors[3:5]):
         expected = torch_mixing.pull(others, 1, reads, tensors[5], settings)
         assert relative(mixer.pull(others, 1, reads, tensors[5], settings), expected.double()) < 1e-6
+        # A stage of one layer: nobody there has read X_0.
+        torch.testing.assert_close(mixer.pull(others, 0, [], tensors[5], settings), sum(others, 0 * tensors[5]))
 
 
 def mixes_one_state_to_itself(mixer, norms_states):

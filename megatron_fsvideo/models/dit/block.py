@@ -1,5 +1,7 @@
 """The stack of DiT layers of one pipeline stage, which recomputation cuts, and the bank that layer memory reads."""
 
+from collections.abc import Iterator
+
 import torch
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -62,49 +64,37 @@ class DiTBlock(TransformerBlock):
         with get_fp8_context(self.config):
             return self._run_layers(source, conditioning, rotary)
 
-    def _run_layers(self, source: Tensor, conditioning: Conditioning, rotary: Rotary) -> Tensor:
-        if not self.model_config.layer_memory:
-            return self._run_without_memory(source, conditioning, rotary)
-        bank = self._new_bank(source.device)
-        latest = bank.remember(source) if self.pre_process else bank.receive(source, self.layers[0].layer_number)
-        for index, layer in enumerate(self.layers):
-            # The bank keeps every layer's input: recomputing several layers at once would save nothing.
-            output = self._run([layer], self._is_recomputed(index), latest, bank, conditioning, rotary)
-            latest = output if index == len(self.layers) - 1 else bank.remember(output)
-        return latest if self.post_process else bank.send(latest)
+    def _run_layers(self, hidden_states: Tensor, conditioning: Conditioning, rotary: Rotary) -> Tensor:
+        bank = self._new_bank(hidden_states.device) if self.model_config.layer_memory else None
+        if bank is not None and self.pre_process:
+            hidden_states = bank.remember(hidden_states)
+        elif bank is not None:
+            hidden_states = bank.receive(hidden_states, self.layers[0].layer_number)
+        for layers, is_recomputed in self._segments():
+            arguments = (layers, hidden_states, bank, conditioning, rotary)
+            hidden_states = recomputed(self.config, _in_turn, *arguments) if is_recomputed else _in_turn(*arguments)
+            if bank is not None and layers[-1] is not self.layers[-1]:
+                hidden_states = bank.remember(hidden_states)
+        return hidden_states if bank is None or self.post_process else bank.send(hidden_states)
 
-    def _run_without_memory(self, hidden_states: Tensor, conditioning: Conditioning, rotary: Rotary) -> Tensor:
-        layers, number = list(self.layers), 1
-        if self.config.recompute_granularity == "full" and self.config.recompute_method == "uniform":
-            number = self.config.recompute_num_layers
-        for first in range(0, len(layers), number):
-            together = layers[first : first + number]
-            hidden_states = self._run(together, self._is_recomputed(first), hidden_states, None, conditioning, rotary)
-        return hidden_states
+    def _segments(self) -> Iterator[tuple[list[DiTLayer], bool]]:
+        """The layers in turn, and whether their activations are recomputed: all layers', or a stage's first (`block`).
+
+        A segment is one layer. Without layer memory, uniform recomputation may take several, of which only the first's
+        input is kept. The bank keeps every layer's input: with it that would save nothing.
+        """
+        config, layers, size = self.config, list(self.layers), 1
+        is_full = config.recompute_granularity == "full" and torch.is_grad_enabled()
+        if is_full and config.recompute_method == "uniform" and not self.model_config.layer_memory:
+            size = config.recompute_num_layers
+        for first in range(0, len(layers), size):
+            is_chosen = config.recompute_method == "uniform" or first < (config.recompute_num_layers or 0)
+            yield layers[first : first + size], is_full and is_chosen
 
     def _new_bank(self, device: torch.device) -> MemoryBank:
         config = self.model_config
         settings = MixSettings(config.layer_memory_norm == "normalized", config.layernorm_epsilon)
         return MemoryBank(mixer_for(self.layer_memory_kernel, device), settings)
-
-    def _is_recomputed(self, layer_index: int) -> bool:
-        """Whether a layer's activations are recomputed: of all layers, or of a stage's first (`block`)."""
-        config = self.config
-        if config.recompute_granularity != "full" or not torch.is_grad_enabled():
-            return False
-        return config.recompute_method == "uniform" or layer_index < config.recompute_num_layers
-
-    def _run(
-        self,
-        layers: list[DiTLayer],
-        is_recomputed: bool,
-        hidden_states: Tensor,
-        bank: MemoryBank | None,
-        conditioning: Conditioning,
-        rotary: Rotary,
-    ) -> Tensor:
-        arguments = (layers, hidden_states, bank, conditioning, rotary)
-        return recomputed(self.config, _in_turn, *arguments) if is_recomputed else _in_turn(*arguments)
 
 
 def _in_turn(

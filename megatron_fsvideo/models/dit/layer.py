@@ -40,7 +40,7 @@ class DiTLayer(TransformerLayer):
         self.scale_shift_table = nn.Parameter(torch.zeros(NUM_MODULATIONS, config.hidden_size))
         self.layer_memory = None
         if model_config.layer_memory and self.layer_number > 1:
-            self.layer_memory = LayerMemory(self.layer_number, config.hidden_size, model_config.layer_memory_init)
+            self.layer_memory = LayerMemory(self.layer_number, config.hidden_size)
             mark_sees_local_tokens(self.layer_memory.parameters(), config.sequence_parallel)
         mark_sees_local_tokens([self.scale_shift_table], config.sequence_parallel)
 

@@ -18,7 +18,9 @@ The states and their gradients are kept in a bank (memory_bank.py); the arithmet
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megatron_fsvideo.models.dit.memory_bank import MemoryBank
 
@@ -30,21 +32,14 @@ FROZEN_WEIGHT = 1e-6
 class LayerMemory(nn.Module):
     """The router of one layer. `layer_number` counts from 1; layer 1 has nothing to remember and no router."""
 
-    def __init__(self, layer_number: int, hidden_size: int, initial_weight: float) -> None:
+    def __init__(self, layer_number: int, hidden_size: int) -> None:
         super().__init__()
         assert layer_number >= 2
         self.num_states = layer_number
-        self.initial_weight = initial_weight
         self.router = nn.Linear(hidden_size, layer_number)  # fp32: its logits are
 
-    def reset_parameters(self) -> None:
-        """Start near the identity."""
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
-        self.router.bias.data[-1] = identity_leaning_bias(self.num_states, self.initial_weight)
-
     def weights(self, query_source: Tensor) -> Tensor:
-        """Mixing weights [s, b, l], fp32, from the layer's modulated input [s, b, h]."""
+        """Mixing weights [s, b, l], fp32, from the layer's modulated input [s, b, h] (eq. 6)."""
         return torch.softmax(self.router(query_source.float()), dim=-1)
 
     def forward(self, query_source: Tensor, latest: Tensor, bank: MemoryBank, shift: Tensor, scale: Tensor) -> Tensor:
@@ -55,7 +50,27 @@ class LayerMemory(nn.Module):
             latest: X_{l-1} [s, b, h], the last state in the bank.
             shift, scale: the modulation [b, h], fp32.
         """
-        return bank.read(query_source, latest, self.router, shift, scale)
+        logits = _RouterLogits.apply(query_source, self.router.weight, self.router.bias)  # eq. 6, before its softmax
+        return bank.read(logits, latest, shift, scale)  # softmax; eq. 7: m = sum_i w_i X_i; norm and modulation
+
+
+class _RouterLogits(torch.autograd.Function):
+    """W a + c in fp32 [s, b, l]. torch's own linear would keep a copy of `a` in fp32 for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, query_source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(query_source, weight)
+        return F.linear(query_source.to(weight.dtype), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        query_source, weight = ctx.saved_tensors
+        query_gradient = (gradient @ weight).to(query_source.dtype)
+        if not ctx.needs_input_grad[1]:
+            return query_gradient, None, None
+        flat = gradient.flatten(0, 1)  # (s * b, l)
+        return query_gradient, flat.t() @ query_source.flatten(0, 1).to(flat.dtype), flat.sum(0)
 
 
 def count_frozen_routers(network: nn.Module) -> int:

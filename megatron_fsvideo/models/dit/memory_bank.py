@@ -1,4 +1,4 @@
-"""The bank of states that layer memory reads, and the backward pass through them (dit_spec 2.4 and 2.5).
+"""The bank of states that layer memory reads, and the backward pass through them.
 
 A bank belongs to one micro-batch on one model chunk: `DiTBlock.forward` makes it, the autograd graph keeps it, and it
 goes with the graph. It holds X_0, X_1, ... as detached aliases: full recomputation keeps the same tensors as layer
@@ -25,7 +25,6 @@ the place of one such state and is needed until X_0: the sum of both stays what 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -47,20 +46,18 @@ class MemoryBank:
         """Take in the next X_i; the layers go on with what this returns."""
         return _Remember.apply(state, self)
 
-    def read(
-        self, query_source: Tensor, latest: Tensor, router: torch.nn.Linear, shift: Tensor, scale: Tensor
-    ) -> Tensor:
-        """Mix all states so far by the router's weights, normed and modulated like the queries' source.
+    def read(self, logits: Tensor, latest: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Mix all states so far by the softmax of a router's logits, normed and modulated like the queries' source.
 
         Args:
-            query_source: [s, b, h], what the router sees.
+            logits: [s, b, l], fp32.
             latest: the last remembered state, as `remember` returned it.
             shift, scale: [b, h], fp32.
 
         Returns:
             the keys' and values' source [s, b, h].
         """
-        return _Read.apply(query_source, latest, router.weight, router.bias, shift, scale, self)
+        return _Read.apply(logits, latest, shift, scale, self)
 
     def send(self, latest: Tensor) -> Tensor:
         """All states and `latest`, the output of the last layer here, for the next stage: [(k + 1) * s, b, h]."""
@@ -121,40 +118,26 @@ class _Remember(torch.autograd.Function):
 
 
 class _Read(torch.autograd.Function):
-    """Router, softmax, mix, norm, modulation. Its backward leaves the states' share in the bank."""
+    """Softmax, mix, norm, modulation. Its backward leaves the states' share in the bank."""
 
     @staticmethod
-    def forward(
-        ctx,
-        query_source: Tensor,
-        latest: Tensor,
-        router_weight: Tensor,
-        router_bias: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        bank: MemoryBank,
-    ) -> Tensor:
-        logits = F.linear(query_source.to(router_weight.dtype), router_weight, router_bias)
-        states = bank.states(logits.shape[-1])
-        result = bank.mixer.mix(logits, states, shift, scale, bank.settings)
+    def forward(ctx, logits: Tensor, latest: Tensor, shift: Tensor, scale: Tensor, bank: MemoryBank) -> Tensor:
+        result = bank.mixer.mix(logits, bank.states(logits.shape[-1]), shift, scale, bank.settings)
         ctx.bank = bank
-        ctx.save_for_backward(query_source, router_weight, scale, *result[1:])
+        ctx.save_for_backward(scale, *result[1:])
         return result.output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query_source, router_weight, scale, *saved = ctx.saved_tensors
+        scale, *saved = ctx.saved_tensors
         bank, result = ctx.bank, MixResult(gradient, *saved)
-        states = bank.states(len(router_weight))
+        states = bank.states(result.weights.shape[-1])
         mix_gradient, logits_gradient, shift_gradient, scale_gradient = bank.mixer.mix_backward(
             gradient, result, states, scale, bank.settings
         )
         bank._reads.append((result.weights, mix_gradient))
-        flat = logits_gradient.flatten(0, 1)  # (s * b, l)
-        router_gradient = flat.t() @ query_source.flatten(0, 1).to(flat.dtype)
-        query_gradient = (logits_gradient @ router_weight).to(query_source.dtype)
-        return query_gradient, None, router_gradient, flat.sum(0), shift_gradient, scale_gradient, None
+        return logits_gradient, None, shift_gradient, scale_gradient, None
 
 
 class _Send(torch.autograd.Function):

@@ -5,7 +5,7 @@ context-parallel rank's own behind its own, so that sequence parallelism cuts pa
 padding off (attention.py), and so does the output: nothing real depends on it, and its gradients are zero. The rest
 works on tokens one by one and need not know. Text and image are padded behind their embedders.
 
-Letters: b samples, c latent channels, t h w latent frames, rows and columns, n tokens of this context-parallel rank.
+Letters: b samples, c latent channels, n tokens of this context-parallel rank, s of them here, h hidden size.
 """
 
 import torch
@@ -98,8 +98,8 @@ class DiTModel(MegatronModule):
         """Predict from noisy latents.
 
         Args:
-            model_input: [b, 2c + mask channels, t, h, w], from `Condition.model_input`; every rank of the model
-                passes all of it, later stages only read its shape.
+            model_input: [b, 2c + mask channels, frames, rows, columns], from `Condition.model_input`; every rank of the
+                model passes all of it, later stages only read its shape.
             timesteps: 1000 * sigma [b], fp32.
             text: text embeddings [b, l, e]. image: image embeddings [b, l, e].
 

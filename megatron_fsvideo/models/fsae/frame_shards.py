@@ -5,14 +5,11 @@ processes for the one or two frames that it needs. The results and the gradients
 are those of one process.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_fsvideo.models.fsae.context import DecodeContext
-from megatron_fsvideo.models.fsae.model import FSAE
 from megatron_fsvideo.models.fsae.streaming import Stream
 from megatron_fsvideo.parallel.neighbours import exchange_frames
 
@@ -73,23 +70,3 @@ def latents_of_rank(num_latents: int, group: ProcessGroup) -> tuple[int, int]:
 def shards_of(group: ProcessGroup) -> FrameShards:
     """This process's place, for `encoder`, `decoder`, `encode_tiled` and `decode_patch`."""
     return FrameShards(position=group.rank(), group=group)
-
-
-def encode_shard(fsae: FSAE, frames: Tensor, group: ProcessGroup) -> Tensor:
-    """This process's frames [b, 3, f, h, w] -> its latents; the first process has 4k+1 frames, the others 4k."""
-    return fsae.encoder(frames, shards_of(group))
-
-
-def decode_shard(
-    fsae: FSAE,
-    latents: Tensor,
-    group: ProcessGroup,
-    first_frame_features: Sequence[Tensor] | None = None,
-    noise_seed: int = 0,
-) -> Tensor:
-    """This process's latents -> its frames, for decoders of every kind.
-
-    Args:
-        first_frame_features: of the video's first frame, the same on all processes.
-    """
-    return fsae.decoder(latents, DecodeContext(shards_of(group), first_frame_features, None, noise_seed))

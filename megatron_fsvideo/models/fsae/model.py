@@ -7,7 +7,7 @@ is frames 4i-3 .. 4i. A video may be encoded in chunks with equal results, and d
     latents = torch.cat([fsae.encode_chunk(chunk, cache) for chunk in chunks], dim=2)
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -112,20 +112,6 @@ class FSAE(nn.Module):
         video = self.decoder(latents, DecodeContext(cache, first_frame_features, None, noise_seed))
         cache.position += latents.shape[2]
         return video
-
-    def encode_chunks(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Encode one video chunk by chunk with the memory of one chunk."""
-        cache = StreamCache()
-        for chunk in chunks:
-            yield self.encode_chunk(chunk, cache)
-
-    def decode_chunks(
-        self, chunks: Iterable[Tensor], first_frame_features: Sequence[Tensor] | None = None, noise_seed: int = 0
-    ) -> Iterator[Tensor]:
-        """Decode one video chunk by chunk with the memory of one chunk; as `decode_chunk`."""
-        cache = StreamCache()
-        for chunk in chunks:
-            yield self.decode_chunk(chunk, cache, first_frame_features, noise_seed)
 
     def first_frame_features(self, frame: Tensor) -> list[Tensor]:
         """Encoder features [b, width, 1, h, w] of one frame [b, 3, 1, h, w] at the stages of the latents' frame rate.
