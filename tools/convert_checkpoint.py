@@ -23,6 +23,7 @@ from megatron_fsvideo.checkpoint.conversion_source import open_source
 from megatron_fsvideo.checkpoint.safetensors_shards import parse_size
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText
+from megatron_fsvideo.data.outputs import try_output
 from megatron_fsvideo.parallel import groups
 
 DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -93,6 +94,7 @@ def report(conversion: Conversion, flags: ConvertFlags) -> None:
 
 def convert(flags: ConvertFlags) -> None:
     """Check everything, write, report."""
+    try_output(flags.output)
     start, max_shard_size = start_job(flags), parse_size(flags.max_shard_size)
     source = open_source(Path(flags.input), flags.input_format, flags.use_ema)
     pgs = groups.initialize(DiTParallelConfig())

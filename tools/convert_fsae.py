@@ -23,13 +23,14 @@ from megatron_fsvideo.checkpoint.dit_release import read_config
 from megatron_fsvideo.checkpoint.release import (
     CONFIG_FILE,
     FSAE_FORMAT,
+    check_release_folder,
     check_weights,
     load_release,
     resolve_release,
     save_fsae,
 )
-from megatron_fsvideo.config import FSAE_PRESETS, FSAEConfig, from_dict, parse_job, run_script
-from megatron_fsvideo.config.rules import Checked, Count, PathText
+from megatron_fsvideo.config import FSAE_PRESETS, FSAEConfig, differences, from_dict, parse_job, run_script
+from megatron_fsvideo.config.rules import Checked, Count, PathText, Share
 from megatron_fsvideo.data.listing import files_in
 from megatron_fsvideo.evaluation.weight_files import read_weight_file
 from megatron_fsvideo.models.fsae import FSAE
@@ -45,8 +46,12 @@ class ConvertFlags(Checked):
     folder of such files, or a torch file that holds only tensors."""
     save: PathText
     """Release folder to write."""
+    overwrite: bool = False
+    """Replace the release folder of an earlier run."""
     match_dc_ae: bool = False
-    """Take the model's sizes from the DC-AE instead of from flags."""
+    """Take the model's sizes from the DC-AE instead of from flags, which may then not be given."""
+    max_fresh_fraction: Share = 0.75
+    """Largest share of tensors that may start fresh. If more would, the source hardly fits the model."""
     seed: Count = 0
     """Seed of new tensors."""
 
@@ -67,9 +72,15 @@ def main() -> None:
         for preset, values in FSAE_PRESETS.items()
     }
     job = parse_job(ConvertJob, presets)
+    check_release_folder(job.convert.save, overwrite=job.convert.overwrite)
     fsae, fresh, unused = convert(job)
-    save_fsae(job.convert.save, fsae)
     total = len(fsae.state_dict())
+    if len(fresh) > job.convert.max_fresh_fraction * total:
+        raise ValueError(
+            f"{len(fresh)} of {total} tensors would start fresh (the first: {', '.join(fresh[:3])}): "
+            f"{job.convert.load} hardly fits the model; check the sizes, or raise --max-fresh-fraction"
+        )
+    save_fsae(job.convert.save, fsae)
     print(f"{job.convert.save}: {total - len(fresh)} of {total} tensors from {job.convert.load}, {len(fresh)} fresh")
     print("\n".join([f"fresh: {name}" for name in fresh] + [f"not used: {name}" for name in unused]))
 
@@ -91,6 +102,9 @@ def convert(job: ConvertJob) -> tuple[FSAE, list[str], list[str]]:
         fresh = inherit(fsae, before, weights)
         return fsae, fresh, sorted(set(weights) - set(fsae.state_dict()))
     state = to_diffusers_names(read_tensors(source))
+    if job.convert.match_dc_ae and (given := differences(FSAEConfig(), job.model)):
+        names = ", ".join("--" + line.split(":")[0].replace("_", "-") for line in given[:3])
+        raise ValueError(f"--match-dc-ae takes all sizes from {source}; leave out {names}, or --match-dc-ae")
     fsae = FSAE(dcae_config(state) if job.convert.match_dc_ae else job.model)
     fresh, unused = start_from_dcae(fsae, state)
     if len(fresh) == len(fsae.state_dict()):

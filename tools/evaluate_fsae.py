@@ -152,7 +152,7 @@ def main() -> None:
         out, latents, sheet = output_files(flags)
         write_json(out, report)
         write_json(latents, [statistics_entry(a, part) for a, part in zip(autoencoders, results, strict=True)])
-        write_contact_sheet(sheet, sheet_rows(autoencoders, results))
+        write_contact_sheet(sheet, sheet_rows(names, autoencoders, results))
         print(format_table(rows), *report["notes"], sep="\n")
     leave_team(team)
 
@@ -283,17 +283,21 @@ def statistics_entry(autoencoder: Autoencoder, results: list[Reconstructed]) -> 
     }
 
 
-def sheet_rows(autoencoders: list[Autoencoder], results: list[list[Reconstructed]]) -> list[tuple[str, Tensor]]:
-    """The shown clips: the original, then every reconstruction of it."""
+def sheet_rows(
+    names: list[str], autoencoders: list[Autoencoder], results: list[list[Reconstructed]]
+) -> list[tuple[str, Tensor]]:
+    """The shown clips: the original, then every reconstruction of it.
+
+    Args:
+        names: of the rows of all autoencoders, as in the table.
+    """
+    ways = [(part, row) for a, part in zip(autoencoders, results, strict=True) for row in a.rows]
     sheet = []
     for k, first in enumerate(results[0]):
         if first.frames:
             sheet.append((f"original, clip {k}", first.frames[ORIGINAL]))
-            sheet += [
-                (f"{row}, clip {k}", part[k].frames[row])
-                for a, part in zip(autoencoders, results, strict=True)
-                for row in a.rows
-            ]
+            named = zip(names, ways, strict=True)
+            sheet += [(f"{name}, clip {k}", part[k].frames[row]) for name, (part, row) in named]
     return sheet
 
 

@@ -17,7 +17,7 @@ from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, check_files
 from megatron_fsvideo.checkpoint.safetensors_shards import TensorInfo, write_shards
 from megatron_fsvideo.checkpoint.save_folder import describe_folder, iteration_folder, latest_iteration
 from megatron_fsvideo.config import FSAEConfig, from_dict, to_dict
-from megatron_fsvideo.data.outputs import write_json
+from megatron_fsvideo.data.outputs import OutputError, try_output, write_json
 from megatron_fsvideo.data.text_files import TextError, read_object
 from megatron_fsvideo.models.codecs import FSAECodec
 from megatron_fsvideo.models.fsae import FSAE
@@ -41,8 +41,12 @@ def save_release(
         config: JSON-able; how to build the model.
         weights: name -> tensor.
         metadata: strings stored in the safetensors header.
+
+    Raises:
+        OutputError: something else than a release is there, or it cannot be written.
     """
     target = Path(folder)
+    check_release_folder(target, overwrite=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -58,6 +62,25 @@ def save_release(
         shutil.rmtree(replaced)
     else:
         unfinished.rename(target)
+
+
+def check_release_folder(folder: str | Path, *, overwrite: bool) -> None:
+    """Refuse a place for a release that is taken, then try it.
+
+    Args:
+        overwrite: a release that is there may be replaced; another folder or a file never.
+
+    Raises:
+        OutputError: naming what is there, or why nothing can be written.
+    """
+    target = Path(folder)
+    is_release = all((target / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if target.exists() and not is_release and not is_empty:
+        raise OutputError(f"{folder}: is there already and is no release folder; choose another place")
+    if is_release and not overwrite:
+        raise OutputError(f"{folder}: holds a release; choose another place, or give --overwrite to replace it")
+    try_output(target)
 
 
 def load_release(folder: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -64,8 +64,13 @@ def list_clips(data: VideoDataConfig, sampling: Sampling, count: int, team: Team
     looked_at = {k: _look_at(path, sampling, index) for k, path in enumerate(paths)}
     skipped = {str(paths[k]): found for k, found in looked_at.items() if isinstance(found, str)}
     ranges = [shot for found in looked_at.values() if not isinstance(found, str) for shot in found]
-    if sampling == "shots" and data.holdout_every:
-        ranges = split_shots(ranges, data.holdout_every)[1]
+    if sampling == "shots" and data.holdout_every and ranges:
+        found, ranges = len(ranges), split_shots(ranges, data.holdout_every)[1]
+        if not ranges:
+            raise ValueError(
+                f"none of the {found} shots below {data.video_dir} is held out by holdout_every {data.holdout_every}, "
+                "which is the training's unless you give it: judge all shots with --holdout-every 0"
+            )
     if len(skipped) == len(paths):
         raise ValueError(f"none of the {len(paths)} videos below {data.video_dir} can be read: {min(skipped.values())}")
     long_enough = [shot for shot in ranges if shot.num_frames >= data.num_frames]

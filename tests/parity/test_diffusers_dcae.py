@@ -277,7 +277,7 @@ def test_files_in_both_layouts_of_f64c128_make_the_same_autoencoder(tmp_path: Pa
         decoded = [m.decode(expected) for m in (fsae, reference)]
     assert error(latents, expected) <= 1e-5 and error(*decoded) <= 1e-5
     with pytest.raises(ValueError, match="not a DC-AE with blocks at full resolution"):
-        convert(ConvertJob(ConvertFlags(str(tmp_path / "mit"), "unused", match_dc_ae=True), config))
+        convert(ConvertJob(ConvertFlags(str(tmp_path / "mit"), "unused", match_dc_ae=True)))
 
 
 SEVEN_STAGES = {

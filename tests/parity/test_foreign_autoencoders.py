@@ -147,6 +147,6 @@ def test_all_are_judged_on_the_same_clips(checkpoint, films, tmp_path, monkeypat
     assert [len(entry["latent_mean"]) for entry in statistics] == [4, 4, 8, 4]
     assert [Path(entry["autoencoder"]).name for entry in statistics][1:] == [f"{k}" for k in TINY]
     with pytest.raises(ValueError, match="is given twice"):
-        run(monkeypatch, *argv, *compared, compared[-1])
+        run(monkeypatch, *argv, "--overwrite", *compared, compared[-1])
     with pytest.raises(ValueError, match="multiples of 16, not 40"):
-        run(monkeypatch, *argv, "--resolution", "40", *compared)
+        run(monkeypatch, *argv, "--overwrite", "--resolution", "40", *compared)

@@ -1,6 +1,8 @@
 """Moves between decoder kinds, and the tool that makes them (fsae_spec section 10: properties 10, 12)."""
 
 import json
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch
 from diffusers import AutoencoderDC
 
 from megatron_fsvideo.checkpoint.release import load_fsae, save_fsae
+from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder
 from megatron_fsvideo.models.fsae import FSAE, begin_video, inherit
 from megatron_fsvideo.models.fsae.convolutions import VideoConv3d
 from megatron_fsvideo.models.fsae.resampling import SubPixelUp
@@ -125,13 +128,13 @@ def test_tool_moves_phases(tmp_path: Path) -> None:
     assert lines[1:] == [f"fresh: {name}" for name in fresh]
     assert f"{len(fresh)} fresh" in lines[0]
 
-    lite, fresh, unused = convert(ConvertJob(ConvertFlags(str(tmp_path / "standard"), ""), model["lite"]))
+    lite, fresh, unused = convert(ConvertJob(ConvertFlags(str(tmp_path / "standard"), "unused"), model["lite"]))
     assert fresh and not unused and lite.config.decoder == "lite"
     with pytest.raises(ValueError, match="neither a file of tensors nor a folder"):
-        convert(ConvertJob(ConvertFlags(str(tmp_path / "nowhere"), ""), model["lite"]))
+        convert(ConvertJob(ConvertFlags(str(tmp_path / "nowhere"), "unused"), model["lite"]))
     safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="neither an FSAE release nor a DC-AE"):
-        convert(ConvertJob(ConvertFlags(str(tmp_path / "other.safetensors"), ""), model["lite"]))
+        convert(ConvertJob(ConvertFlags(str(tmp_path / "other.safetensors"), "unused"), model["lite"]))
 
 
 def test_tool_starts_from_dc_ae(tmp_path: Path) -> None:
@@ -155,9 +158,58 @@ def test_tool_starts_from_dc_ae(tmp_path: Path) -> None:
     ).requires_grad_(False)
     dcae.save_pretrained(tmp_path / "dcae")
     assert json.loads((tmp_path / "dcae" / "config.json").read_text())["_class_name"] == "AutoencoderDC"
-    flags = ConvertFlags(str(tmp_path / "dcae"), "", match_dc_ae=True)
+    flags = ConvertFlags(str(tmp_path / "dcae"), "unused", match_dc_ae=True)
     fsae, fresh, unused = convert(ConvertJob(flags))
     assert not fresh and not unused
     image = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
         assert difference(fsae.encode(image.unsqueeze(2)), dcae.encode(image).latent.unsqueeze(2)) < 1e-5
+
+
+def test_sizes_that_would_not_count_and_sources_that_hardly_fit_are_refused(tmp_path: Path) -> None:
+    from megatron_fsvideo.config import FSAEConfig
+    from tools.convert_fsae import ConvertFlags, ConvertJob, convert
+
+    safetensors.torch.save_file({"weight": torch.zeros(2)}, tmp_path / "a.safetensors")
+    flags = ConvertFlags(str(tmp_path / "a.safetensors"), "unused", match_dc_ae=True)
+    with pytest.raises(ValueError, match="--match-dc-ae takes all sizes from .*; leave out --attention-head-dim"):
+        convert(ConvertJob(flags, FSAEConfig(attention_head_dim=16)))
+    save_fsae(tmp_path / "standard", build(config("standard")).float())
+    target = tmp_path / "videos"
+    target.mkdir()
+    (target / "film.mp4").write_bytes(b"precious")
+    result = run_tool("--load", f"{tmp_path}/standard", "--save", str(target))
+    assert result.returncode == 1 and "videos: is there already and is no release folder" in result.stderr
+    assert (target / "film.mp4").read_bytes() == b"precious"
+    result = run_tool("--load", f"{tmp_path}/standard", "--save", f"{tmp_path}/standard")
+    assert result.returncode == 1 and "holds a release; choose another place, or give --overwrite" in result.stderr
+
+
+def test_a_release_has_the_permissions_that_the_umask_says(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_fsae(tmp_path / "release", build(config()).float())
+    finally:
+        os.umask(before)
+    for path in [tmp_path / "release", *(tmp_path / "release").iterdir()]:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o755 if path.is_dir() else 0o644), path
+
+
+def test_a_release_that_may_not_be_read_is_told_from_a_missing_one(tmp_path: Path, monkeypatch) -> None:
+    save_fsae(tmp_path / "release", build(config()).float())
+    honest = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied", str(self))
+        return honest(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ValueError, match="model.safetensors cannot be read: Permission denied"):
+        load_fsae(tmp_path / "release")
+
+
+def test_a_release_beside_hidden_copies_is_read(tmp_path: Path) -> None:
+    save_fsae(tmp_path / "release", build(config()).float())
+    (tmp_path / "release" / "._model.safetensors").write_bytes(b"Mac OS X")
+    assert len(SafetensorsFolder(tmp_path / "release").infos) == len(load_fsae(tmp_path / "release").state_dict())
