@@ -136,7 +136,7 @@ class FSAEBatches:
         """The job's batch sizes are the largest bucket's; smaller clips come in larger batches."""
         training = self.job.training
         self.batch_sizes = global_batch_sizes(
-            {bucket: bucket.num_frames * bucket.height * bucket.width for bucket in buckets},
+            {bucket: self._cost(bucket) for bucket in buckets},
             training.global_batch_size,
             training.batch_size_multiple,
         )
@@ -160,10 +160,24 @@ class FSAEBatches:
 
     def _work(self, bucket: Bucket) -> float:
         """Pixels of one clip that one rank's decoder makes, which sets how many clips fit."""
+        return self._decoded(bucket) / (self.cp_size if self._is_shared(bucket) else 1)
+
+    def _decoded(self, bucket: Bucket) -> int:
+        """Pixels of one clip that the decoder makes: those of its patch."""
         memory, cell = self.job.memory, cell_size(self.job.model)
         height = min(bucket.height, cell * memory.patch_rows or bucket.height)
         width = min(bucket.width, cell * memory.patch_columns or bucket.width)
-        return bucket.num_frames * height * width / (self.cp_size if self._is_shared(bucket) else 1)
+        return bucket.num_frames * height * width
+
+    def _cost(self, bucket: Bucket) -> int:
+        """Pixels of one clip that pass through a network in training, a backward pass counted twice.
+
+        The encoder sees the whole clip, the decoder a patch. By the whole clip's pixels alone, a step on short or small
+        clips would decode as many patches of them as fit into one large clip, which is many times the work.
+        """
+        memory = self.job.memory
+        learns_whole = self.job.phase.trains_encoder and not memory.encoder_tile
+        return bucket.num_pixels * (3 if learns_whole else 1) + 3 * self._decoded(bucket)
 
     def _is_image(self, iteration: int) -> bool:
         phase = self.job.phase
