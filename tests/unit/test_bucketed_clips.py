@@ -77,3 +77,23 @@ def test_small_clips_come_in_larger_batches(video_dir: Path) -> None:
         FSAEBatches(bucket_job(video_dir, buckets=("5x18x16",)), 1)
     with pytest.raises(ValueError, match="has one frame, which image_fraction asks for"):
         FSAEBatches(bucket_job(video_dir, buckets=("5x16x16",)), 1)
+
+
+def test_no_layout_changes_the_batches(video_dir: Path) -> None:
+    """Bucket and number of samples of each step; the ranks' micro-batches are its samples, each once."""
+
+    def steps(dp_size: int, cp_size: int, micro_batch_size: int) -> list[tuple]:
+        changes = {"micro_batch_size": micro_batch_size, "image_batch_size": 8, "context_parallel_size": cp_size}
+        batches = FSAEBatches(bucket_job(video_dir, **changes), dp_size, cp_size)
+        plans = [batches.plan(k) for k in range(30)]
+        for plan in plans:
+            num_ranks = dp_size * (1 if plan.is_shared else cp_size)
+            assert plan.num_samples % (num_ranks * plan.micro_batch_size) == 0
+        return [(plan.bucket, plan.num_samples) for plan in plans]
+
+    alone = steps(1, 1, 1)
+    assert len({bucket for bucket, _ in alone}) == 3
+    for layout in ((1, 1, 4), (2, 1, 1), (2, 1, 2), (4, 1, 1), (1, 2, 1), (2, 2, 1)):
+        assert steps(*layout) == alone, layout
+    with pytest.raises(ValueError, match="5x16x16 has 108 samples, .* data-parallel size 8 = 8 .nearest: 104 or 112"):
+        FSAEBatches(bucket_job(video_dir, image_batch_size=8, global_batch_size=8, batch_size_multiple=4), 8)

@@ -30,6 +30,16 @@ def test_slices_and_tiles_see_the_noise_of_the_whole(rate: int, first: int) -> N
     assert torch.equal(part, whole[:, :, first:, 2:6, 3:8])
 
 
+@pytest.mark.parametrize("noise_shape", ["spatial", "full"])
+def test_a_sample_has_its_noise_whatever_it_is_decoded_with(noise_shape: str) -> None:
+    fsae = build(config("lite", noise_shape=noise_shape))
+    latents = random_latents(fsae.config, 2).expand(3, -1, -1, -1, -1)
+    together = fsae.decode(latents, noise_seed=(7, 8, 7))
+    for video, seed in zip(together, (7, 8, 7), strict=True):
+        assert difference(video[None], fsae.decode(latents[:1], noise_seed=seed)) < 1e-9
+    assert difference(together[0], together[1]) > 1e-3
+
+
 def test_a_lite_decoder_streams_exactly() -> None:
     fsae = build(config("lite", noise_shape="full"))
     latents = random_latents(fsae.config, 4)

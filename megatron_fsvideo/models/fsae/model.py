@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from megatron_fsvideo.config import FSAEConfig
 from megatron_fsvideo.models.fsae.blocks import TEMPORAL_STAGES, Stage
-from megatron_fsvideo.models.fsae.context import DecodeContext
+from megatron_fsvideo.models.fsae.context import DecodeContext, NoiseSeed
 from megatron_fsvideo.models.fsae.decoder import Decoder
 from megatron_fsvideo.models.fsae.encoder import Encoder
 from megatron_fsvideo.models.fsae.streaming import StreamCache
@@ -60,14 +60,14 @@ class FSAE(nn.Module):
         return self.encoder(video)
 
     def decode(
-        self, latents: Tensor, first_frame_features: Sequence[Tensor] | None = None, noise_seed: int = 0
+        self, latents: Tensor, first_frame_features: Sequence[Tensor] | None = None, noise_seed: NoiseSeed = 0
     ) -> Tensor:
         """latents [b, c, k+1, h, w] -> video [b, 3, 4k+1, h*s, w*s], not clamped.
 
         Args:
             first_frame_features: of `first_frame_features`; without them a Standard or Lite decoder skips its attention
                 to the first frame. A causal decoder has none.
-            noise_seed: which noise a Standard or Lite decoder adds.
+            noise_seed: which noise a Standard or Lite decoder adds: one for all samples, or one for each.
 
         Raises:
             ValueError: another number of channels, or features of another frame size.
@@ -96,7 +96,7 @@ class FSAE(nn.Module):
         latents: Tensor,
         cache: StreamCache,
         first_frame_features: Sequence[Tensor] | None = None,
-        noise_seed: int = 0,
+        noise_seed: NoiseSeed = 0,
     ) -> Tensor:
         """The next latent frames of a stream, any number: k+1 make 4k+1 frames at its start, k make 4k later.
 

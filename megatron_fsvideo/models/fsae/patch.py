@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_fsvideo.config import FSAEConfig
 from megatron_fsvideo.models.fsae.blocks import TEMPORAL_STAGES, is_residual_stage
-from megatron_fsvideo.models.fsae.context import DecodeContext, Window
+from megatron_fsvideo.models.fsae.context import DecodeContext, NoiseSeed, Window
 from megatron_fsvideo.models.fsae.decoder import OUTER_STAGES
 from megatron_fsvideo.models.fsae.model import FSAE
 from megatron_fsvideo.models.fsae.streaming import Stream
@@ -103,7 +103,7 @@ def decode_patch(
     latents: Tensor,
     box: PatchBox,
     first_frame_features: Sequence[Tensor] | None = None,
-    noise_seed: int = 0,
+    noise_seed: NoiseSeed = 0,
     shards: Stream | None = None,
 ) -> tuple[Tensor, VideoRegion]:
     """Decode what can be decoded right from a box, with gradients to all of the latents.
