@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from megatron_fsvideo.checkpoint.run_record import RunDescription, RunRecord
+from megatron_fsvideo.config.rules import shown
 from megatron_fsvideo.data.sample_order import check_order
 from megatron_fsvideo.models.codecs import is_same_encoder, spell_autoencoder
 
@@ -13,6 +14,7 @@ Purpose = Literal["resume", "stage", "finetune"]
 # Fields that say how weights start: they have started.
 _INITIAL_VALUES = ("layer_memory_init", "q_norm_init", "residual_init", "resample_init", "patchify_init")
 _ABSENT = "none"
+_NO_OPTIMIZER = {"optimizer": _ABSENT}
 
 
 def check_agreement(
@@ -70,7 +72,7 @@ def _check_network(name: str, saved: dict[str, Any], current: dict[str, Any], wh
     wrong += [line for line in diffusion if line.startswith("prediction_type:")]
     if wrong:
         raise ValueError(f"the checkpoint {where} has another architecture: {'; '.join(wrong)}")
-    if purpose != "finetune" and (kind := _differences(saved["optimizer"], current["optimizer"])):
+    if purpose != "finetune" and (kind := _differences(saved.get("optimizer", _NO_OPTIMIZER), current["optimizer"])):
         raise ValueError(
             f"the optimizer state in {where} does not fit: {'; '.join(kind)}; finetune loads the weights alone"
         )
@@ -79,7 +81,7 @@ def _check_network(name: str, saved: dict[str, Any], current: dict[str, Any], wh
 def _differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Lines `field: saved value, current value`. Values may have been through JSON: tuples are lists there."""
     pairs = [(name, _plain(saved[name]), _plain(current[name])) for name in saved if name in current]
-    return [f"{name}: checkpoint {old!r}, this run {new!r}" for name, old, new in pairs if old != new]
+    return [f"{name}: checkpoint {shown(old)}, this run {shown(new)}" for name, old, new in pairs if old != new]
 
 
 def _plain(value: Any) -> Any:

@@ -9,12 +9,14 @@ trained or the averaged.
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from megatron_fsvideo.checkpoint.release import CONFIG_FILE, FSAE_FORMAT
-from megatron_fsvideo.checkpoint.run_record import RunDescription, RunRecord, old_networks
+from megatron_fsvideo.checkpoint.run_record import DataRecord, NetworkRecord, RunDescription, RunRecord, old_networks
 from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder
 from megatron_fsvideo.config import DiffusionConfig, DiTConfig, from_dict
+from megatron_fsvideo.config.rules import Count, shown
+from megatron_fsvideo.data.schema import checked
 from megatron_fsvideo.data.text_files import read_object
 
 DIT_FORMAT = "megatron_fsvideo.dit"
@@ -41,14 +43,29 @@ class DiTNetwork:
         return {"kind": DIT_KIND} | asdict(self)
 
     @staticmethod
-    def parse(values: dict[str, Any]) -> "DiTNetwork":
+    def parse(values: dict[str, Any], where: str) -> "DiTNetwork":
         """The inverse of `to_json`; other entries are ignored.
+
+        Args:
+            where: the file, for messages.
 
         Raises:
             ValueError, KeyError, TypeError: the record is damaged.
         """
-        model, diffusion = from_dict(DiTConfig, values["model"]), from_dict(DiffusionConfig, values["diffusion"])
+        checked(where, NetworkRecord, values)
+        model = from_dict(DiTConfig, values["model"], f"{where}: model")
+        diffusion = from_dict(DiffusionConfig, values["diffusion"], f"{where}: diffusion")
         return DiTNetwork(model, diffusion, bool(values["bf16"]), bool(values["average"]))
+
+
+class _Release(TypedDict):
+    """The types of what is read from a release's config.json."""
+
+    network: NotRequired[NetworkRecord]
+    job: NotRequired[dict[str, Any]]
+    data: DataRecord | None
+    iteration: Count
+    origin: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,7 @@ def dit_of_run(record: RunRecord, where: str) -> tuple[str, DiTRecord]:
         found = " and ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "nothing"
         raise ValueError(f"{where} is the --save folder of a run that trains {found}, not a DiT")
     try:
-        network = DiTNetwork.parse(record.networks[name])
+        network = DiTNetwork.parse(record.networks[name], f"{where}/job.json: {name}")
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the job.json of {where} is damaged: {error!r}") from error
     return name, DiTRecord(network, record.run.data, record.iteration, record.origin)
@@ -138,11 +155,13 @@ def open_dit_release(folder: Path) -> tuple[DiTRecord, SafetensorsFolder]:
     """
     values = read_config(folder)
     if values.get("format") != DIT_FORMAT:
-        raise ValueError(f"{folder} holds {values.get('format')!r}, not a DiT ({DIT_FORMAT!r})")
+        raise ValueError(f"{folder} holds {shown(values.get('format'))}, not a DiT ({DIT_FORMAT!r})")
+    path = str(folder / CONFIG_FILE)
     try:
+        checked(path, _Release, values)
         # Earlier releases hold the job instead.
         network = values["network"] if "network" in values else old_networks(values)[DIT_KIND]
-        record = DiTRecord(DiTNetwork.parse(network), values["data"], values["iteration"], values["origin"])
+        record = DiTRecord(DiTNetwork.parse(network, path), values["data"], values["iteration"], values["origin"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is damaged: {error!r}") from error
+        raise ValueError(f"{path} is damaged: {error!r}") from error
     return record, SafetensorsFolder(folder)

@@ -17,6 +17,7 @@ from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, check_files
 from megatron_fsvideo.checkpoint.safetensors_shards import TensorInfo, write_shards
 from megatron_fsvideo.checkpoint.save_folder import describe_folder, iteration_folder, latest_iteration
 from megatron_fsvideo.config import FSAEConfig, from_dict, to_dict
+from megatron_fsvideo.config.rules import shown
 from megatron_fsvideo.data.outputs import OutputError, try_output, write_json
 from megatron_fsvideo.data.text_files import TextError, read_object
 from megatron_fsvideo.models.codecs import FSAECodec
@@ -132,9 +133,13 @@ def load_fsae(path: str | Path, device: str | torch.device = "cpu", dtype: torch
     folder = resolve_release(path)
     config, weights = load_release(folder, device)
     if config.get("format") != FSAE_FORMAT:
-        raise ValueError(f"{folder} holds {config.get('format')!r}, not an autoencoder ({FSAE_FORMAT!r})")
-    with torch.device("meta"):
-        fsae = FSAE(from_dict(FSAEConfig, config["model"]))
+        raise ValueError(f"{folder} holds {shown(config.get('format'))}, not an autoencoder ({FSAE_FORMAT!r})")
+    model_config = from_dict(FSAEConfig, config.get("model"), f"{folder / CONFIG_FILE}: model")
+    try:
+        with torch.device("meta"):
+            fsae = FSAE(model_config)
+    except (ValueError, RuntimeError) as error:  # torch refuses sizes whose product overflows
+        raise ValueError(f"{folder / CONFIG_FILE}: {str(error).splitlines()[0]}") from error
     check_weights(str(folder), fsae, weights)
     fsae.load_state_dict(weights, assign=True)
     return fsae.to(device, dtype).eval().requires_grad_(False)

@@ -9,11 +9,79 @@ Readers ask for networks, never for the job that trained them. `job` is kept for
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict
+
+from megatron_fsvideo.config.rules import Count, shown
+from megatron_fsvideo.data.schema import checked
 
 FORMAT = 2
 # Format 1 had one job each of two kinds, and no networks.
 _OLD_FORMAT = 1
+_Values = dict[str, Any]
+
+
+class _Autoencoder(TypedDict):
+    path: str
+    fingerprint: str
+    weights_fingerprint: NotRequired[str | None]
+
+
+class DataRecord(TypedDict):
+    """What a record says about the data, and the types."""
+
+    autoencoder: _Autoencoder
+    text_encoder: _Values
+    image_encoder: _Values
+    latent_mean: list[float]
+    latent_std: list[float]
+    fps: float | None
+    buckets: list[str]
+    streams: NotRequired[list[tuple[str, Count, str]]]
+
+
+class _List(TypedDict):
+    name: str
+    count: Count
+    ordered: str
+    sorted: str
+
+
+class _Order(TypedDict):
+    method: str
+    settings: _Values
+    lists: list[_List]
+
+
+class NetworkRecord(TypedDict):
+    """What a record says about one network, and the types."""
+
+    kind: str
+    model: _Values
+    optimizer: NotRequired[_Values]
+    diffusion: NotRequired[_Values | None]
+    codec: NotRequired[_Values | None]
+    bf16: NotRequired[bool]
+    average: NotRequired[bool]
+
+
+class _Frozen(TypedDict):
+    path: str
+    fingerprint: str
+
+
+class _JobFile(TypedDict):
+    """What is read from a job.json, and the type of each entry. Other entries are ignored."""
+
+    iteration: Count
+    consumed_samples: NotRequired[Count]
+    job: _Values
+    networks: NotRequired[dict[str, NetworkRecord]]
+    data: NotRequired[DataRecord | None]
+    order: NotRequired[_Order | None]
+    frozen: NotRequired[dict[str, _Frozen]]
+    fixed: NotRequired[_Values]
+    weights_only: NotRequired[bool]
+    origin: NotRequired[_Values]
 
 
 @dataclass(frozen=True)
@@ -91,34 +159,25 @@ def parse_record(values: dict[str, Any], where: str) -> RunRecord:
     """
     version = values.get("format", _OLD_FORMAT)
     if version not in (FORMAT, _OLD_FORMAT):
-        raise ValueError(f"{where}/job.json has format {version!r}, this program reads {_OLD_FORMAT} and {FORMAT}")
+        raise ValueError(f"{where}/job.json has format {shown(version)}, this program reads {_OLD_FORMAT} and {FORMAT}")
+    path = f"{where}/job.json"
+    checked(path, _JobFile, values)
+    is_old = version == _OLD_FORMAT
     try:
-        is_old = version == _OLD_FORMAT
         networks = old_networks(values) if is_old else values["networks"]
-        parts = values.get("frozen", {}), values.get("fixed", {})
-        run = RunDescription(values["job"], values.get("data"), values.get("order"), *parts)
-        record = RunRecord(
-            values["iteration"],
-            values.get("consumed_samples", 0),
-            networks,
-            run,
-            values.get("weights_only", False),
-            is_old,
-            values.get("origin", {}),
-        )
-        _check_types(record)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}/job.json is damaged: {error!r}") from error
-    return record
-
-
-def _check_types(record: RunRecord) -> None:
-    counters = (record.iteration, record.consumed_samples)
-    if not all(isinstance(count, int) and count >= 0 for count in counters):
-        raise TypeError(f"iteration and consumed_samples are {counters}")
-    for network in record.networks.values():
-        if not isinstance(network["kind"], str) or not isinstance(network["model"], dict):
-            raise TypeError("a network needs kind and model")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}") from error
+    checked(path, dict[str, NetworkRecord], networks)
+    parts = values.get("frozen", {}), values.get("fixed", {})
+    return RunRecord(
+        values["iteration"],
+        values.get("consumed_samples", 0),
+        networks,
+        RunDescription(values["job"], values.get("data"), values.get("order"), *parts),
+        values.get("weights_only", False),
+        is_old,
+        values.get("origin", {}),
+    )
 
 
 def old_networks(values: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -10,13 +10,13 @@ it has job.json, checksums.json and every file that checksums.json names. Nothin
 is killed while it saves leaves a folder without checksums.json, and copies such as `iter_0000002_keep` are the user's.
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, read_checksums, write_text_atomically
+from megatron_fsvideo.data.text_files import TextError, read_object
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 JOB_FILE = "job.json"
@@ -95,12 +95,9 @@ def read_record(folder: Path, iteration: int) -> dict[str, Any]:
     """
     path = iteration_folder(folder, iteration) / JOB_FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is missing or damaged ({error}): not a checkpoint of this program") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is damaged: it holds no object")
-    return record
+        return read_object(path)
+    except TextError as error:
+        raise ValueError(f"{error}: not a checkpoint of this program") from error
 
 
 def describe_folder(folder: Path) -> str:

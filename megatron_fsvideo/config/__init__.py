@@ -24,7 +24,7 @@ from megatron_fsvideo.config.latent_upsampler import LatentUpsamplerConfig, Late
 from megatron_fsvideo.config.parallel import DiTParallelConfig, GroupSizes, ParallelConfig
 from megatron_fsvideo.config.presets import DIT_PRESETS, FSAE_PRESETS
 from megatron_fsvideo.config.require import require
-from megatron_fsvideo.config.rules import Checked, from_dict, parse_json, read_json, to_dict
+from megatron_fsvideo.config.rules import Checked, from_dict, parse_json, to_dict
 from megatron_fsvideo.config.training import (
     CheckpointConfig,
     LoggingConfig,
@@ -71,7 +71,6 @@ __all__ = [
     "parse_json",
     "prefixed",
     "presets_for",
-    "read_json",
     "require",
     "run_script",
     "to_dict",

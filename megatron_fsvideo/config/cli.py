@@ -41,7 +41,8 @@ def report_error(line: str) -> None:
     """Print a line to standard error. Under torchrun only rank 0 prints; torchrun repeats the line of another rank."""
     if _write_error_file(line) and os.environ.get("RANK", "0") != "0":
         return
-    print(line, file=sys.stderr, flush=True)
+    # File names that are not UTF-8 come as halves of surrogate pairs.
+    print(line.encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stderr, flush=True)
 
 
 def _write_error_file(text: str) -> bool:

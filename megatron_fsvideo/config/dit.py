@@ -5,14 +5,14 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from megatron_fsvideo.config.rules import Checked, Count, Positive, PositiveInt, Share
+from megatron_fsvideo.config.rules import Checked, Count, Layers, Positive, PositiveInt, Share
 
 
 @dataclass(frozen=True)
 class DiTConfig(Checked):
     """architecture of the base DiT and the refiner (the defaults are the paper's 14B)"""
 
-    num_layers: PositiveInt = 40
+    num_layers: Layers = 40
     """Number of transformer layers."""
     hidden_size: PositiveInt = 5120
     """Width of the token stream."""

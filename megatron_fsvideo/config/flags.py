@@ -154,6 +154,7 @@ def _field_names(job_class: type) -> set[str]:
     return names
 
 
+@functools.cache
 def field_docs(group_class: type) -> dict[str, str]:
     """Field name -> the string literal under it, in the class or in one it inherits from.
 
@@ -220,6 +221,7 @@ def _argument(hint: Any) -> dict[str, Any]:
 
 _METAVARS = {int: "N", float: "X", str: "TEXT"}
 _HELP_WIDTH = 110
+_LONGEST_ERROR = 1500
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:
@@ -229,7 +231,9 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # argparse prints its usage first; with a hundred flags that hides the one line that matters.
-        report_error(f"{self.prog}: error: {message} (--help lists the flags)")
+        shown = " ".join(message.split())
+        shown = shown if len(shown) <= _LONGEST_ERROR else f"{shown[:_LONGEST_ERROR]}..."
+        report_error(f"{self.prog}: error: {shown} (--help lists the flags)")
         sys.exit(2)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from msgspec import Meta
 
 from megatron_fsvideo.config.compression import Compression
-from megatron_fsvideo.config.rules import Checked, Count, NonNegative, Positive, PositiveInt, Share
+from megatron_fsvideo.config.rules import Checked, Count, Depth, NonNegative, Positive, PositiveInt, Share
 
 
 @dataclass(frozen=True)
@@ -15,10 +15,10 @@ class FSAEConfig(Checked):
 
     widths: tuple[PositiveInt, ...] = (128, 256, 512, 512, 1024, 1024, 2048)
     """Number of channels of each stage, pixel side first. n stages give a spatial factor of 2^(n-1)."""
-    encoder_depths: tuple[Count, ...] = (2, 2, 2, 3, 3, 3, 3)
+    encoder_depths: tuple[Depth, ...] = (2, 2, 2, 3, 3, 3, 3)
     """Number of blocks of each encoder stage, pixel side first. If the first is 0, the stem leads to the second
     stage."""
-    decoder_depths: tuple[Count, ...] = (3, 3, 3, 3, 3, 3, 3)
+    decoder_depths: tuple[Depth, ...] = (3, 3, 3, 3, 3, 3, 3)
     """Number of blocks of each decoder stage, pixel side first. If the first is 0, the head does the last
     upsampling."""
     attention_stages: Count = 4

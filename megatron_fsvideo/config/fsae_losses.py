@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from megatron_fsvideo.config.rules import Checked, Count, NonNegative, PathText, PositiveInt
+from megatron_fsvideo.config.rules import Checked, Count, Layers, NonNegative, PathText, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class AdversaryConfig(Checked):
     """Weight of the adversarial loss from phase 2 on (paper: 0.1). 0 trains without a discriminator."""
     discriminator_width: PositiveInt = 64
     """Number of channels after the first layer of each discriminator."""
-    discriminator_scales: PositiveInt = 3
+    discriminator_scales: Layers = 3
     """Number of discriminators. Each works on half the frames, rows and columns of the one before."""
-    discriminator_layers: PositiveInt = 3
+    discriminator_layers: Layers = 3
     """Number of layers of each discriminator that halve rows and columns."""
     discriminator_warmup_iters: Count = 0
     """Iterations at the start in which only the discriminator is trained."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_fsvideo.config.rules import Checked, Count, NonNegative, Positive, PositiveInt, Share
+from megatron_fsvideo.config.rules import Checked, Depth, NonNegative, Positive, PositiveInt, Share
 
 GROUPS = 32
 """Groups of norm "group"."""
@@ -17,7 +17,7 @@ class LatentUpsamplerConfig(Checked):
     """Number of channels of the latents."""
     mid_channels: PositiveInt = 512
     """Number of channels between the first and the last convolution."""
-    blocks: tuple[Count, Count] = (0, 16)
+    blocks: tuple[Depth, Depth] = (0, 16)
     """Number of residual blocks before and after the doubling (paper: 16 after it; LTX-Video: 4 and 4)."""
     norm: Literal["pixel", "group"] = "pixel"
     """pixel normalises over the channels of each position. group normalises over 32 groups of channels and the whole

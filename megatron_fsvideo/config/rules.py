@@ -20,7 +20,6 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -30,6 +29,9 @@ T = TypeVar("T")
 
 Count = Annotated[int, Meta(ge=0)]
 PositiveInt = Annotated[int, Meta(ge=1)]
+# Layers or blocks: a number beyond would build a network for hours before anything could refuse it.
+Depth = Annotated[int, Meta(ge=0, le=1000)]
+Layers = Annotated[int, Meta(ge=1, le=1000)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
@@ -133,16 +135,6 @@ def parse_json(text: str | bytes, source: str) -> Any:
         raise ValueError(f"{source} is not valid JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"{source} is not valid here: its JSON is nested too deeply") from None
-
-
-def read_json(path: str | Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        ValueError: not JSON; naming the file.
-        OSError: the file cannot be read.
-    """
-    return parse_json(Path(path).read_bytes(), str(path))
 
 
 def has_no_default(field: dataclasses.Field) -> bool:
