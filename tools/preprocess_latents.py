@@ -79,7 +79,8 @@ class WorkFlags(Checked):
     samples_per_shard: PositiveInt = 256
     """Clips per shard. A restart repeats at most the unfinished shards."""
     max_bad_fraction: Share = 0.01
-    """Largest share of unreadable videos. They are skipped and named; a larger share stops the run."""
+    """Largest share of unreadable videos. They are skipped and named; a larger share stops the run, if it is more than
+    one video. 0 allows none."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of the autoencoder, and on a GPU also of the other encoders."""
     device: PathText | None = None

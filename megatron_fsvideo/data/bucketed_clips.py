@@ -99,10 +99,6 @@ class BucketedClips:
         crop = frames[:, top : top + bucket.height, left : left + bucket.width]
         return to_unit(crop.flip(2) if draw(1, generator) else crop)
 
-    def random_batch(self, first: int, count: int, bucket: Bucket) -> Tensor:
-        """Clips `first` to `first + count - 1` as [count, 3, f, h, w]."""
-        return torch.stack([self.random_clip(first + k, bucket) for k in range(count)])
-
     def shots_of(self, bucket: Bucket) -> list[Shot]:
         """The shots that serve a bucket."""
         return self._shots[bucket]

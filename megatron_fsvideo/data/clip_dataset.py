@@ -73,10 +73,6 @@ class ClipDataset:
         crop = frames[:, top : top + resolution, left : left + resolution]
         return to_unit(crop.flip(2) if draw(1, generator) else crop)
 
-    def random_batch(self, first: int, count: int, num_frames: int, resolution: int) -> Tensor:
-        """Clips `first` to `first + count - 1` as [count, 3, num_frames, resolution, resolution]."""
-        return torch.stack([self.random_clip(first + k, num_frames, resolution) for k in range(count)])
-
     def fixed_clips(self, count: int, num_frames: int, resolution: int) -> Tensor:
         """About `count` clips spread evenly over shots and time, cropped around the centre, the same every time.
 

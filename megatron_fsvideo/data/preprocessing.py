@@ -111,7 +111,7 @@ class PreprocessOptions:
     Attributes:
         batch_size: clips encoded at once; fewer where those do not fit into `PIXELS_WAITING`.
         samples_per_shard: clips a shard is planned for.
-        max_bad_fraction: a larger share of unreadable entries stops the run.
+        max_bad_fraction: a larger share of unreadable entries stops the run, if it is more than one; 0 allows none.
         negative_prompt: stored encoded, for guidance.
     """
 
@@ -277,14 +277,14 @@ def _readable_clips(
     """
     with ExitStack() as opened:
         source: Source | None = None
+        unreadable: dict[str, VideoError] = {}
         for entry, digest in shard.entries:
             try:
                 if entry.problem:
                     raise VideoError(entry.problem)
                 if source is None or source.path != entry.path:
                     opened.close()
-                    source = None
-                    source = Source(entry)
+                    source = _open_source(entry, unreadable)
                     opened.enter_context(source.reader)
                 for clip in expand(entry, source, job.options.clips):
                     yield _load(job, clip, digest, source.reader)
@@ -292,6 +292,17 @@ def _readable_clips(
                 skipped.append((entry.name, str(error)))
                 logger.warning("skipped: %s", error)
                 _check_bad(job, skipped_before + len(skipped), str(error))
+
+
+def _open_source(entry: VideoEntry, unreadable: dict[str, VideoError]) -> Source:
+    """The file of an entry. `unreadable` collects errors, so that a file of many entries is not decoded for each."""
+    if entry.path in unreadable:
+        raise unreadable[entry.path]
+    try:
+        return Source(entry)
+    except VideoError as error:
+        unreadable[entry.path] = error
+        raise
 
 
 def _load(job: Job, clip: Clip, digest: str, reader: VideoReader | ImageReader) -> _Loaded:
@@ -397,8 +408,9 @@ def _record(loaded: _Loaded) -> dict[str, Any]:
 
 
 def _check_bad(job: Job, count: int, last: str) -> None:
-    total = len(job.entries)
-    if count > job.options.max_bad_fraction * total:
+    total, share = len(job.entries), job.options.max_bad_fraction
+    # One bad item among a few is a larger share than anybody would give, and no reason to stop.
+    if count > (max(1, share * total) if share else 0):
         raise ValueError(
             f"{count} of {total} videos cannot be read, more than --max-bad-fraction {job.options.max_bad_fraction}; "
             f"the last: {last}"

@@ -2,13 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from megatron_fsvideo.config import Compression
+from megatron_fsvideo.data.bucketed_clips import BucketedClips
 from megatron_fsvideo.data.buckets import Bucket
+from megatron_fsvideo.data.clip_dataset import ClipDataset
 from megatron_fsvideo.data.clips import ClipOptions
 from megatron_fsvideo.data.manifest import VideoEntry
 from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions
@@ -111,3 +114,8 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 def solid(color: tuple[int, int, int], num_frames: int, size: tuple[int, int] = (36, 64)) -> list[np.ndarray]:
     """Frames of one colour."""
     return [np.full((*size, 3), color, np.uint8)] * num_frames
+
+
+def random_batch(clips: ClipDataset | BucketedClips, first: int, count: int, *shape: Any) -> torch.Tensor:
+    """Clips `first` to `first + count - 1` of a shape, stacked."""
+    return torch.stack([clips.random_clip(first + k, *shape) for k in range(count)])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data_fixtures import random_batch
 
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, VideoDataConfig, build_job
 from megatron_fsvideo.data.bucketed_clips import BucketedClips, open_bucketed_clips
@@ -34,7 +35,7 @@ def test_a_shot_serves_the_nearest_ratio_of_each_length(video_dir: Path, capsys:
     assert held_out is None and set(clips.buckets) == {WIDE, TALL, IMAGE, LONG}
     colours = {}
     for bucket in clips.buckets:
-        batch = clips.random_batch(0, 12, bucket)
+        batch = random_batch(clips, 0, 12, bucket)
         assert batch.shape == (12, 3, bucket.num_frames, bucket.height, bucket.width) and batch.abs().max() <= 1
         colours[bucket] = set(batch.mean(dim=(2, 3, 4)).argmax(dim=1).tolist())
         assert torch.equal(clips.random_clip(7, bucket), batch[7])

@@ -29,6 +29,7 @@ from megatron_fsvideo.training.muon import Muon
 from megatron_fsvideo.training.state import TrainState
 from megatron_fsvideo.training.steps.fsae import FSAEStep
 from tests.parallel.harness import run_workers
+from tests.unit.data_fixtures import random_batch
 
 NUM_SHOTS, SHOT_FRAMES = 4, 20
 
@@ -63,7 +64,7 @@ def test_clips_are_a_function_of_their_number(video_dir: Path) -> None:
     data = VideoDataConfig(video_dir=str(video_dir), num_frames=5, resolution=32, short_side=40, holdout_every=2)
     clips, held_out = open_clips(data, seed=3)
     assert [shot.start for shot in clips.shots] == [0, 40] and [shot.start for shot in held_out.shots] == [20, 60]
-    batch = clips.random_batch(10, 4, 5, 32)
+    batch = random_batch(clips, 10, 4, 5, 32)
     assert batch.shape == (4, 3, 5, 32, 32) and batch.abs().max() <= 1
     again, _ = open_clips(data, seed=3)
     assert torch.equal(again.random_clip(12, 5, 32), batch[2])
@@ -72,7 +73,7 @@ def test_clips_are_a_function_of_their_number(video_dir: Path) -> None:
     assert not torch.equal(other.random_clip(10, 5, 32), batch[0])
 
     # Colours tell the shots apart: no clip has a cut, none is of a held-out shot (green, yellow).
-    for clip in clips.random_batch(0, 40, 5, 32):
+    for clip in random_batch(clips, 0, 40, 5, 32):
         red, green, blue = clip.mean(dim=(1, 2, 3))
         assert max(red, blue) > green + 0.3
         assert clip.mean(dim=(2, 3)).std(dim=1).max() < 0.1

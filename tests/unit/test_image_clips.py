@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_fixtures import moving_video, tiny_encoders, tiny_options
+from data_fixtures import moving_video, random_batch, tiny_encoders, tiny_options
 from PIL import Image
 
 from megatron_fsvideo.config import VideoDataConfig
@@ -58,13 +58,13 @@ def test_training_draws_images_for_batches_of_one_frame(folder, capsys):
     data = VideoDataConfig(video_dir=str(folder), num_frames=17, resolution=32, short_side=32)
     clips, _ = open_clips(data, seed=0)
     assert "broken.jpg" in capsys.readouterr().err
-    batch = clips.random_batch(0, 40, 1, 32)
+    batch = random_batch(clips, 0, 40, 1, 32)
     is_photo = (batch[:, 0].mean(dim=(1, 2, 3)) > 0.5) & (batch[:, 2].mean(dim=(1, 2, 3)) < -0.99)
     assert 3 <= is_photo.sum() < 40
-    assert clips.random_batch(0, 3, 17, 32).shape == (3, 3, 17, 32, 32)
+    assert random_batch(clips, 0, 3, 17, 32).shape == (3, 3, 17, 32, 32)
     bucketed, _ = open_bucketed_clips(data, [Bucket(1, 32, 48), Bucket(17, 32, 48)], seed=0)
     assert len(bucketed.shots_of(Bucket(1, 32, 48))) == 6 and len(bucketed.shots_of(Bucket(17, 32, 48))) == 1
-    assert bucketed.random_batch(0, 4, Bucket(1, 32, 48)).shape == (4, 3, 1, 32, 48)
+    assert random_batch(bucketed, 0, 4, Bucket(1, 32, 48)).shape == (4, 3, 1, 32, 48)
 
 
 def test_a_folder_of_images_alone(folder):

@@ -24,6 +24,7 @@ from data_fixtures import (
 
 from megatron_fsvideo.checkpoint.release import save_fsae
 from megatron_fsvideo.config import FSAEConfig
+from megatron_fsvideo.data import preprocessing
 from megatron_fsvideo.data.clips import Source, expand
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.latent_shards import ShardError, find_manifests, read_json, read_manifest, read_sample
@@ -154,6 +155,23 @@ def test_a_bad_video_is_skipped_counted_and_named(tmp_path, entries, caplog):
     assert values["num_samples"] == 9
     ((name, reason),) = values["skipped"]
     assert name == "video4.mp4:0-9" and "video4.mp4" in reason and "video4.mp4" in caplog.text
+
+
+def test_one_bad_video_among_three_stops_no_run(tmp_path, entries):
+    (tmp_path / "videos" / "video1.mp4").write_bytes(b"damaged")
+    assert preprocess(tmp_path / "out", entries[:3], tiny_encoders(), tiny_options(max_bad_fraction=0.01))
+    with pytest.raises(ValueError, match=r"1 of 3 videos cannot be read, more than --max-bad-fraction 0; "):
+        preprocess(tmp_path / "none", entries[:3], tiny_encoders(), tiny_options(max_bad_fraction=0))
+
+
+def test_a_bad_file_of_many_entries_is_opened_once(tmp_path, entries, monkeypatch):
+    opened = []
+    source = preprocessing.Source
+    monkeypatch.setattr(preprocessing, "Source", lambda entry: opened.append(entry.path) or source(entry))
+    (tmp_path / "videos" / "video1.mp4").write_bytes(b"damaged")
+    ranges = [replace(entries[1], start=k, num_frames=1) for k in range(5)]
+    assert preprocess(tmp_path / "out", [entries[0], *ranges], tiny_encoders(), tiny_options(max_bad_fraction=0.9))
+    assert opened.count(entries[1].path) == 2  # once a shard, of which there are two
 
 
 def test_too_many_bad_videos_stop_the_run(tmp_path, entries):
@@ -367,10 +385,10 @@ def test_tool_ends_with_an_error_code_on_a_truncated_video_and_a_corrupt_shard(t
     video = tmp_path / "videos" / "video4.mp4"
     whole = video.read_bytes()
     video.write_bytes(whole[: len(whole) // 2])
-    result = run_tool(*arguments)
+    result = run_tool(*arguments, "--max-bad-fraction", "0")
     assert result.returncode == 1 and not (tmp_path / "out" / "dataset.json").exists()
     last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: 1 of 10 videos cannot be read, more than --max-bad-fraction 0.01; the last: ")
+    assert last.startswith("error: 1 of 10 videos cannot be read, more than --max-bad-fraction 0.0; the last: ")
     assert "video4.mp4" in last
     video.write_bytes(whole)
     assert run_tool(*arguments).returncode == 0
@@ -397,7 +415,7 @@ def test_entries_with_a_problem_are_skipped_counted_and_named(tmp_path):
     entries = make_videos(tmp_path / "videos", 3)
     entries.append(VideoEntry("", "caf\\udce9.mp4", "", problem="caf\\udce9.mp4: the file name is not UTF-8"))
     with pytest.raises(ValueError, match="1 of 4 videos cannot be read, .*the file name is not UTF-8"):
-        preprocess(tmp_path / "strict", entries, tiny_encoders(), tiny_options())
+        preprocess(tmp_path / "strict", entries, tiny_encoders(), tiny_options(max_bad_fraction=0))
     assert preprocess(tmp_path / "out", entries, tiny_encoders(), tiny_options(max_bad_fraction=0.5))
     description = read_json(tmp_path / "out" / "dataset.json")
     assert description["num_samples"] == 3 and "not UTF-8" in description["skipped"][0][1]
