@@ -6,6 +6,7 @@ are what other packages use instead of torch.distributed.
 
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -33,6 +34,8 @@ class ProcessGroups:
         collection: the groups as Megatron's modules take them.
         tp, cp, pp, dp: one group per axis; dp_cp joins data and context, over which gradients are reduced.
         tp_host: the ranks of `tp` for what stays in host memory; of its own, so that a thread may use it beside `tp`.
+        tp_host_thread: the one thread that uses it while a step is computed. It works in the order of submission, which
+            must be the same on all ranks.
         device: where this rank's tensors live.
     """
 
@@ -43,6 +46,7 @@ class ProcessGroups:
     dp: ProcessGroup
     dp_cp: ProcessGroup
     tp_host: ProcessGroup
+    tp_host_thread: ThreadPoolExecutor
     device: torch.device
 
     @property
@@ -181,6 +185,7 @@ def initialize(parallel: ParallelConfig) -> ProcessGroups:
         dp=collection.dp,
         dp_cp=collection.dp_cp,
         tp_host=_host_group(collection.tp, sizes.tensor, world_size, timeout),
+        tp_host_thread=ThreadPoolExecutor(1),
         device=device,
     )
 

@@ -1,6 +1,5 @@
 """A micro-batch that rank 0 read reaches every tensor-parallel rank as it is stored, ahead of its step."""
 
-from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -100,17 +99,21 @@ def job_of(folder: Path, num_workers: int, tp_size: int) -> DiTJob:
 
 
 def take(folder: Path, num_workers: int, tp_size: int) -> list:
-    """Steps 2 to 8: their tokens and samples, and all tensors; collectives of the model's run in between."""
+    """Steps of training: samples, tokens and all tensors; the model's collectives and validations run in between."""
     job = job_of(folder, num_workers, tp_size)
     pgs = initialize(job.parallel)
-    source = BatchSource(LatentDataset(job.data.data_path), job, pgs, consumed_samples=4)
+    dataset = LatentDataset(job.data.data_path)
+    source = BatchSource(dataset, job, pgs, consumed_samples=4)
     steps = []
-    for batches, num_samples, tokens in islice(iter(source.next, None), 7):
+    for _ in range(7):
+        steps.append(source.next())
         for _ in range(20):
             assert all_reduce_sum(torch.ones(3), pgs.tp).tolist() == [tp_size] * 3
-        steps.append((num_samples, tokens, [tensors(batch.to("cpu")) for batch in batches]))
+        validation = BatchSource(dataset, job, pgs, shuffle=False)
+        steps += [validation.next() for _ in range(2)]
+        validation.close()
     source.close()
-    return steps
+    return [(number, tokens, [tensors(batch.to("cpu")) for batch in batches]) for batches, number, tokens in steps]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

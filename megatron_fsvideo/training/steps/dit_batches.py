@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from megatron_fsvideo.config import DataConfig, DiTConfig, DiTJob, DiTParallelConfig, TrainingConfig, check_token_count
@@ -63,23 +63,23 @@ class BatchSource:
                 num_workers=job.data.num_workers,
             )
         self._micro_batch_sizes = sizes
-        self._thread = ThreadPoolExecutor(1) if job.data.num_workers else None
-        self._ahead: Future[tuple[GlobalBatch, list[StoredBatch]]] | None = None
+        self._is_ahead = job.data.num_workers > 0
+        self._next: Future[tuple[GlobalBatch, list[StoredBatch]]] | None = None
 
     def next(self) -> tuple[list[StoredBatch], int, int]:
         """This rank's micro-batches in host memory, the global batch's number of samples, the tokens of one sample."""
         started = time.perf_counter()
-        plan, batches = self._fetch() if self._ahead is None else self._ahead.result()
-        if self._thread is not None:
-            self._ahead = self._thread.submit(self._fetch)
+        thread = self._pgs.tp_host_thread
+        plan, batches = (self._next or thread.submit(self._fetch)).result()
+        self._next = thread.submit(self._fetch) if self._is_ahead else None
         self._plan = plan
         self.data_wait = time.perf_counter() - started
         return batches, len(plan.samples), self._tokens[plan.bucket]
 
     def close(self) -> None:
-        """Wait for what is being fetched, as the other ranks of the tensor-parallel group do, and stop the threads."""
-        if self._thread is not None:
-            self._thread.shutdown()
+        """Wait for what is being fetched, as the other ranks of the tensor-parallel group do, and stop the readers."""
+        if self._next is not None:
+            self._next.result()
         if self._loader is not None:
             self._loader.close()
 
