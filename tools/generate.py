@@ -12,10 +12,10 @@ it are relative to its folder.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Literal
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -27,14 +27,9 @@ from megatron_fsvideo.data.images import read_image
 from megatron_fsvideo.data.outputs import write_json
 from megatron_fsvideo.data.video import write_video
 from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
-from megatron_fsvideo.inference.loading import LoadedDiT, load_autoencoder, load_dit
-from megatron_fsvideo.inference.pipeline import ImageToVideoPipeline, Sampling
-from megatron_fsvideo.inference.requests import Request, check_request_files, nearest_bucket, read_requests
-from megatron_fsvideo.models.encoders import confirmed_name, load_image_encoder, load_text_encoder
+from megatron_fsvideo.inference.pipeline import ImageToVideoPipeline, PipelineParts, Sampling
+from megatron_fsvideo.inference.requests import Request, batches_of, check_request_files, read_requests
 from megatron_fsvideo.parallel import groups
-
-DEFAULT_GUIDANCE_SCALE = 5.0
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -68,19 +63,6 @@ class GenerateFlags(Checked):
     """Shape of the video, frames x height x width. None takes the checkpoint's bucket nearest to each image's shape."""
     fps: Positive | None = None
     """Frames per second of the MP4. None takes the training data's."""
-    fsae: PathText | None = None
-    """Folder of the autoencoder, if it has moved since training."""
-    text_encoder: PathText | None = None
-    """Text encoder, as umt5:PATH_OR_HUB_ID. Required unless it comes as a package: no file is loaded from a place that
-    only the checkpoint names."""
-    image_encoder: PathText | None = None
-    """Image encoder, as clip:PATH_OR_HUB_ID. Required unless it comes as a package."""
-    allow_download: bool = False
-    """Take encoders from the Hugging Face hub if no folder has their name."""
-    autoencoder_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the autoencoder. bf16 is several times faster, on CPUs too."""
-    use_ema: bool = True
-    """Use the moving average of the weights."""
     request_batch_size: PositiveInt = 4
     """Number of requests that are generated together."""
 
@@ -90,6 +72,7 @@ class GenerateJob:
     """Generate video from an image and a prompt."""
 
     generate: GenerateFlags
+    parts: PipelineParts = field(default_factory=PipelineParts)
     parallel: DiTParallelConfig = field(default_factory=DiTParallelConfig)
 
 
@@ -110,99 +93,57 @@ def requests_of(flags: GenerateFlags) -> list[Request]:
     return requests
 
 
-def resolve(flags: GenerateFlags, dit: LoadedDiT) -> GenerateFlags:
-    """The flags with everything filled in that the checkpoint decides.
-
-    Raises:
-        ValueError: guidance with a model that has never seen an empty prompt.
-    """
-    trained_without_null = dit.network.diffusion.text_dropout == 0 or not dit.network.model.text_embed_dim
-    scale = flags.guidance_scale
-    if scale is None:
-        scale = 1.0 if trained_without_null else DEFAULT_GUIDANCE_SCALE
-    if scale != 1.0 and trained_without_null:
-        raise ValueError(
-            f"--guidance-scale {scale} needs a model trained with text dropout; this one had "
-            f"text_dropout {dit.network.diffusion.text_dropout}"
-        )
-    shift = flags.sigma_shift if flags.sigma_shift is not None else dit.network.diffusion.sigma_shift
-    fps = flags.fps if flags.fps is not None else (dit.data["fps"] or 24)
-    return replace(flags, guidance_scale=scale, sigma_shift=shift, fps=float(fps))
-
-
-def build_pipelines(
-    flags: GenerateFlags, dit: LoadedDiT, buckets: Iterable[Bucket], pgs: groups.ProcessGroups
-) -> dict[Bucket, ImageToVideoPipeline]:
-    """A pipeline for each bucket. They share the DiT and the frozen models that its checkpoint names."""
-    fsae = load_autoencoder(dit.data, flags.fsae, pgs.device, DTYPES[flags.autoencoder_dtype])
-    text_name = confirmed_name("text-encoder", dit.data["text_encoder"]["name"], flags.text_encoder)
-    image_name = confirmed_name("image-encoder", dit.data["image_encoder"]["name"], flags.image_encoder)
-    length = dit.data["text_encoder"]["max_length"] or None
-    text = load_text_encoder(text_name, pgs.device, max_length=length, allow_download=flags.allow_download)
-    image = load_image_encoder(image_name, pgs.device, allow_download=flags.allow_download)
-    return {bucket: ImageToVideoPipeline(dit, fsae, text, image, bucket, pgs) for bucket in buckets}
-
-
-def batches_of(
-    requests: Sequence[Request], images: Sequence[torch.Tensor], buckets: Sequence[Bucket], batch_size: int
-) -> Iterator[tuple[Bucket, list[Request], list[torch.Tensor]]]:
-    """(bucket, requests, images) of what is generated together: each image in the bucket nearest to it.
-
-    Args:
-        images: uint8 [height, width, 3], one for each request.
-    """
-    chosen = [nearest_bucket(buckets, *image.shape[:2]) for image in images]
-    for bucket in sorted(set(chosen)):
-        members = [k for k, other in enumerate(chosen) if other == bucket]
-        for start in range(0, len(members), batch_size):
-            batch = members[start : start + batch_size]
-            yield bucket, [requests[k] for k in batch], [images[k] for k in batch]
-
-
-def write_result(request: Request, clip: torch.Tensor, flags: GenerateFlags, dit: LoadedDiT, seconds: float) -> None:
-    """The mp4, the contact sheet and the record beside it."""
-    write_video(request.out, clip, flags.fps)
+def write_result(request: Request, clip: torch.Tensor, fps: float, record: dict[str, Any]) -> None:
+    """The mp4, the contact sheet and the record beside it, with what is the same for all requests."""
+    write_video(request.out, clip, fps)
     write_contact_sheet(request.sheet, [(request.prompt, clip)])
-    record = {
-        "request": asdict(request),
-        "flags": asdict(flags),
-        "checkpoint": {"folder": flags.load, "iteration": dit.iteration, "autoencoder": dit.data["autoencoder"]},
-        "shape": list(clip.shape),
-        "seconds_per_clip": round(seconds, 3),
+    write_json(request.record, {"request": asdict(request), "shape": list(clip.shape), **record})
+
+
+def record_of(job: GenerateJob, pipeline: ImageToVideoPipeline, sampling: Sampling, fps: float) -> dict[str, Any]:
+    """Everything beside the request that is needed to repeat a clip."""
+    dit = pipeline.dit
+    return {
+        "flags": asdict(job.generate) | asdict(job.parts) | asdict(sampling) | {"fps": fps},
+        "checkpoint": {
+            "folder": job.generate.load,
+            "iteration": dit.iteration,
+            "autoencoder": dit.data["autoencoder"],
+        },
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
     }
-    write_json(request.record, record)
 
 
 def generate(job: GenerateJob) -> None:
     """Load once, generate every request, write on rank 0."""
-    requests = requests_of(job.generate)
+    flags = job.generate
+    requests = requests_of(flags)
     images = [read_image(request.image) for request in requests]
     pgs = groups.initialize(job.parallel)
-    dit = load_dit(job.generate.load, job.parallel, pgs, job.generate.use_ema)
-    flags = resolve(job.generate, dit)
-    buckets = [Bucket.parse(text) for text in ([flags.bucket] if flags.bucket else dit.data["buckets"])]
-    batches = list(batches_of(requests, images, buckets, flags.request_batch_size))
-    pipelines = build_pipelines(flags, dit, {bucket for bucket, _, _ in batches}, pgs)
-    sampling = Sampling(flags.num_inference_steps, flags.guidance_scale, flags.sigma_shift)
+    pipeline = ImageToVideoPipeline.from_pretrained(flags.load, job.parts, job.parallel, pgs)
+    sampling = pipeline.sampling(flags.num_inference_steps, flags.guidance_scale, flags.sigma_shift)
+    buckets = [Bucket.parse(flags.bucket)] if flags.bucket else pipeline.buckets
+    fps = flags.fps or pipeline.fps
+    record = record_of(job, pipeline, sampling, fps)
 
     def progress(steps: Iterable[int]) -> Iterable[int]:
         return tqdm(steps, desc="denoising", disable=not pgs.is_rank_zero or None)
 
-    for bucket, chosen, first_frames in batches:
+    for bucket, chosen, first_frames in batches_of(requests, images, buckets, flags.request_batch_size):
         began = time.perf_counter()
-        clips = pipelines[bucket](
+        clips = pipeline(
             first_frames,
             [request.prompt for request in chosen],
             [request.seed for request in chosen],
             sampling,
-            flags.negative_prompt,
-            progress,
+            bucket=bucket,
+            negative_prompt=flags.negative_prompt,
+            progress=progress,
         )
         if pgs.is_rank_zero:
             seconds = (time.perf_counter() - began) / len(chosen)
-            for request, clip in zip(chosen, clips.cpu(), strict=True):
-                write_result(request, clip, flags, dit, seconds)
+            for request, clip in zip(chosen, clips, strict=True):
+                write_result(request, clip, fps, record | {"seconds_per_clip": round(seconds, 3)})
                 print(f"{request.out}: {list(clip.shape)}, {seconds:.1f} s", flush=True)
     groups.barrier()
     groups.shutdown()

@@ -1,27 +1,65 @@
 """Image and prompt to video: encode, denoise, decode (paper section 2.5, without upsampler and refiner).
 
+    pipeline = ImageToVideoPipeline.from_pretrained("runs/dit")
+    clips = pipeline([read_image("photo.png")], ["pan left"], [0], pipeline.sampling())
+
 Dimension letters: b requests, c latent channels, t h w latent frames, rows and columns, f frames.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from megatron_fsvideo.config import DiTParallelConfig
+from megatron_fsvideo.config.rules import Checked, PathText
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.video import from_unit, resize_and_crop, to_unit
 from megatron_fsvideo.diffusion.conditions import first_frame_condition
 from megatron_fsvideo.diffusion.guidance import guided
 from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
-from megatron_fsvideo.inference.loading import LoadedDiT
+from megatron_fsvideo.inference.loading import LoadedDiT, load_autoencoder, load_dit
+from megatron_fsvideo.inference.requests import nearest_bucket
 from megatron_fsvideo.models.codecs import FSAECodec, LatentScale
 from megatron_fsvideo.models.dit import Denoiser
-from megatron_fsvideo.models.encoders import ImageEncoder, TextEncoder
+from megatron_fsvideo.models.encoders import (
+    ImageEncoder,
+    TextEncoder,
+    confirmed_name,
+    load_image_encoder,
+    load_text_encoder,
+)
+from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.parallel.seeds import sample_generator
 
+DEFAULT_GUIDANCE_SCALE = 5.0
+DEFAULT_FPS = 24.0
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 Progress = Callable[[Iterable[int]], Iterable[int]]
+
+
+@dataclass(frozen=True)
+class PipelineParts(Checked):
+    """where the parts of the pipeline are, and in which format they run"""
+
+    use_ema: bool = True
+    """Use the moving average of the weights."""
+    fsae: PathText | None = None
+    """Folder of the autoencoder, if it has moved since training; or one with another decoder for the same encoder."""
+    autoencoder_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the autoencoder. bf16 is several times faster, on CPUs too."""
+    text_encoder: PathText | None = None
+    """Text encoder, as umt5:PATH_OR_HUB_ID. Required unless it comes as a package: no file is loaded from a place that
+    only the checkpoint names."""
+    image_encoder: PathText | None = None
+    """Image encoder, as clip:PATH_OR_HUB_ID. Required unless it comes as a package."""
+    allow_download: bool = False
+    """Take encoders from the Hugging Face hub if no folder has their name."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +76,86 @@ class Sampling:
 
 
 class ImageToVideoPipeline:
-    """A DiT, its autoencoder and its encoders, ready to generate clips of one bucket.
+    """A DiT, the codec of its latents and the encoders of its conditions.
 
-    Raises:
-        ValueError: a bucket that autoencoder or patch size do not divide.
+    Args:
+        text_encoder: on rank zero; the other ranks may pass None. It is moved to the device while it encodes.
     """
 
     def __init__(
         self,
         dit: LoadedDiT,
         codec: FSAECodec,
-        text_encoder: TextEncoder,
+        text_encoder: TextEncoder | None,
         image_encoder: ImageEncoder,
-        bucket: Bucket,
         pgs: ProcessGroups,
     ) -> None:
-        compression = codec.compression
-        bucket.check_factors(compression.spatial, compression.temporal)
-        self.dit, self.bucket, self.pgs = dit, bucket, pgs
+        self.dit, self.pgs = dit, pgs
+        self.compression = codec.compression
         self.codec = codec.with_scale(LatentScale(dit.data["latent_mean"], dit.data["latent_std"]))
-        self.latent_frames = compression.latent_frames(bucket.num_frames)
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        parts: PipelineParts | None = None,
+        parallel: DiTParallelConfig | None = None,
+        pgs: ProcessGroups | None = None,
+    ) -> "ImageToVideoPipeline":
+        """Load a release, or the newest checkpoint of a --save folder, and everything that it names.
+
+        Args:
+            pgs: the groups of `parallel`; None makes them.
+
+        Raises:
+            ValueError: something is missing, damaged, or does not belong to the DiT.
+        """
+        parts, parallel = parts or PipelineParts(), parallel or DiTParallelConfig()
+        pgs = pgs or groups.initialize(parallel)
+        dit = load_dit(folder, parallel, pgs, parts.use_ema)
+        codec = load_autoencoder(dit.data, parts.fsae, pgs.device, DTYPES[parts.autoencoder_dtype])
+        # The small encoders gain nothing from bf16 on a CPU.
+        dtype = torch.bfloat16 if pgs.device.type == "cuda" else torch.float32
+        name = confirmed_name("image-encoder", dit.data["image_encoder"]["name"], parts.image_encoder)
+        image = load_image_encoder(name, pgs.device, dtype, allow_download=parts.allow_download)
+        name = confirmed_name("text-encoder", dit.data["text_encoder"]["name"], parts.text_encoder)
+        text = None
+        if pgs.is_rank_zero:
+            length = dit.data["text_encoder"]["max_length"] or None
+            text = load_text_encoder(name, "cpu", dtype, length, allow_download=parts.allow_download)
+        return cls(dit, codec, text, image, pgs)
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of the training data."""
+        return float(self.dit.data["fps"] or DEFAULT_FPS)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The shapes that the DiT was trained on."""
+        return [Bucket.parse(text) for text in self.dit.data["buckets"]]
+
+    def sampling(
+        self, num_inference_steps: int = 30, guidance_scale: float | None = None, sigma_shift: float | None = None
+    ) -> Sampling:
+        """Settings in which the checkpoint decides what is None.
+
+        Raises:
+            ValueError: guidance with a model that has never seen an empty prompt.
+        """
+        network = self.dit.network
+        trained_without_null = network.diffusion.text_dropout == 0 or not network.model.text_embed_dim
+        if guidance_scale is None:
+            guidance_scale = 1.0 if trained_without_null else DEFAULT_GUIDANCE_SCALE
+        if guidance_scale != 1.0 and trained_without_null:
+            raise ValueError(
+                f"--guidance-scale {guidance_scale} needs a model trained with text dropout; this one had "
+                f"text_dropout {network.diffusion.text_dropout}"
+            )
+        return Sampling(
+            num_inference_steps, guidance_scale, network.diffusion.sigma_shift if sigma_shift is None else sigma_shift
+        )
 
     @torch.no_grad()
     def __call__(
@@ -67,54 +164,81 @@ class ImageToVideoPipeline:
         prompts: Sequence[str],
         seeds: Sequence[int],
         sampling: Sampling,
+        *,
+        bucket: Bucket | None = None,
         negative_prompt: str = "",
         progress: Progress = iter,
     ) -> Tensor:
-        """Generate one clip per request.
+        """Generate one clip per request; all ranks call this.
 
         Args:
             images: uint8 [height, width, 3] of any size; scaled to cover the bucket and cropped.
+            bucket: shape of the clips; None takes the trained one nearest to the first image.
             negative_prompt: what guidance leads away from.
 
         Returns:
             video, uint8 [b, f, height, width, 3], in host memory.
+
+        Raises:
+            ValueError: a bucket that autoencoder or patch size do not divide.
         """
-        first_frames = torch.cat([self.prepare_image(image) for image in images])  # (b, 3, 1, height, width)
-        latents = self.sample_latents(first_frames, prompts, seeds, sampling, negative_prompt, progress)
+        bucket = bucket or nearest_bucket(self.buckets, *images[0].shape[:2])
+        bucket.check_factors(self.compression.spatial, self.compression.temporal)
+        first_frames = torch.cat([self.prepare_image(image, bucket) for image in images])  # (b, 3, 1, height, width)
+        num_latents = self.compression.latent_frames(bucket.num_frames)
+        latents = self.sample_latents(first_frames, num_latents, prompts, seeds, sampling, negative_prompt, progress)
         return self.decode(latents, first_frames)
 
-    def prepare_image(self, image: Tensor) -> Tensor:
+    def prepare_image(self, image: Tensor, bucket: Bucket) -> Tensor:
         """uint8 [height, width, 3] -> the bucket's first frame [1, 3, 1, height, width] in [-1, 1]."""
-        cropped = resize_and_crop(image[None], self.bucket.height, self.bucket.width)
+        cropped = resize_and_crop(image[None], bucket.height, bucket.width)
         return to_unit(cropped)[None].to(self.pgs.device)
 
     def sample_latents(
         self,
         first_frames: Tensor,
+        num_latents: int,
         prompts: Sequence[str],
         seeds: Sequence[int],
         sampling: Sampling,
         negative_prompt: str,
         progress: Progress,
     ) -> Tensor:
-        """Normalised latents [b, c, t, h, w]."""
+        """Normalised latents [b, c, t, h, w] with t = `num_latents`, from first frames [b, 3, 1, height, width]."""
         encoded = self.codec.encode(first_frames)  # (b, c, 1, h, w)
-        shape = (*encoded.shape[:2], self.latent_frames, *encoded.shape[3:])
-        image = self._image_features(first_frames)
+        shape = (*encoded.shape[:2], num_latents, *encoded.shape[3:])
+        text, negative = self.encode_prompts([*prompts, negative_prompt])
         network = self.dit.network
         conditional = first_frame_condition(
             encoded.expand(shape),
             network.model.mask_channels,
-            self._text_features(prompts),
-            image,
+            text,
+            self._image_features(first_frames),
             repeat=network.diffusion.repeat_condition,
         )
-        unconditional = replace(conditional, text=self._text_features([negative_prompt] * len(prompts)))
         denoiser = Denoiser(self.dit.model, network.diffusion.prediction_type)
-        velocity = guided(denoiser.under(conditional), denoiser.under(unconditional), sampling.guidance_scale)
+        velocity = denoiser.under(conditional)
+        if sampling.guidance_scale != 1.0:
+            unconditional = denoiser.under(replace(conditional, text=negative))
+            velocity = guided(velocity, unconditional, sampling.guidance_scale)
         noise = torch.stack([_noise(seed, shape[1:]) for seed in seeds]).to(self.pgs.device)
         sigmas = euler_sigmas(sampling.num_inference_steps, sampling.sigma_shift)
         return euler_sample(velocity, noise, sigmas, progress)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
+        """Text features [b, l, e] of all prompts but the last, and the last one's as often, on every rank.
+
+        Rank zero alone has the encoder (UMT5-XXL takes 11 GB in bf16), on its device only while it encodes.
+        """
+        if not self.dit.network.model.text_embed_dim:
+            return None, None
+        features = None
+        if self.text_encoder is not None:
+            self.text_encoder.to(self.pgs.device)
+            features = self.text_encoder.encode(prompts)[0].cpu()
+            self.text_encoder.to("cpu")
+        features = groups.broadcast_object(features).to(self.pgs.device)
+        return features[:-1], features[-1:].expand_as(features[:-1])
 
     def decode(self, latents: Tensor, first_frames: Tensor) -> Tensor:
         """Normalised latents [b, c, t, h, w] -> uint8 [b, f, height, width, 3], in host memory.
@@ -127,11 +251,6 @@ class ImageToVideoPipeline:
             parts = self.codec.decode_stream(one, frame)
             clips.append(torch.cat([from_unit(part[0]).cpu() for part in parts]))
         return torch.stack(clips)
-
-    def _text_features(self, prompts: Sequence[str]) -> Tensor | None:
-        if not self.dit.network.model.text_embed_dim:
-            return None
-        return self.text_encoder.encode(prompts)[0].to(self.pgs.device)
 
     def _image_features(self, first_frames: Tensor) -> Tensor | None:
         if not self.dit.network.model.image_embed_dim:

@@ -1,9 +1,11 @@
 """What to generate: one image, prompt and output file, or a JSONL file of them; and the files that a request writes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from megatron_fsvideo.config.rules import Checked, PathText, from_dict
 from megatron_fsvideo.data.buckets import Bucket, choose_bucket
@@ -99,6 +101,22 @@ def nearest_bucket(buckets: Sequence[Bucket], height: int, width: int) -> Bucket
     """The bucket to generate from a photo: nearest aspect ratio, then most frames. Videos before images."""
     videos = [bucket for bucket in buckets if bucket.num_frames > 1] or list(buckets)
     return choose_bucket(videos, height, width, max(bucket.num_frames for bucket in videos))
+
+
+def batches_of(
+    requests: Sequence[Request], images: Sequence[Tensor], buckets: Sequence[Bucket], batch_size: int
+) -> Iterator[tuple[Bucket, list[Request], list[Tensor]]]:
+    """(bucket, requests, images) of what is generated together: each image in the bucket nearest to it.
+
+    Args:
+        images: uint8 [height, width, 3], one for each request.
+    """
+    chosen = [nearest_bucket(buckets, *image.shape[:2]) for image in images]
+    for bucket in sorted(set(chosen)):
+        members = [k for k, other in enumerate(chosen) if other == bucket]
+        for start in range(0, len(members), batch_size):
+            batch = members[start : start + batch_size]
+            yield bucket, [requests[k] for k in batch], [images[k] for k in batch]
 
 
 def _is_record(path: Path, out: str) -> bool:

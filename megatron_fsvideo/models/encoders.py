@@ -47,6 +47,10 @@ class TextEncoder(ABC):
     def encode(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings fp32 [b, max_length, embed_dim], zero after each text's own rows, and int64 [b] own rows."""
 
+    @abstractmethod
+    def to(self, device: torch.device | str) -> None:
+        """Move the weights."""
+
 
 class ImageEncoder(ABC):
     """A frozen image encoder.
@@ -152,6 +156,9 @@ class NoText(TextEncoder):
         """[b, 0, 0] and zeros."""
         return torch.zeros(len(captions), 0, 0), torch.zeros(len(captions), dtype=torch.int64)
 
+    def to(self, device: torch.device | str) -> None:
+        """Nothing to move."""
+
 
 class NoImage(ImageEncoder):
     """The model gets no image features (the first frame's latent conditions it all the same)."""
@@ -189,6 +196,10 @@ class _TokenEncoder(TextEncoder):
         # Padded positions carry values of their own; the DiT expects zeros there, as Wan does.
         embeddings = hidden.float() * tokens.attention_mask[:, :, None]  # [b, l, e]
         return embeddings.cpu(), tokens.attention_mask.sum(1).cpu()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move the weights."""
+        self._model.to(device)
 
     def _warn_of_cuts(self, texts: list[str]) -> None:
         lengths = [len(ids) for ids in self._tokenizer(texts, verbose=False).input_ids]

@@ -225,7 +225,7 @@ def test_a_checkpoint_of_another_architecture(chain):
 
 
 def test_generation_names_what_is_missing(chain):
-    refused(chain.generate("x.mp4", "--load", chain.folder / "nowhere"), "nowhere", "no checkpoint")
+    refused(chain.generate("x.mp4", "--load", chain.folder / "nowhere"), "nowhere", "does not exist")
     refused(chain.generate("x.mp4", "--image", chain.folder / "clips.jsonl"), "clips.jsonl", "image")
     refused(chain.generate("x.mp4", "--image", chain.folder / "none.png"), "none.png")
     refused(chain.generate("x.mp4", "--tensor-model-parallel-size", "2"), "1 processes")

@@ -41,7 +41,10 @@ def releases(tmp_path_factory) -> dict[str, Path]:
 
 class Words:
     def __init__(self, width: int) -> None:
-        self.width = width
+        self.width, self.moves = width, []
+
+    def to(self, device: torch.device | str) -> None:
+        self.moves.append(str(device))
 
     def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.ones(len(captions), 6, self.width), torch.full((len(captions),), 6)
@@ -77,12 +80,13 @@ def generate(folders: dict[str, Path]) -> dict:
         codec = load_autoencoder(data_of(record), str(folder), pgs.device, torch.float32)
         calls = count_attention(codec)
         dit = LoadedDiT(model, DiTNetwork(job.model, job.diffusion, bf16=False), data_of(record), 1)
-        pipeline = ImageToVideoPipeline(
-            dit, codec, Words(job.model.text_embed_dim), Picture(job.model.image_embed_dim), Bucket(9, 32, 48), pgs
-        )
-        video = pipeline([FRAME], [""], [3], Sampling(2, 1.0, 3.0))
-        first = pipeline.prepare_image(FRAME)
-        latents = pipeline.sample_latents(first, [""], [3], Sampling(2, 1.0, 3.0), "", iter)
+        words, picture = Words(job.model.text_embed_dim), Picture(job.model.image_embed_dim)
+        pipeline = ImageToVideoPipeline(dit, codec, words, picture, pgs)
+        sampling, bucket = Sampling(2, 1.0, 3.0), Bucket(9, 32, 48)
+        video = pipeline([FRAME], [""], [3], sampling, bucket=bucket)
+        assert words.moves == ["cpu", "cpu"], "to this machine's device, and back"
+        first = pipeline.prepare_image(FRAME, bucket)
+        latents = pipeline.sample_latents(first, 3, [""], [3], sampling, "", iter)
         stored = 0.5 * latents + 0.1
         features = codec.fsae.first_frame_features(first) if kind != "causal" else None
         expected = from_unit(codec.fsae.decode(stored, features))
