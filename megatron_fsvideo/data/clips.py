@@ -56,16 +56,17 @@ class ClipOptions:
 def file_digest(path: str | Path) -> str:
     """Identify a file by its size and three samples of its bytes: videos are large, and names move.
 
-    A missing file has the digest "missing"; reading it will say so.
+    A file that cannot be opened has the digest "missing"; reading it will say why.
     """
-    if not Path(path).is_file():
-        return MISSING
-    size = Path(path).stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with Path(path).open("rb") as file:
-        for offset in (0, size // 2, max(0, size - DIGEST_BYTES)):
-            file.seek(offset)
-            digest.update(file.read(DIGEST_BYTES))
+    try:
+        size = Path(path).stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with Path(path).open("rb") as file:
+            for offset in (0, size // 2, max(0, size - DIGEST_BYTES)):
+                file.seek(offset)
+                digest.update(file.read(DIGEST_BYTES))
+    except OSError:
+        return "missing"
     return digest.hexdigest()[:32]
 
 

@@ -97,6 +97,19 @@ def test_seeks_land_on_the_same_pictures(options, tmp_path):
     assert assert_every_way_agrees(counted(tmp_path / "a.mkv", options=options)) == list(range(200))
 
 
+def test_what_a_file_falsely_calls_a_keyframe_is_not_trusted(tmp_path):
+    source = counted(tmp_path / "a.mkv", codec="mpeg4", options={"g": "300", "bf": "0", "qscale": "2"})
+    path = tmp_path / "false.mkv"
+    with av.open(str(source)) as old, av.open(str(path), "w") as new:
+        stream = new.add_stream_from_template(old.streams.video[0])
+        for index, packet in enumerate(p for p in old.demux(old.streams.video[0]) if p.size):
+            # From such a frame on, the decoder shows the changes to a picture that it does not have.
+            packet.is_keyframe |= index % 16 == 0
+            packet.stream = stream
+            new.mux(packet)
+    assert_every_way_agrees(path)
+
+
 def test_a_file_that_starts_amid_a_group_of_pictures(film, tmp_path):
     path = copied(film, tmp_path / "late.mkv", keep=lambda index, packet: index >= 17)
     assert assert_every_way_agrees(path)[-100:] == list(range(100, 200))
@@ -261,9 +274,11 @@ def test_a_change_of_resolution_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a:b.mp4", "http:x.mp4", "concat:a|b.mp4", b"caf\xe9.mp4", "ü 視.mp4", "%03d.mp4"])
-def test_any_name_that_a_file_can_have(name, film, tmp_path):
+def test_any_name_that_a_file_can_have(name, film, tmp_path, monkeypatch):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + os.fsencode(name)))
     shutil.copy(film, path)
+    monkeypatch.chdir(tmp_path)
+    assert probe(os.fsdecode(name)).num_frames == 200
     assert probe(path).num_frames == 200
     path.write_bytes(b"no video")
     with pytest.raises(VideoError) as error:
