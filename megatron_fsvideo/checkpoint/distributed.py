@@ -52,10 +52,14 @@ class Checkpoint:
             state: what `plan_checkpoint` got, of this layout; or parts of it.
 
         Raises:
-            ValueError: it lacks a tensor.
+            ValueError: it lacks a tensor, or its files are not what they say.
         """
-        with megatron_on_cpu(), weights_only_loads():
-            return dist_checkpointing.load(state, str(self.path))
+        try:
+            with megatron_on_cpu(), weights_only_loads():
+                return dist_checkpointing.load(state, str(self.path))
+        # Files with fitting checksums may have been made by anybody: what their readers raise is a refusal.
+        except Exception as error:
+            raise ValueError(f"{self.path} cannot be loaded: {_one_line(error)}") from error
 
 
 def open_checkpoint(folder: Path, pgs: ProcessGroups | None = None) -> Checkpoint:

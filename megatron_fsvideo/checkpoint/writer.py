@@ -8,13 +8,14 @@ others waiting. Not Megatron's AsyncCallsQueue, which forks a process for each s
 goes on writing into the folder that the restarted run writes over.
 """
 
+import errno
 import os
 import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_fsvideo.checkpoint.save_folder import (
     iteration_folder,
@@ -120,7 +121,7 @@ class CheckpointWriter:
         job.num_bytes = sum(num_bytes for num_bytes, _ in known)
         free = min(free for _, free in known)
         if job.num_bytes > free:
-            job.failure = "No space left on device"
+            job.failure = _Failure(os.strerror(errno.ENOSPC), errno.ENOSPC)
         self._agree(job)
 
     def _agree(self, job: "_Job") -> None:
@@ -144,7 +145,7 @@ class _Job:
         self.num_bytes = 0
         self.thread: threading.Thread | None = None
         self.result: Any = None
-        self.failure: str | None = None
+        self.failure: _Failure | None = None
         self.error: Exception | None = None
 
     def start(self, in_background: bool) -> None:
@@ -179,27 +180,51 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _root_cause(error: BaseException) -> str:
+class _Failure(NamedTuple):
+    """Why a rank could not write: in the system's words, and its error number if it has one."""
+
+    reason: str
+    number: int | None
+
+
+# What to do, by the system's error number.
+_REMEDIES = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room, or ask for a larger quota",
+    errno.EACCES: "change the permissions of the folder, or save into another",
+    errno.EPERM: "change the permissions of the folder, or save into another",
+    errno.EROFS: "save into another folder: this file system is read-only",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EIO: "save to another disk: this one reports errors",
+}
+
+
+def _root_cause(error: BaseException) -> _Failure:
     """torch's file writer covers the OSError of a full disk with a RuntimeError of its own."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):
-            return cause.strerror or str(cause)
+            return _Failure(cause.strerror or str(cause), cause.errno)
         cause = cause.__cause__ or cause.__context__
-    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return _Failure(f"{type(error).__name__}: {str(error).splitlines()[0]}", None)
 
 
-def _failure_message(job: _Job, failures: dict[int, str], folder: Path) -> str:
+def _failure_message(job: _Job, failures: dict[int, _Failure], folder: Path) -> str:
     by_reason: dict[str, list[int]] = {}
     for rank, failure in failures.items():
-        by_reason.setdefault(failure, []).append(rank)
+        by_reason.setdefault(failure.reason, []).append(rank)
     reasons = "; ".join(f"{reason} (rank {' '.join(map(str, ranks))})" for reason, ranks in by_reason.items())
-    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+    number = next((failure.number for failure in failures.values() if failure.number is not None), None)
+    room = ""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+        room = f"; it needs {_in_words(job.num_bytes)}, {_in_words(free)} are free"
+    remedy = f"{_REMEDIES[number]} and start again" if number in _REMEDIES else "start again"
     newest = latest_iteration(folder)
     kept = "there is none before it" if newest is None else f"the one of iteration {newest} is kept"
     return (
-        f"the checkpoint of iteration {job.iteration} could not be written into {folder}: {reasons}; it needs "
-        f"{_in_words(job.num_bytes)}, {_in_words(free)} are free; {kept}: make room and start again"
+        f"the checkpoint of iteration {job.iteration} could not be written into {folder}: {reasons}{room}; {kept}: "
+        f"{remedy}"
     )
 
 

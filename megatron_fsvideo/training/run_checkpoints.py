@@ -21,6 +21,8 @@ from megatron_fsvideo.checkpoint.starting_point import StartingPoint, find_start
 from megatron_fsvideo.checkpoint.whole_weights import OldAutoencoder, fill_sharded, is_old_autoencoder
 from megatron_fsvideo.checkpoint.writer import CheckpointWriter
 from megatron_fsvideo.config import CheckpointConfig
+from megatron_fsvideo.data.folder_lock import FolderLock
+from megatron_fsvideo.data.outputs import try_folder
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.training.state import TrainState
 
@@ -51,6 +53,9 @@ class RunCheckpoints:
         extra_files: called on every rank at each save; what else rank 0 writes into the checkpoint's folder.
         initialize: starts the networks from `--init-from`'s folder.
 
+    Raises:
+        ValueError: the --save folder cannot be written, or another run writes into it.
+
     Attributes:
         loaded: the record of the checkpoint or release that was loaded from; None for a fresh start.
     """
@@ -73,6 +78,13 @@ class RunCheckpoints:
         self._writer: CheckpointWriter | None = None
         if config.save is not None:
             self._writer = CheckpointWriter(Path(config.save), pgs, config.keep_checkpoints, config.async_save)
+            self._lock = FolderLock(Path(config.save), "training")
+            pgs.on_rank_zero(self._claim_folder)
+
+    def close(self) -> None:
+        """Let other runs write into the --save folder."""
+        if self._writer is not None and self._pgs.is_rank_zero:
+            self._lock.release()
 
     def load(self, networks: Mapping[str, SavedNetwork]) -> TrainState:
         """Bring the networks to where the run begins or continues.
@@ -95,8 +107,9 @@ class RunCheckpoints:
         """Write a checkpoint from which `state.iteration + 1` can be done, or begin to (`async_save`).
 
         Raises:
-            SaveError: it, or the one before it, could not be written.
+            SaveError: it, or the one before it, could not be written. FolderLockedError: another run has the folder.
         """
+        self._pgs.on_rank_zero(self._lock.check)
         records = {name: network.record() for name, network in networks.items()}
         record = RunRecord(state.iteration, state.consumed_samples, records, self._describe())
         content = {
@@ -127,6 +140,11 @@ class RunCheckpoints:
         """
         if self._writer is not None:
             self._writer.finish()
+
+    def _claim_folder(self) -> None:
+        """Find out now, and not at the first save, that the folder cannot be written or is another run's."""
+        try_folder(self._config.save)
+        self._lock.acquire()
 
     def _load_checkpoint(self, start: StartingPoint, networks: Mapping[str, SavedNetwork]) -> TrainState:
         checkpoint = newest_good_checkpoint(start.folder, self._pgs)
