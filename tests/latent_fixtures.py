@@ -30,7 +30,7 @@ def write_latent_dataset(
     buckets: tuple[str, ...] = (BUCKET,),
     latent_std: float = 1.0,
 ) -> Path:
-    """Latents that the debug preset's model fits, one shard, of the buckets in turn; `nan_sample`'s hold a NaN."""
+    """Latents that the debug preset's model fits, one shard, of the buckets in turn; `nan_sample`'s loss is NaN."""
     generator = torch.Generator().manual_seed(seed)
     shapes = [Bucket.parse(bucket).latent_shape(SPATIAL_FACTOR) for bucket in buckets]
 
@@ -47,7 +47,7 @@ def write_latent_dataset(
         }
         latents = torch.randn(CHANNELS, *shapes[index % len(buckets)], generator=generator).bfloat16()
         if index == nan_sample:
-            latents[0, -1, 2, 3] = float("nan")
+            latents[0, -1, 2, 3] = 3e38
         return LatentSample(
             latents=latents,
             text=torch.randn(1 + index % TEXT_LENGTH, TEXT_WIDTH, generator=generator).bfloat16(),
@@ -56,6 +56,10 @@ def write_latent_dataset(
         )
 
     manifest = write_shard(folder / SHARD_FOLDER, "0000", fingerprint, (sample(k) for k in range(num_samples)))
+    if nan_sample >= 0:
+        # The statistics of such a shard are refused; the sample stands for whatever makes a loss that is not finite.
+        path = folder / SHARD_FOLDER / "0000.json"
+        path.write_text(path.read_text().replace("Infinity", "0.0"))
     null = torch.randn(2, TEXT_WIDTH, generator=generator).bfloat16()
     safetensors.torch.save_file({"null_text": null, "negative_text": null.clone()}, folder / NULL_TEXT_FILE)
     description = {

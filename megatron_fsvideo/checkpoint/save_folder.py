@@ -68,6 +68,13 @@ def latest_iteration(folder: Path) -> int | None:
     return int(text)
 
 
+def name_unnamed_checkpoint(folder: Path) -> None:
+    """Finish the first save of a run that was killed after it had completed the checkpoint, before it was named."""
+    found = whole_iterations(folder)
+    if found and not (folder / LATEST_FILE).exists():
+        name_latest(folder, found[-1])
+
+
 def name_latest(folder: Path, iteration: int) -> None:
     """Make a checkpoint the one that a restarted run continues from."""
     write_text_atomically(folder / LATEST_FILE, f"{iteration}\n")

@@ -35,11 +35,15 @@ class FolderLock:
     Args:
         purpose: what the holder does, for the message to others.
         beat: seconds between two touches of the file.
+
+    Attributes:
+        was_abandoned: the holder before was gone without letting the folder go: it was killed.
     """
 
     def __init__(self, folder: Path, purpose: str, beat: float = _BEAT_SECONDS) -> None:
         self.path = folder / LOCK_FILE
         self._beat = beat
+        self.was_abandoned = False
         self._stop = threading.Event()
         self._mine = {
             "host": socket.gethostname(),
@@ -105,6 +109,7 @@ class FolderLock:
         temporary.replace(self.path)
         time.sleep(0.05)  # two may have seen that the holder is gone: the last to write has the lock
         self.check()
+        self.was_abandoned = True
         print(f"note: {self.path.parent} was locked by {_spell(holder)}, which is gone", file=sys.stderr, flush=True)
 
     def _is_alive(self, holder: dict[str, Any]) -> bool:

@@ -16,6 +16,7 @@ from megatron_fsvideo.checkpoint.distributed import Checkpoint, newest_good_chec
 from megatron_fsvideo.checkpoint.dit_release import record_of_release
 from megatron_fsvideo.checkpoint.run_record import RunDescription, RunRecord
 from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder
+from megatron_fsvideo.checkpoint.save_folder import name_unnamed_checkpoint
 from megatron_fsvideo.checkpoint.sharded_state import ExtraFiles, plan_checkpoint
 from megatron_fsvideo.checkpoint.starting_point import StartingPoint, find_starting_point, is_release
 from megatron_fsvideo.checkpoint.whole_weights import OldAutoencoder, fill_sharded, is_old_autoencoder
@@ -145,6 +146,8 @@ class RunCheckpoints:
         """Find out now, and not at the first save, that the folder cannot be written or is another run's."""
         try_folder(self._config.save)
         self._lock.acquire()
+        if self._lock.was_abandoned:
+            name_unnamed_checkpoint(Path(self._config.save))
 
     def _load_checkpoint(self, start: StartingPoint, networks: Mapping[str, SavedNetwork]) -> TrainState:
         checkpoint = newest_good_checkpoint(start.folder, self._pgs)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fsvideo.checkpoint.save_folder import iteration_folder, latest_iteration
+from megatron_fsvideo.checkpoint.save_folder import LATEST_FILE, iteration_folder, latest_iteration
 from megatron_fsvideo.data.latent_shards import hash_key
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from tests.functional.runs import Run, debug_arguments, run_to_end
@@ -82,8 +82,8 @@ def test_a_signal_to_any_rank_saves_and_leaves(data: Path, unbroken: list[dict],
     os.kill(run.ranks[rank].pid, signal.SIGUSR1 if rank else signal.SIGTERM)
     code, text = run.wait()
     assert (code, [process.exitcode for process in run.ranks]) == (0, [0, 0]), text
-    reached = latest_iteration(folder)
-    assert reached is not None and reached == len(logged(folder)) < TRAIN_ITERS
+    reached = named(folder)
+    assert reached == len(logged(folder)) < TRAIN_ITERS
     run_to_end(arguments(data, folder), tmp_path / "log", 2)
     assert logged(folder) == unbroken
 
@@ -108,8 +108,8 @@ def test_killed_then_damaged_then_no_room(how: str, data: Path, unbroken: list[d
     folder = tmp_path / "run"
     argv = arguments(data, folder, "--save-interval", "3", how)
     kill_within_a_save(Run(argv, tmp_path / "killed", 2), folder, past=6)
-    reached = latest_iteration(folder)
-    assert reached is not None and reached < TRAIN_ITERS
+    reached = named(folder)
+    assert reached < TRAIN_ITERS
 
     damage(folder, reached, flip=True)
     run = Run(argv, tmp_path / "damaged", 2)
@@ -169,13 +169,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def named(folder: Path) -> int:
+    """Iteration of the newest checkpoint, 0 before the first; the first may be complete and not named yet."""
+    latest = folder / LATEST_FILE
+    return int(latest.read_text()) if latest.exists() else 0
+
+
 def kill_within_a_save(run: Run, folder: Path, past: int) -> None:
     """SIGKILL to all ranks while they write a folder that is not named the newest yet, after iteration `past`."""
     left_over = {path: path.stat().st_mtime_ns for path in folder.glob("iter_*")}
     while True:
-        named = latest_iteration(folder) or 0
-        unnamed = [path for path in folder.glob("iter_*") if path > iteration_folder(folder, named)]
-        if named >= past and [path for path in unnamed if changed_since(path, left_over.get(path))]:
+        newest = named(folder)
+        unnamed = [path for path in folder.glob("iter_*") if path > iteration_folder(folder, newest)]
+        if newest >= past and [path for path in unnamed if changed_since(path, left_over.get(path))]:
             break
         assert run.alive, run.log.read_text()
         time.sleep(0.001)
@@ -220,14 +226,14 @@ def test_forty_kills_a_full_disk_and_two_damaged_checkpoints(data: Path, unbroke
     choice.shuffle(events)
     folder = tmp_path / "run"
     for number, event in enumerate(events):
-        if (latest_iteration(folder) or 0) >= TRAIN_ITERS - 2 * interval:
+        if (named(folder)) >= TRAIN_ITERS - 2 * interval:
             run_to_end(arguments(data, folder, "--save-interval", str(interval)), tmp_path / "end", 2)
             assert logged(folder) == unbroken
             shutil.rmtree(folder)
         in_background = choice.random() < 0.5
         how = "--async-save" if in_background else "--no-async-save"
         argv = arguments(data, folder, "--save-interval", str(interval), how)
-        reached = latest_iteration(folder) or 0
+        reached = named(folder)
         metrics = folder / "logs" / METRICS_FILE
         before = metrics.stat().st_mtime_ns if metrics.exists() else None
         run = Run(argv, tmp_path / f"log{number}", 2)
@@ -243,7 +249,7 @@ def test_forty_kills_a_full_disk_and_two_damaged_checkpoints(data: Path, unbroke
                 refuse_to_write(run)
                 assert run.wait()[0] == 1
             run.kill()
-        done, newest = len(logged(folder)), latest_iteration(folder) or 0
+        done, newest = len(logged(folder)), named(folder)
         # A run that was killed before it cut the log has the lines of the run before, of which more may be undone.
         if changed_since(metrics, before):
             assert done - newest <= interval * (2 if in_background else 1), (number, event)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_fsvideo.checkpoint.save_folder import JOB_FILE, iteration_folder, latest_iteration
+from megatron_fsvideo.checkpoint.save_folder import JOB_FILE, LATEST_FILE, iteration_folder, latest_iteration
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from tests.functional.runs import Run, debug_arguments, run_to_end
 from tests.latent_fixtures import write_latent_dataset
@@ -43,7 +43,8 @@ def kill_and_restart(data: Path, unbroken: Path, folder: Path, seed: int) -> Non
     time.sleep(moment)
     was_alive = run.alive
     run.kill()
-    reached = latest_iteration(folder)
+    latest = folder / LATEST_FILE
+    reached = latest.read_text() if latest.exists() else None
     run_to_end(argv, folder.with_suffix(".log"), 2)
     where = f"seed {seed}: killed {moment:.3f} s after the first line, alive {was_alive}, restarted from {reached}"
     assert logged(folder) == logged(unbroken), where

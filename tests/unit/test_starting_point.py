@@ -12,6 +12,7 @@ from megatron_fsvideo.checkpoint.save_folder import (
     iteration_folder,
     latest_iteration,
     name_latest,
+    name_unnamed_checkpoint,
     remove_old_checkpoints,
     whole_iterations,
 )
@@ -132,6 +133,16 @@ def test_checkpoints_without_the_latest_file_are_refused(run):
     # What a kill within the first save leaves is no checkpoint.
     (iteration_folder(run, 4) / "checksums.json").unlink()
     assert start(save=run, load=run) == StartingPoint()
+
+
+def test_a_first_checkpoint_that_was_not_named_before_a_kill_is_named(run):
+    (run / LATEST_FILE).unlink()
+    write_checkpoint(run, 5, whole=False)
+    name_unnamed_checkpoint(run)
+    assert latest_iteration(run) == 4
+    write_checkpoint(run, 6)
+    name_unnamed_checkpoint(run)
+    assert latest_iteration(run) == 4
 
 
 @pytest.mark.parametrize("text", ["seven", "", "-1", "4 5", "٤", "\x00", "99"])
