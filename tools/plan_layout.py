@@ -14,7 +14,16 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, parse_job, presets_for, run_script
+from megatron_fsvideo.config import (
+    DIT_PRESETS,
+    DiTConfig,
+    build_job,
+    given_preset,
+    parse_job,
+    presets_for,
+    run_script,
+    spell_flags,
+)
 from megatron_fsvideo.planning.communication import step_traffic
 from megatron_fsvideo.planning.layouts import Plan, PlanConfig, Search, search
 from megatron_fsvideo.planning.rates import RateConfig
@@ -32,10 +41,16 @@ class PlanJob:
     rates: RateConfig = field(default_factory=RateConfig)
 
 
+PRESETS = presets_for(PlanJob, DIT_PRESETS)
+
+
 def flags_of(plan: Plan) -> str:
-    """The layout as flags of pretrain_dit.py."""
-    case, parallel = plan.case, plan.case.parallel
-    words = [f"--tensor-model-parallel-size {case.tp}", f"--context-parallel-size {case.cp}"]
+    """The model, as it was given, and the layout as flags of pretrain_dit.py."""
+    case, parallel, preset = plan.case, plan.case.parallel, given_preset()
+    base = build_job(PlanJob, PRESETS[preset]).model if preset else DiTConfig()
+    words = [f"--preset {preset}"] if preset else []
+    words += spell_flags(case.model, base)
+    words += [f"--tensor-model-parallel-size {case.tp}", f"--context-parallel-size {case.cp}"]
     words += [f"--pipeline-model-parallel-size {case.pp}"]
     words += ["--sequence-parallel"] if parallel.sequence_parallel else []
     for name in (
@@ -121,6 +136,15 @@ def show_details(plan: Plan, job: PlanJob) -> None:
     print(f"\nflags: {flags_of(plan)}")
 
 
+def refusals(found: Search, plan: PlanConfig) -> dict[str, int]:
+    """Reason -> number of layouts that it ruled out, memory included."""
+    if not found.too_large:
+        return found.refused
+    limit, least = plan.gpu_memory_gb - plan.reserved_memory_gb, found.too_large[0].memory_bytes / 1e9
+    reason = f"memory: more than the {limit:g} GB of a GPU that are not reserved; the smallest needs {least:.1f} GB"
+    return found.refused | {reason: len(found.too_large)}
+
+
 def show(found: Search, job: PlanJob) -> None:
     """Print what was found."""
     plan, rows = job.plan, job.plan.rows(job.model)
@@ -136,20 +160,20 @@ def show(found: Search, job: PlanJob) -> None:
         print("none fits; the smallest:")
         show_table(found.too_large[: plan.top])
         show_details(found.too_large[0], job)
-    if found.refused:
+    if refused := refusals(found, plan):
         print("\nrefused:")
-        for reason, number in sorted(found.refused.items(), key=lambda item: -item[1]):
+        for reason, number in sorted(refused.items(), key=lambda item: -item[1]):
             print(f"  {reason}" + (f" ({number} times)" if number > 1 else ""))
 
 
 def main() -> None:
     """Parse, search, show."""
-    job = parse_job(PlanJob, presets_for(PlanJob, DIT_PRESETS))
+    job = parse_job(PlanJob, PRESETS)
     found = search(job.model, job.plan, job.rates)
     if job.plan.json:
         kinds = {"fitting": found.fitting, "too_large": found.too_large}
         facts = {name: [describe(plan, job.rates) for plan in plans[: job.plan.top]] for name, plans in kinds.items()}
-        print(json.dumps(facts | {"refused": found.refused}, indent=1))
+        print(json.dumps(facts | {"refused": refusals(found, job.plan)}, indent=1))
     else:
         show(found, job)
     if not found.fitting:

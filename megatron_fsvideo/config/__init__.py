@@ -7,10 +7,12 @@ from megatron_fsvideo.config.dit import DiffusionConfig, DiTConfig
 from megatron_fsvideo.config.flags import (
     build_job,
     differences,
+    given_preset,
     make_parser,
     parse_job,
     prefixed,
     presets_for,
+    spell_flags,
 )
 from megatron_fsvideo.config.fsae import FSAEConfig, FSAEMemoryConfig, FSAEPhaseConfig
 from megatron_fsvideo.config.fsae_losses import (
@@ -66,6 +68,7 @@ __all__ = [
     "check_token_count",
     "differences",
     "from_dict",
+    "given_preset",
     "make_parser",
     "parse_job",
     "parse_json",
@@ -73,5 +76,6 @@ __all__ = [
     "presets_for",
     "require",
     "run_script",
+    "spell_flags",
     "to_dict",
 ]

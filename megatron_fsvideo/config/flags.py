@@ -62,6 +62,27 @@ def parse_job(job_class: type[JobT], presets: Presets | None = None, argv: Seque
         parser.error(str(error))
 
 
+def given_preset(argv: Sequence[str] | None = None) -> str | None:
+    """The name after `--preset` on a command line (`sys.argv[1:]` when None); None without one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    return parser.parse_known_args(argv)[0].preset
+
+
+def spell_flags(group: Any, base: Any) -> list[str]:
+    """The words of a command line that make `group` of `base`, two groups of one class, without prefix."""
+    words = []
+    for field in dataclasses.fields(group):
+        value, flag = getattr(group, field.name), "--" + field.name.replace("_", "-")
+        if value == getattr(base, field.name) or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, *map(str, value)] if isinstance(value, tuple) else [flag, str(value)]
+    return words
+
+
 def build_job(job_class: type[JobT], values: Mapping[str, Any]) -> JobT:
     """Deal flat `name -> value` pairs out to the groups of `job_class`; a name is a field's, after its group's prefix.
 

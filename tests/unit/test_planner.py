@@ -248,12 +248,14 @@ def plan_layout(*argv: str) -> subprocess.CompletedProcess:
 
 
 def test_tool_prints_flags_that_the_entry_script_takes():
-    result = plan_layout("--preset", "dit_14b", "--num-gpus", "16", "--height", "768", "--width", "1280", "--json")
+    flags = "--preset dit_14b --num-layers 38 --no-layer-memory --num-gpus 16 --height 768 --width 1280 --json"
+    result = plan_layout(*flags.split())
     assert result.returncode == 0, result.stderr
     plans = json.loads(result.stdout)["fitting"]
     assert plans
     for plan in plans:
-        job = parse_job(DiTJob, DIT_PRESETS, ["--preset", "dit_14b", *plan["flags"].split()])
+        job = parse_job(DiTJob, DIT_PRESETS, plan["flags"].split())
+        assert (job.model.num_layers, job.model.layer_memory, job.training.bf16) == (38, False, True)
         assert job.training.global_batch_size == 32
         assert sum(plan["memory"].values()) == plan["memory_bytes"] <= 74e9
 
@@ -261,6 +263,7 @@ def test_tool_prints_flags_that_the_entry_script_takes():
 def test_tool_says_when_nothing_fits():
     result = plan_layout("--preset", "dit_14b", "--num-gpus", "1")
     assert result.returncode == 1
+    assert "memory: more than the 74 GB of a GPU that are not reserved; the smallest needs" in result.stdout
     assert "none fits; the smallest" in result.stdout and "moving average" in result.stdout
     assert result.stderr.strip().splitlines()[-1].startswith("error: no layout fits 1 GPUs of 80 GB")
 
