@@ -1,14 +1,32 @@
-"""dataset.json, which describes a latent dataset: reading and checking it."""
+"""dataset.json, which describes a latent dataset, and the null text beside it: writing, reading and checking them."""
 
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import msgspec
+import safetensors.torch
 from msgspec import Meta
+from torch import Tensor
 
-from megatron_fsvideo.data.latent_shards import DATASET_FILE, FORMAT_VERSION, ShardError, ShardName, read_json
+from megatron_fsvideo.data.latent_shards import (
+    DATASET_FILE,
+    FORMAT_VERSION,
+    NULL_TEXT_FILE,
+    LatentStatistics,
+    ShardError,
+    ShardManifest,
+    ShardName,
+    bucket_counts,
+    read_json,
+)
+from megatron_fsvideo.data.outputs import write_bytes, write_json
 from megatron_fsvideo.data.schema import checked
 from megatron_fsvideo.data.text_files import TextError
+from megatron_fsvideo.models.codecs import LatentCodec
 
 # Parts that must be equal in all folders of a blend: the model sees one latent and one text space.
 SHARED_FIELDS = ("autoencoder", "text_encoder", "image_encoder")
@@ -17,23 +35,67 @@ _Size = Annotated[int, Meta(ge=0, le=2**20)]
 _Factor = Annotated[int, Meta(ge=1, le=4096)]
 
 
-class _Autoencoder(msgspec.Struct):
+class AutoencoderRecord(msgspec.Struct, omit_defaults=True):
+    """Whose latents a dataset holds.
+
+    Attributes:
+        path: where its weights are; generation looks for them there.
+        fingerprint: of its weights: latents of two fingerprints are never mixed.
+        spatial_factor, temporal_factor: pixels and frames per latent position.
+        latent_channels: c of latents [c, t, h, w].
+        encoder_fingerprint, weights_fingerprint: of the encoder alone and of all weights, where they are known.
+    """
+
+    path: str
     fingerprint: Annotated[str, Meta(min_length=1)]
     spatial_factor: _Factor
     temporal_factor: _Factor
     latent_channels: _Factor
+    encoder_fingerprint: str | None = None
+    weights_fingerprint: str | None = None
+
+    @classmethod
+    def of(cls, codec: LatentCodec, path: str, fingerprint: str = "") -> "AutoencoderRecord":
+        """Of latents that `codec` makes.
+
+        Args:
+            path: where its weights are.
+            fingerprint: the name that an existing folder has for it; empty takes the encoder's.
+        """
+        identity, compression = codec.identity, codec.compression
+        return cls(
+            path,
+            fingerprint or identity.encoder,
+            compression.spatial,
+            compression.temporal,
+            codec.latent_channels,
+            identity.encoder,
+            identity.weights,
+        )
 
 
-class _Text(msgspec.Struct):
-    name: str
-    embed_dim: _Size
-    max_length: _Size
+class TextRecord(msgspec.Struct):
+    """What made the text embeddings [l, embed_dim], l at most `max_length`; `embed_dim` 0 is none."""
+
+    name: str = "none"
+    embed_dim: _Size = 0
+    max_length: _Size = 0
 
 
-class _Image(msgspec.Struct):
-    name: str
-    embed_dim: _Size
-    num_tokens: _Size
+class ImageRecord(msgspec.Struct):
+    """What made the first frames' embeddings [num_tokens, embed_dim]; `embed_dim` 0 is none."""
+
+    name: str = "none"
+    embed_dim: _Size = 0
+    num_tokens: _Size = 0
+
+
+class LatentSpace(msgspec.Struct):
+    """What made a dataset's tensors. Folders of one blend agree on it."""
+
+    autoencoder: AutoencoderRecord
+    text_encoder: TextRecord
+    image_encoder: ImageRecord
 
 
 class _Statistics(msgspec.Struct):
@@ -42,12 +104,9 @@ class _Statistics(msgspec.Struct):
     total_square: list[float]
 
 
-class _Dataset(msgspec.Struct):
+class _Dataset(LatentSpace):
     """The fields that are read; there may be more."""
 
-    autoencoder: _Autoencoder
-    text_encoder: _Text
-    image_encoder: _Image
     shards: list[ShardName]
     statistics: _Statistics
     fps: Annotated[float, Meta(gt=0, le=1e6)]
@@ -80,3 +139,47 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
         if len(numbers) != channels:
             raise ShardError(f"{path}: {name} has {len(numbers)} numbers for {channels} latent channels")
     return values
+
+
+def write_dataset_json(
+    folder: Path,
+    space: LatentSpace,
+    manifests: Sequence[ShardManifest],
+    null_text: Tensor,
+    negative_text: Tensor,
+    negative_prompt: str,
+) -> None:
+    """Write what makes shards a dataset: `null_text.safetensors`, and then `dataset.json`.
+
+    Args:
+        manifests: of the dataset's shards, which hold at least one sample.
+        null_text, negative_text: [l, e], the embeddings of "" and of `negative_prompt`.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    # Copies, for safetensors refuses tensors that share memory.
+    texts = {"null_text": null_text.clone(), "negative_text": negative_text.clone()}
+    write_bytes(folder / NULL_TEXT_FILE, safetensors.torch.save(texts))
+    statistics = reduce(add, (manifest.statistics for manifest in manifests), LatentStatistics())
+    mean, std = statistics.mean_std()
+    samples = [sample for manifest in manifests for sample in manifest.samples]
+    description = {
+        "version": FORMAT_VERSION,
+        **msgspec.to_builtins(space),
+        "negative_prompt": negative_prompt,
+        "fps": median(sample.fps for sample in samples),
+        "num_samples": len(samples),
+        "buckets": bucket_counts(manifests),
+        "latent_mean": mean,
+        "latent_std": std,
+        "statistics": {
+            "count": statistics.count,
+            "total": list(statistics.total),
+            "total_square": list(statistics.total_square),
+        },
+        "skipped": [pair for manifest in manifests for pair in manifest.skipped],
+        "duplicates": sum(manifest.duplicates for manifest in manifests),
+        "shards": [manifest.shard for manifest in manifests],
+    }
+    write_json(folder / DATASET_FILE, description)

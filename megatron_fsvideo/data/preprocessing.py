@@ -6,20 +6,15 @@ runs first: new captions or more videos encode only what is new. Whoever finishe
 and removes the shards that the list no longer asks for.
 """
 
-import json
 import logging
 import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import reduce
-from operator import add
 from pathlib import Path
-from statistics import median
 from typing import Any, Protocol
 
-import safetensors.torch
 import torch
 
 from megatron_fsvideo.data.buckets import Bucket
@@ -34,18 +29,22 @@ from megatron_fsvideo.data.clips import (
     latent_key,
     text_key,
 )
+from megatron_fsvideo.data.dataset_json import (
+    AutoencoderRecord,
+    ImageRecord,
+    LatentSpace,
+    TextRecord,
+    write_dataset_json,
+)
 from megatron_fsvideo.data.frame_files import ImageReader
 from megatron_fsvideo.data.latent_shards import (
     DATASET_FILE,
     FORMAT_VERSION,
-    NULL_TEXT_FILE,
     SHARD_FOLDER,
     LatentSample,
-    LatentStatistics,
     SampleEntry,
     ShardError,
     ShardManifest,
-    bucket_counts,
     find_manifests,
     hash_key,
     read_json,
@@ -54,7 +53,6 @@ from megatron_fsvideo.data.latent_shards import (
     write_shard,
 )
 from megatron_fsvideo.data.manifest import VideoEntry
-from megatron_fsvideo.data.outputs import write_bytes
 from megatron_fsvideo.data.video import VideoError, VideoReader, to_unit
 from megatron_fsvideo.models.codecs import CodecIdentity, LatentCodec
 
@@ -431,55 +429,20 @@ def _finish(job: Job) -> bool:
         raise ValueError(f"{job.output}: none of the {len(job.entries)} videos gave a clip")
     captions: dict[str, torch.Tensor] = {}
     _encode_texts(job.encoders, ["", job.options.negative_prompt], captions)
-    null_text = {"null_text": captions[""], "negative_text": captions[job.options.negative_prompt]}
-    stored = {name: tensor.clone() for name, tensor in null_text.items()}
-    write_bytes(job.output / NULL_TEXT_FILE, safetensors.torch.save(stored))
-    description = json.dumps(_describe(job, manifests, skipped), indent=1, ensure_ascii=False)
-    write_bytes(job.output / DATASET_FILE, description.encode())
+    negative = job.options.negative_prompt
+    space = _latent_space(job)
+    write_dataset_json(job.output, space, manifests, captions[""], captions[negative], negative)
     _remove_others(folder, {shard.name for shard in job.plan})
     return True
 
 
-def _describe(job: Job, manifests: list[ShardManifest], skipped: list[tuple[str, str]]) -> dict[str, Any]:
-    encoders, codec = job.encoders, job.encoders.autoencoder
-    statistics = reduce(add, (manifest.statistics for manifest in manifests), LatentStatistics())
-    mean, std = statistics.mean_std()
-    samples = [sample for manifest in manifests for sample in manifest.samples]
-    return {
-        "version": FORMAT_VERSION,
-        "autoencoder": {
-            "path": encoders.autoencoder_path,
-            **codec.identity.record(),
-            "fingerprint": job.fingerprint,
-            "spatial_factor": codec.compression.spatial,
-            "temporal_factor": codec.compression.temporal,
-            "latent_channels": codec.latent_channels,
-        },
-        "text_encoder": {
-            "name": encoders.text.name,
-            "embed_dim": encoders.text.embed_dim,
-            "max_length": encoders.text.max_length,
-        },
-        "image_encoder": {
-            "name": encoders.image.name,
-            "embed_dim": encoders.image.embed_dim,
-            "num_tokens": encoders.image.num_tokens,
-        },
-        "negative_prompt": job.options.negative_prompt,
-        "fps": median(sample.fps for sample in samples),
-        "num_samples": len(samples),
-        "buckets": bucket_counts(manifests),
-        "latent_mean": mean,
-        "latent_std": std,
-        "statistics": {
-            "count": statistics.count,
-            "total": list(statistics.total),
-            "total_square": list(statistics.total_square),
-        },
-        "skipped": skipped,
-        "duplicates": sum(manifest.duplicates for manifest in manifests),
-        "shards": [manifest.shard for manifest in manifests],
-    }
+def _latent_space(job: Job) -> LatentSpace:
+    encoders = job.encoders
+    return LatentSpace(
+        AutoencoderRecord.of(encoders.autoencoder, encoders.autoencoder_path, job.fingerprint),
+        TextRecord(encoders.text.name, encoders.text.embed_dim, encoders.text.max_length),
+        ImageRecord(encoders.image.name, encoders.image.embed_dim, encoders.image.num_tokens),
+    )
 
 
 def _remove_others(folder: Path, keep: set[str]) -> None:

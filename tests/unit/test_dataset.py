@@ -52,6 +52,7 @@ def test_description(folder):
     assert len(dataset) == 8 and dataset.buckets == [Bucket(9, 32, 32)]
     assert description["autoencoder"] == {
         "path": "tiny", "fingerprint": "0" * 64, "spatial_factor": 4, "temporal_factor": 4, "latent_channels": 6,
+        "encoder_fingerprint": "0" * 64, "weights_fingerprint": "8" * 64,
     }  # fmt: skip
     assert description["text_encoder"]["name"] == "letters" and description["image_encoder"]["embed_dim"] == 3
     assert len(description["latent_mean"]) == 6 and description["buckets"] == ["9x32x32"] and description["fps"] == 8
