@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from megatron_fsvideo.checkpoint.wan_config import (
 )
 from megatron_fsvideo.checkpoint.wan_names import DIFFUSERS, WAN, Spelling, our_value, their_name, their_value
 from megatron_fsvideo.config import DiffusionConfig, DiTConfig
+from megatron_fsvideo.config.rules import shown
 
 FORMATS = ("diffusers", "wan", "release", "distributed")
 # Names of the model itself among the moving average and the optimizer's state.
@@ -137,7 +139,7 @@ def recognise(folder: Path) -> str:
         kinds = {DIFFUSERS_CLASS: "diffusers", WAN_CLASS: "wan"}
         if config.get("_class_name") in kinds:
             return kinds[config["_class_name"]]
-        said = f"config.json says _class_name {config.get('_class_name')!r}, format {config.get('format')!r}"
+        said = f"config.json says _class_name {shown(config.get('_class_name'))}, format {shown(config.get('format'))}"
     else:
         said = f"it has neither {LATEST_FILE} nor config.json"
     raise ValueError(f"the format of {folder} is unknown: {said}; known are {', '.join(FORMATS)} (--input-format)")
@@ -151,7 +153,14 @@ def _inside_pipeline(folder: Path) -> Path:
 def _open_foreign(folder: Path, kind: str) -> Source:
     values, stored = read_config(folder), SafetensorsFolder(folder)
     where = str(folder / CONFIG_FILE)
-    unused: tuple[str, ...] = ()
+    try:
+        return _foreign(folder, kind, values, stored)
+    except ValueError as error:
+        raise ValueError(str(error) if where in str(error) else f"{where}: {error}") from error
+
+
+def _foreign(folder: Path, kind: str, values: dict[str, Any], stored: SafetensorsFolder) -> Source:
+    where, unused = str(folder / CONFIG_FILE), tuple[str, ...]()
     if kind == "diffusers":
         # Older versions stored a gain that their forward never used.
         unused = tuple(name for name in stored.infos if name.endswith(".attn2.norm_added_q.weight"))

@@ -138,7 +138,7 @@ def load_fsae(path: str | Path, device: str | torch.device = "cpu", dtype: torch
     try:
         with torch.device("meta"):
             fsae = FSAE(model_config)
-    except (ValueError, RuntimeError) as error:  # torch refuses sizes whose product overflows
+    except (ValueError, RuntimeError, OverflowError) as error:  # torch refuses sizes whose product overflows
         raise ValueError(f"{folder / CONFIG_FILE}: {str(error).splitlines()[0]}") from error
     check_weights(str(folder), fsae, weights)
     fsae.load_state_dict(weights, assign=True)

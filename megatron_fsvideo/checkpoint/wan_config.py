@@ -4,11 +4,16 @@ Both lack some of our fields, which then have Wan2.1's value (`_FIXED`); the ori
 shapes say (patch, widths of the encoders).
 """
 
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from megatron_fsvideo.config import DiTConfig
+from megatron_fsvideo.config.rules import Positive, allowed, shown
 
 Shapes = dict[str, tuple[int, ...]]
+_SizeField = Annotated[int, Meta(ge=1, le=2**31)]
 
 DIFFUSERS_CLASS = "WanTransformer3DModel"
 WAN_CLASS = "WanModel"
@@ -32,7 +37,7 @@ def config_from_diffusers(values: dict[str, Any], where: str) -> DiTConfig:
     check_fields(values, ("in_channels", "out_channels", "text_dim", "freq_dim", "eps"), where)
     for name, only in _DIFFUSERS_FIXED.items():
         if values.get(name, only) != only:
-            raise ValueError(f"{where}: {name} is {values[name]!r}; only {only!r} can be converted")
+            raise ValueError(f"{where}: {name} is {shown(values[name])}; only {only!r} can be converted")
     hidden_size = values["num_attention_heads"] * values["attention_head_dim"]
     image_dim, added = values.get("image_dim"), values.get("added_kv_proj_dim")
     if added not in ((None,) if image_dim is None else (hidden_size,)):
@@ -130,13 +135,21 @@ def config_to_wan(config: DiTConfig) -> dict[str, Any]:
 
 
 def check_fields(values: dict[str, Any], names: tuple[str, ...], where: str) -> None:
-    """Refuse a config that lacks a field.
+    """Refuse a config that lacks a field, or has no number there: sizes are from 1 to 2^31.
 
     Raises:
         ValueError: naming the fields.
     """
     if missing := [name for name in names if values.get(name) is None]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")
+    kinds = {"eps": Positive, "patch_size": tuple[_SizeField, _SizeField, _SizeField]}
+    optional = [name for name in ("image_dim", "added_kv_proj_dim") if values.get(name) is not None]
+    for name in (*names, *optional):
+        try:
+            msgspec.convert(values[name], kinds.get(name, _SizeField))
+        except msgspec.ValidationError:
+            expected = allowed(kinds.get(name, _SizeField))
+            raise ValueError(f"{where}: {name} must be {expected}, got {shown(values[name])}") from None
 
 
 def _mask_channels(in_channels: int, out_channels: int, where: str) -> int:

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from msgspec import Meta
 
-from megatron_fsvideo.config.rules import Count
+from megatron_fsvideo.config.rules import Count, shown
 from megatron_fsvideo.data import text_files
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.listing import files_in
@@ -269,7 +269,7 @@ def _parse_record(where: str, data: bytes, entry: SampleEntry) -> dict[str, Any]
     if not isinstance(record, dict) or record.get("key") != entry.key:
         raise ValueError(f"the JSON member at byte {entry.json_offset} is not that of {entry.key}")
     if record.get("bucket") != entry.bucket or not isinstance(record.get("caption"), str):
-        raise ValueError(f"the JSON member's bucket is {record.get('bucket')!r}, the manifest's {entry.bucket!r}")
+        raise ValueError(f"the JSON member's bucket is {shown(record.get('bucket'))}, the manifest's {entry.bucket!r}")
     return record
 
 

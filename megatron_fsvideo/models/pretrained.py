@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_fsvideo.config import require
+from megatron_fsvideo.config.rules import shown
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _check_kind(source: PretrainedSource, path: str, model_types: Sequence[str])
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{source.name}: {config} cannot be read: {error}") from error
     if kind not in model_types:
-        raise ValueError(f"{source.name}: {config} says model_type {kind!r}, expected {' or '.join(model_types)}")
+        raise ValueError(f"{source.name}: {config} says model_type {shown(kind)}, expected {' or '.join(model_types)}")
 
 
 def _refusal(source: PretrainedSource, error: Exception) -> ValueError:
