@@ -137,8 +137,9 @@ def recognise(folder: Path) -> str:
         if config.get("format") == DIT_FORMAT:
             return "release"
         kinds = {DIFFUSERS_CLASS: "diffusers", WAN_CLASS: "wan"}
-        if config.get("_class_name") in kinds:
-            return kinds[config["_class_name"]]
+        name = config.get("_class_name")
+        if isinstance(name, str) and name in kinds:
+            return kinds[name]
         said = f"config.json says _class_name {shown(config.get('_class_name'))}, format {shown(config.get('format'))}"
     else:
         said = f"it has neither {LATEST_FILE} nor config.json"
