@@ -9,35 +9,13 @@ the phases do: docs/fsae_training.md; presets: megatron_fsvideo/config/presets.p
 """
 
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, parse_job, run_script
-from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.training.logging import MetricsLogger
-from megatron_fsvideo.training.loop import train
-from megatron_fsvideo.training.profiling import IterationProfiler, profile_folder
-from megatron_fsvideo.training.steps.fsae import FSAEStep
-from megatron_fsvideo.training.watchdog import Watchdog
-
-
-def pretrain(job: FSAEJob) -> None:
-    """Build everything, continue from a checkpoint if there is one, train."""
-    pgs = groups.initialize(job.parallel)
-    profiler = IterationProfiler(job.profiling, profile_folder(job.logging, job.checkpoint), pgs.rank)
-    with Watchdog(pgs, 60 * job.parallel.distributed_timeout_minutes) as watchdog:
-        step = FSAEStep(job, pgs)
-        state = watchdog.state = step.load()
-        logger = MetricsLogger(
-            job.logging,
-            job.training.train_iters,
-            state.iteration,
-            is_rank_zero=pgs.is_rank_zero,
-            world_size=pgs.world_size,
-        )
-        train(step, state, job.training, job.checkpoint, logger, pgs.any_rank, profiler)
-    groups.shutdown()
+from megatron_fsvideo.tasks.fsae.task import FSAETask
+from megatron_fsvideo.training.run import run
 
 
 def main() -> None:
     """Parse the command line and train."""
-    pretrain(parse_job(FSAEJob, FSAE_PRESETS))
+    run(parse_job(FSAEJob, FSAE_PRESETS), FSAETask)
 
 
 if __name__ == "__main__":

@@ -18,24 +18,32 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from megatron_fsvideo.config import FSAE_PRESETS, AlignmentConfig, FSAEJob, parse_job, run_script, to_dict
+from megatron_fsvideo.config import (
+    FSAE_PRESETS,
+    AlignmentConfig,
+    FSAEJob,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainingConfig,
+    parse_job,
+    run_script,
+    to_dict,
+)
 from megatron_fsvideo.config.rules import Checked, PathText, Positive
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, VGG16Trunk
-from megatron_fsvideo.models.fsae import FSAE
-from megatron_fsvideo.models.fsae.discriminator import Discriminator
-from megatron_fsvideo.optim.matrix_exchange import deal_out
-from megatron_fsvideo.training.ema import EMA
-from megatron_fsvideo.training.fsae_adversary import Adversary
-from megatron_fsvideo.training.steps.fsae_objective import FSAEObjective, whole_reconstruction
-from megatron_fsvideo.training.steps.fsae_shares import ClipShare, draw_patch, whole_region
-from megatron_fsvideo.training.steps.fsae_trainee import FSAETrainee
+from megatron_fsvideo.models.fsae.frame_shards import FrameShards
+from megatron_fsvideo.models.parameter_rules import ParameterRules
+from megatron_fsvideo.tasks.fsae.learner import FSAELearner, MicroBatch
+from megatron_fsvideo.tasks.fsae.patches import draw_patch
+from megatron_fsvideo.training.network import TrainedNetwork
 
 GB = 1e9
 ADAM_MOMENTS = 2
@@ -105,8 +113,43 @@ class ByteCounter(TorchDispatchMode):
         self.live -= size
 
 
+class CountedNetwork(TrainedNetwork):
+    """The memory of a network in training on one rank, without Megatron, which fake tensors and a fake group lack.
+
+    Gradients stay where autograd leaves them: in training Megatron's buffers, which are as large, hold them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        chunks: list[nn.Module],
+        config: TransformerConfig,
+        rules: ParameterRules,
+        optimizer: OptimizerConfig,
+        parallel: ParallelConfig,
+        training: TrainingConfig,
+        pgs: Any,
+        record: dict[str, Any],
+    ) -> None:
+        self.name, self.pgs = name, pgs
+        self.chunks = nn.ModuleList(chunks)
+        sharers = pgs.dp_cp_size if parallel.use_distributed_optimizer else 1
+        self._sizes = [-(-p.numel() // sharers) for p in self.chunks.parameters() if p.requires_grad]
+        self.averages = [torch.zeros(size) for size in self._sizes] if optimizer.ema_decay else []
+        self.moments: list[Tensor] = []
+
+    def backward(self, loss: Tensor, weight: float, is_last: bool, *others: TrainedNetwork) -> None:
+        """Leave the gradients in the parameters."""
+        (loss * weight).backward()
+
+    def make_moments(self) -> None:
+        """AdamW's, which the first step makes."""
+        if not self.moments:
+            self.moments = [torch.zeros(size) for size in self._sizes for _ in range(ADAM_MOMENTS)]
+
+
 class CountedStep:
-    """What `FSAEStep` does with one micro-batch, without files, videos and checkpoints.
+    """What the autoencoder's task does with one micro-batch, without files, videos and checkpoints.
 
     Args:
         job: whose perceptual trunk gets random weights.
@@ -116,68 +159,42 @@ class CountedStep:
 
     def __init__(self, job: FSAEJob, counter: ByteCounter, group: dist.ProcessGroup | None) -> None:
         self.job, self.counter, self.group = job, counter, group
-        losses, memory, device = job.losses, job.memory, torch.device("cpu")
-        with counter.part("weights"):
-            self.fsae = FSAE(job.model)
-        recomputes = job.parallel.recompute_granularity == "full"
-        self.fsae.recompute(recomputes, outer_encoder=not memory.encoder_tile)
-        self.trainee = FSAETrainee(
-            self.fsae, job.phase.trains_encoder, tile=memory.encoder_tile, slice_latents=memory.encoder_slice
-        )
-        with counter.part("moving average"):
-            self.ema = EMA(self.fsae, job.optimizer.ema_decay) if job.optimizer.ema_decay else None
-        self.moments: list[Tensor] = []
-        with counter.part("discriminator"):
-            one = SimpleNamespace(device=device, dp_cp=None, dp_cp_size=1)
-            # torch cannot move a module of fake tensors, not even to where it is.
-            with patch.object(Discriminator, "to", lambda network, device: network):
-                self.adversary = Adversary(job, one) if job.uses_gan else None
-        silent = replace(job, losses=replace(losses, perceptual_weight=0.0), alignment=AlignmentConfig(vf_weight=0.0))
+        size = 1 if group is None else group.size()
+        pgs = SimpleNamespace(device=torch.device("cpu"), cp_size=size, dp_cp_size=size)
+        losses = replace(job.losses, perceptual_weight=0.0)
+        silent = replace(job, losses=losses, alignment=AlignmentConfig(vf_weight=0.0))
+        # torch cannot move a module of fake tensors, not even to where it is.
+        with counter.part("weights and average"), patch.object(nn.Module, "to", lambda module, device: module):
+            self.learner = FSAELearner(silent, pgs, CountedNetwork)
         with counter.part("perceptual network"):
-            self.objective = FSAEObjective(silent, device)
-            self.objective.job = job
-            if losses.perceptual_weight > 0:
-                self.objective.perceptual = PerceptualLoss(VGG16Trunk(), None, "random VGG16")
+            self.learner.objective.job = job
+            if job.losses.perceptual_weight > 0:
+                self.learner.objective.perceptual = PerceptualLoss(VGG16Trunk(), None, "random VGG16")
 
     def run(self, clip: Bucket) -> None:
         """Forward, losses, backward, discriminator with R1; the first time AdamW's moments are made after it."""
-        size = self.job.training.micro_batch_size
+        size, learner = self.job.training.micro_batch_size, self.learner
         with self.counter.part("clip"):
             video = torch.zeros(size, 3, clip.num_frames, clip.height, clip.width)
-        share = None if self.group is None else ClipShare(self.group, clip.num_frames)
-        mine = video if share is None else share.of(video)
+        shards = None if self.group is None else FrameShards.of_clip(self.group, clip.num_frames)
         with unset_fake_temporarily():  # a place has numbers
-            box = draw_patch(self.fsae, self.job, 0, mine)
-        del mine
-        with self.counter.part("forward pass"):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.job.training.bf16):
-                output = self.trainee(video, box=box, share=share)
-        with self.counter.part("losses"):
-            loss, _ = self.objective(output, video, self.fsae, adversary=self.adversary, share=share)
-        with self.counter.part("backward pass"):
-            loss.backward()
+            box = draw_patch(learner.model, self.job, 0, video if shards is None else shards.of(video))
+        batch = MicroBatch(video, 0, self.job.adversary.discriminator_warmup_iters, None, box, shards, 1.0, True)
+        frozen = learner.adversary.network.frozen() if learner.adversary is not None else nullcontext()
+        with frozen:
+            with self.counter.part("forward pass"):
+                passed = learner.run(batch)
+            with self.counter.part("losses"):
+                loss, _ = learner.losses(batch, passed)
+            with self.counter.part("backward pass"):
+                learner.fsae.backward(loss, 1.0, True)
         del loss
-        if self.adversary is not None:
+        if learner.adversary is not None:
             with self.counter.part("discriminator's passes"):
-                with torch.no_grad():
-                    fake = whole_reconstruction(output, share)
-                real = video if output.region is None else whole_region(output.region, share).of(video)
-                self.adversary.backward(real, fake, 0, 1.0)
-            del fake, real
-        del output
-        if not self.moments:
-            # Gradients stay too: in training their memory belongs to DistributedDataParallel.
-            modules = [self.trainee] if self.adversary is None else [self.trainee, self.adversary.model]
-            trained = [[p for p in module.parameters() if p.requires_grad] for module in modules]
-            mine = [p for parameters in trained for p in self._shared_out(parameters)]
-            self.moments = [torch.zeros_like(p) for p in mine for _ in range(ADAM_MOMENTS)]
-
-    def _shared_out(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Those whose moments this rank keeps; more data-parallel ranks than share a clip would leave it fewer."""
-        if self.group is None or not self.job.parallel.use_distributed_optimizer:
-            return parameters
-        owners = deal_out(parameters, self.group.size())
-        return [parameter for parameter in parameters if owners[parameter] == self.group.rank()]
+                learner.discriminate(replace(batch, iteration=0), passed, 1.0)
+        del passed
+        for network in learner.networks.values():
+            network.make_moments()
 
 
 def account(job: FSAEJob, clip: Bucket, *, fake: bool = True) -> dict[str, Any]:

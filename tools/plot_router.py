@@ -28,8 +28,8 @@ from megatron_fsvideo.models.dit import Denoiser
 from megatron_fsvideo.models.dit.router_weights import KINDS, RouterWeights
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.groups import ProcessGroups
-from megatron_fsvideo.training.steps.dit_batches import check_data_fits_model
-from megatron_fsvideo.training.steps.dit_objective import make_noisy, pad_rows, validation_draws
+from megatron_fsvideo.tasks.dit.batches import check_data_fits_model
+from megatron_fsvideo.tasks.dit.objective import make_noisy, pad_rows, validation_draws
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from megatron_fsvideo.config.training import (
     LoggingConfig,
     OptimizerConfig,
     ProfilingConfig,
+    StageConfig,
     TrainingConfig,
 )
 
@@ -61,6 +62,7 @@ __all__ = [
     "PerceptualLossConfig",
     "ProfilingConfig",
     "ReconstructionLossConfig",
+    "StageConfig",
     "TrainingConfig",
     "VideoDataConfig",
     "build_job",

@@ -86,6 +86,7 @@ class FSAEJob:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: VideoDataConfig = field(default_factory=VideoDataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 

@@ -1,30 +1,24 @@
-"""The training loop, for every job. What differs between jobs is the step object."""
+"""The training loop, for every job. What differs between jobs is the task."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from megatron_fsvideo.config import CheckpointConfig, TrainingConfig
 from megatron_fsvideo.training.logging import MetricsLogger
+from megatron_fsvideo.training.network import TrainedNetwork
 from megatron_fsvideo.training.profiling import NO_PROFILE, IterationProfiler
 from megatron_fsvideo.training.signals import ExitRequest
 from megatron_fsvideo.training.state import StepResult, TrainState
+from megatron_fsvideo.training.task import Task
 
 AnyRank = Callable[[list[bool]], list[bool]]
 
 
-class TrainStep(Protocol):
-    """What a job brings to the loop. Every rank calls each method at the same iterations."""
+class Checkpoints(Protocol):
+    """Where the loop saves; `RunCheckpoints`. Every rank calls each method at the same iterations."""
 
-    def train_step(self, state: TrainState) -> StepResult:
-        """One optimizer step on the batch after `state.consumed_samples`. Must not change `state`."""
-        ...
-
-    def validate(self) -> dict[str, float]:
-        """Validation metrics, by name; called only when `eval_iters` is positive."""
-        ...
-
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, networks: Mapping[str, TrainedNetwork]) -> None:
         """Write a checkpoint from which `state.iteration + 1` can be done, or begin to (`async_save`)."""
         ...
 
@@ -32,26 +26,25 @@ class TrainStep(Protocol):
         """Whether this rank still writes a checkpoint in the background. Ranks may answer differently."""
         ...
 
-    def finish_save(self) -> None:
+    def finish(self) -> None:
         """Wait for the checkpoint that is being written, if any, and make it the newest."""
         ...
 
 
 def train(
-    step: TrainStep,
+    task: Task,
+    checkpoints: Checkpoints,
     state: TrainState,
     training: TrainingConfig,
     checkpoint: CheckpointConfig,
     logger: MetricsLogger,
     any_rank: AnyRank = list,
     profiler: IterationProfiler = NO_PROFILE,
-    after_iteration: Callable[[TrainState], None] | None = None,
 ) -> None:
     """Run from `state` to `training.train_iters`, or until the run is asked to leave; then it saves and returns.
 
     Args:
         any_rank: which flags any rank has set, `ProcessGroups.any_rank`; the default is for a single process.
-        after_iteration: called on every rank after each iteration and its validation, before it is saved.
 
     Raises:
         ValueError: too many optimizer steps in a row were skipped, or a checkpoint could not be written.
@@ -59,7 +52,7 @@ def train(
     first = state.iteration
     # A resumed run has validated before it saved; a new stage has other data.
     if training.eval_iters > 0 and state.consumed_samples == 0:
-        logger.log_validation(state, step.validate())
+        logger.log_validation(state, task.validate())
 
     saved = first if first > 0 else None
     skipped = 0
@@ -67,40 +60,42 @@ def train(
         while state.iteration < training.train_iters:
             profiler.begin(state.iteration + 1)
             started = time.perf_counter()
-            result = step.train_step(state)
+            result = task.train_step(state)
             state.advance(result.num_samples)
             logger.log_step(state, result, time.perf_counter() - started)
             profiler.end(state.iteration)
             skipped = skipped + 1 if result.skipped else 0
             if skipped == training.max_consecutive_skipped:
-                step.finish_save()
+                checkpoints.finish()
                 raise ValueError(_too_many_skipped(skipped, result))
 
             is_last = state.iteration == training.train_iters
             if training.eval_iters > 0 and (is_last or _due(state.iteration, training.eval_interval)):
-                logger.log_validation(state, step.validate())
-            if after_iteration is not None:
-                after_iteration(state)
+                logger.log_validation(state, task.validate())
+            if (generated := task.generate(state)) is not None:
+                logger.log_validation(state, generated.metrics)
+                for name, image in generated.images.items():
+                    logger.log_image(state.iteration, name, image)
             if checkpoint.save and (is_last or _due(state.iteration, checkpoint.save_interval)):
-                step.save(state)
+                checkpoints.save(state, task.networks)
                 saved = state.iteration
-            is_asked = _should_leave(step, state, request, any_rank, logger)
+            is_asked = _should_leave(checkpoints, state, request, any_rank, logger)
             if is_asked or _due(state.iteration - first, training.exit_interval):
                 break
 
         if checkpoint.save and saved != state.iteration:
-            step.save(state)
-        step.finish_save()
+            checkpoints.save(state, task.networks)
+        checkpoints.finish()
     logger.close()
 
 
 def _should_leave(
-    step: TrainStep, state: TrainState, request: ExitRequest, any_rank: AnyRank, logger: MetricsLogger
+    checkpoints: Checkpoints, state: TrainState, request: ExitRequest, any_rank: AnyRank, logger: MetricsLogger
 ) -> bool:
     """The end of an iteration, where all ranks agree: to leave, and that a checkpoint is written."""
-    is_saving, *flags = any_rank([step.is_saving(), *request.flags()])
+    is_saving, *flags = any_rank([checkpoints.is_saving(), *request.flags()])
     if not is_saving:
-        step.finish_save()
+        checkpoints.finish()
     reason = request.explain(flags)
     if reason:
         logger.note(f"leaving after iteration {state.iteration}: {reason}")

@@ -99,18 +99,19 @@ class TrainedNetwork:
         """
         return run_schedule(forward_step, self.wrapped, batches, self.pgs, forward_only=forward_only)
 
-    def backward(self, loss: Tensor, weight: float, is_last: bool) -> None:
+    def backward(self, loss: Tensor, weight: float, is_last: bool, *others: "TrainedNetwork") -> None:
         """Add the gradients of one micro-batch.
 
         Args:
             loss: of this rank's samples; with context parallelism the loss of whole samples, the same on all ranks.
             weight: of the micro-batch among this rank's: 1 / number of micro-batches, if they are equally large.
             is_last: whether it is the last before `finish_gradients`; earlier ones are not reduced over ranks.
+            others: further networks that this backward pass reaches.
         """
         assert self.pgs.pp_size == 1, "pipeline stages need Megatron's schedule: accumulate"
         with ExitStack() as stack:
             if not is_last:
-                for chunk in self.wrapped:
+                for chunk in (chunk for network in (self, *others) for chunk in network.wrapped):
                     stack.enter_context(chunk.no_sync())
             # Megatron's DDP averages over data- and context-parallel ranks, but the latter hold parts of one gradient.
             (loss * (weight * self.pgs.cp_size)).backward()
@@ -201,6 +202,11 @@ class TrainedNetwork:
             self.average.load_state(content["ema"])
         elif self.average is not None:
             self.average.restart()
+
+
+def plain_config() -> TransformerConfig:
+    """Megatron's settings for a network that is whole on every rank and made of no module of Megatron's."""
+    return TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
 
 
 def prefixed(content: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job
 from megatron_fsvideo.inference.loading import load_dit
 from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.training.steps.dit import DiTStep
+from tests.functional.tasks import begin_dit
 from tests.latent_fixtures import write_latent_dataset
 from tests.parallel.harness import run_workers
 
@@ -41,11 +41,12 @@ def load_step(
     """What a training run has in memory after loading: its weights and their average."""
     values = SIZE | {"data_path": (str(data),), "load": str(folder), "finetune": finetune, "new_stage": new_stage}
     job = build_job(DiTJob, DIT_PRESETS["dit_debug"] | values | {"tensor_model_parallel_size": tp_size})
-    step = DiTStep(job, groups.initialize(job.parallel))
-    state = step.load()
+    task, _, state = begin_dit(job, groups.initialize(job.parallel))
     assert (state.iteration, state.consumed_samples) == (0, 0)
-    trained = {name: parameter.detach().clone() for name, parameter in step.chunks.named_parameters()}
-    return [list(trained.values()), [step.ema.weights[name] for name in trained]]
+    network = task.network
+    trained = {name: parameter.detach().clone() for name, parameter in network.chunks.named_parameters()}
+    averages = [network.average.weights[name].view_as(weight) for name, weight in trained.items()]
+    return [list(trained.values()), averages]
 
 
 def generated_from(folder: Path, tp_size: int, use_ema: bool) -> list[torch.Tensor]:

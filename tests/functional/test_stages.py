@@ -7,10 +7,11 @@ import torch
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, parse_job
 from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.tasks.dit.task import DiTTask
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from megatron_fsvideo.training.state import TrainState
-from megatron_fsvideo.training.steps.dit import DiTStep
 from tests.functional.runs import Run, debug_arguments, run_to_end
+from tests.functional.tasks import begin_dit
 from tests.latent_fixtures import write_latent_dataset
 from tests.parallel.harness import run_workers
 
@@ -49,10 +50,10 @@ def image_stage(data: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-def optimizer_tensors(step: DiTStep) -> list[torch.Tensor]:
+def optimizer_tensors(task: DiTTask) -> list[torch.Tensor]:
     """Master weights and moments of this rank, in the optimizer's order."""
     tensors = []
-    for link in step.optimizer.chained_optimizers:
+    for link in task.network.optimizer.chained_optimizers:
         for group in link.optimizer.param_groups:
             for parameter in group["params"]:
                 state = link.optimizer.state[parameter]
@@ -63,21 +64,19 @@ def optimizer_tensors(step: DiTStep) -> list[torch.Tensor]:
 def switch(first: list[str], second: list[str]) -> dict:
     """Train the first stage, save it, begin the second: what both have in memory."""
     pgs = groups.initialize(parse_job(DiTJob, DIT_PRESETS, first).parallel)
-    before = DiTStep(parse_job(DiTJob, DIT_PRESETS, first), pgs)
-    state = before.load()
+    before, checkpoints, state = begin_dit(parse_job(DiTJob, DIT_PRESETS, first), pgs)
     while state.iteration < FIRST:
         state.advance(before.train_step(state).num_samples)
-    before.save(state)
-    before.finish_save()
-    after = DiTStep(parse_job(DiTJob, DIT_PRESETS, second), pgs)
-    reached = after.load()
+    checkpoints.save(state, before.networks)
+    checkpoints.finish()
+    after, _, reached = begin_dit(parse_job(DiTJob, DIT_PRESETS, second), pgs)
     result = {
         "counters": [reached.iteration, reached.consumed_samples],
         "normalization": [list(values) for values in (after.dataset.scale.mean, after.dataset.scale.std)],
-        "learning_rates": sorted({group["lr"] for group in after.optimizer.param_groups}),
-        "optimizer": [optimizer_tensors(step) for step in (before, after)],
-        "weights": [[p.detach().clone() for p in step.chunks.parameters()] for step in (before, after)],
-        "average": [[value.clone() for value in step.ema.weights.values()] for step in (before, after)],
+        "learning_rates": sorted({group["lr"] for group in after.network.optimizer.param_groups}),
+        "optimizer": [optimizer_tensors(task) for task in (before, after)],
+        "weights": [[p.detach().clone() for p in task.network.chunks.parameters()] for task in (before, after)],
+        "average": [[v.clone() for v in task.network.average.weights.values()] for task in (before, after)],
         "next": after.train_step(TrainState(reached.iteration, 0)).metrics["learning_rate"],
     }
     groups.shutdown()

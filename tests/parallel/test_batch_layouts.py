@@ -8,9 +8,9 @@ from megatron.core import parallel_state
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, parse_job
 from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.tasks.dit.task import DiTTask
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from megatron_fsvideo.training.state import TrainState
-from megatron_fsvideo.training.steps.dit import DiTStep
 from tests.functional.runs import debug_arguments, run_to_end
 from tests.latent_fixtures import write_latent_dataset
 from tests.parallel.harness import run_workers
@@ -56,7 +56,7 @@ def train(data: Path, layouts: dict[str, str]) -> dict[str, list[dict[str, float
         argv = f"--preset dit_debug --micro-batch-size 1 --data-path {data} {FLAGS} {flags}".split()
         job = parse_job(DiTJob, DIT_PRESETS, argv)
         pgs = groups.initialize(job.parallel)
-        step, state, rows = DiTStep(job, pgs), TrainState(), []
+        step, state, rows = DiTTask(job, pgs), TrainState(), []
         while state.iteration < NUM_STEPS:
             result = step.train_step(state)
             state.advance(result.num_samples)
@@ -96,7 +96,7 @@ def test_a_layout_that_cannot_share_the_batches_is_refused_before_any_work(data)
         job = parse_job(DiTJob, DIT_PRESETS, argv)
         pgs = groups.initialize(job.parallel)
         with pytest.raises(ValueError) as refusal:
-            DiTStep(job, pgs)
+            DiTTask(job, pgs)
         return str(refusal.value)
 
     for text in run_workers(refused, 4):

@@ -13,7 +13,7 @@ from megatron_fsvideo.data.latent_shards import LatentSample, sample_id
 from megatron_fsvideo.data.stored_batch import broadcast_batch, stack
 from megatron_fsvideo.models.codecs import LatentScale
 from megatron_fsvideo.parallel.groups import all_reduce_sum, initialize
-from megatron_fsvideo.training.steps.dit_batches import BatchSource
+from megatron_fsvideo.tasks.dit.batches import BatchSource
 from tests.latent_fixtures import write_latent_dataset
 from tests.parallel.harness import run_workers
 

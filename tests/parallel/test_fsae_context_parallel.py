@@ -10,8 +10,9 @@ from torch import nn
 from megatron_fsvideo.config import FSAEJob
 from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
 from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.tasks.fsae.task import FSAETask
+from megatron_fsvideo.training.network import StepOutcome, TrainedNetwork
 from megatron_fsvideo.training.state import TrainState
-from megatron_fsvideo.training.steps.fsae import FSAEStep
 from tests.parallel.harness import run_workers
 from tests.unit.fsae_large_clips import CUTS, large_job, make_large_film
 
@@ -33,6 +34,11 @@ class TinyTrunk(nn.Module):
         return [first, torch.relu(self.second(first))]
 
 
+def networks_of_autoencoder(task: FSAETask) -> list[TrainedNetwork]:
+    """All but the discriminator."""
+    return [network for name, network in task.networks.items() if name != "discriminator"]
+
+
 def gradients_of_step(job: FSAEJob, iteration: int) -> tuple[dict[str, float], torch.Tensor, torch.Tensor]:
     """Metrics of one step and what both optimizers were given, clipping left out.
 
@@ -40,26 +46,29 @@ def gradients_of_step(job: FSAEJob, iteration: int) -> tuple[dict[str, float], t
     """
     pgs = groups.initialize(job.parallel)
     torch.set_default_dtype(torch.float64)
-    step, found = FSAEStep(job, pgs), []
+    step, found = FSAETask(job, pgs), []
     torch.manual_seed(0)
     # With weights of its own: no job can name this trunk.
     losses = replace(job.losses, perceptual_weight=0.5)
     frozen = replace(job.perceptual, perceptual_trunk="vgg16", perceptual_frames=3)
-    step.objective.job = replace(job, losses=losses, perceptual=frozen)
-    step.objective.perceptual = PerceptualLoss(TinyTrunk(), None, "")
+    step.learner.objective.job = replace(job, losses=losses, perceptual=frozen)
+    step.learner.objective.perceptual = PerceptualLoss(TinyTrunk(), None, "")
     read = step.batches.read
     step.batches.read = lambda first, plan: read(first, plan).double()
-    features = step.objective.features  # DINOv2 is fp32
-    if step.objective.dino is not None:
-        step.objective.features = lambda video: features(video.float()).double()
-    for optimizer in (step.optimizer, step.adversary.optimizer):
+    features = step.learner.objective.features  # DINOv2 is fp32
+    if step.learner.objective.dino is not None:
+        step.learner.objective.features = lambda video: features(video.float()).double()
+    for networks in (networks_of_autoencoder(step), [step.learner.adversary.network]):
 
-        def record(iteration: int, optimizer=optimizer) -> tuple[float, float]:
-            gradient = torch.cat([p.grad.flatten().clone() for p in optimizer.parameters])
+        def record(iteration: int, loss: float, networks=networks) -> StepOutcome:
+            parameters = [p for network in networks for p in network.model.parameters() if p.requires_grad]
+            gradient = torch.cat([p.main_grad.flatten().clone() for p in parameters])
             found.append(gradient)
-            return float(gradient.norm()), 0.0
+            return StepOutcome(float(gradient.norm()), 0.0, True)
 
-        optimizer.step = record
+        networks[-1].step = record
+        for network in networks[:-1]:
+            network.step = lambda iteration, loss: StepOutcome(0.0, 0.0, True)
     result = step.train_step(TrainState(iteration, 2 * iteration))
     assert result.skipped is None
     groups.shutdown()

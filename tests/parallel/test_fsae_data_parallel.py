@@ -9,8 +9,8 @@ import torch
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, ParallelConfig, build_job
 from megatron_fsvideo.data.video import write_video
 from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.tasks.fsae.task import FSAETask
 from megatron_fsvideo.training.state import TrainState
-from megatron_fsvideo.training.steps.fsae import FSAEStep
 from tests.parallel.harness import run_workers
 
 
@@ -28,7 +28,7 @@ def video_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_steps(job: FSAEJob) -> tuple[list[float], list[float], torch.Tensor]:
     """Losses, gradient norms and all weights after the job's iterations."""
     pgs = groups.initialize(ParallelConfig())
-    step, state = FSAEStep(job, pgs), TrainState()
+    step, state = FSAETask(job, pgs), TrainState()
     losses, norms = [], []
     for _ in range(job.training.train_iters):
         result = step.train_step(state)
@@ -36,7 +36,7 @@ def train_steps(job: FSAEJob) -> tuple[list[float], list[float], torch.Tensor]:
         losses.append(result.metrics["loss"])
         norms.append(result.metrics["grad_norm"])
     groups.shutdown()
-    return losses, norms, torch.cat([p.detach().flatten() for p in step.model.parameters()])
+    return losses, norms, torch.cat([p.detach().flatten() for p in step.learner.model.parameters()])
 
 
 def test_two_processes_are_one(video_dir: Path) -> None:
@@ -53,18 +53,26 @@ def test_two_processes_are_one(video_dir: Path) -> None:
 
 
 def train_both(job: FSAEJob) -> tuple[list[dict[str, float]], torch.Tensor, torch.Tensor, list[int]]:
-    """Metrics, all weights of autoencoder and projection, of the discriminator, and how many have moments here."""
+    """Metrics, all weights of autoencoder and projection, of the discriminator, and each optimizer's moments here."""
     pgs = groups.initialize(ParallelConfig())
-    step, state = FSAEStep(job, pgs), TrainState()
+    step, state = FSAETask(job, pgs), TrainState()
     metrics = []
     for _ in range(job.training.train_iters):
         result = step.train_step(state)
         state.advance(result.num_samples)
         metrics.append(result.metrics)
     groups.shutdown()
-    weights = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (step.trainee, step.adversary.model)]
-    inner = [optimizer for owner in (step, step.adversary) for optimizer, _ in owner.optimizer._optimizers]
-    return metrics, *weights, [len(optimizer.state) for optimizer in inner]
+    *autoencoding, discriminator = step.networks.values()
+    weights = [
+        torch.cat([p.detach().flatten() for network in networks for p in network.model.parameters()])
+        for networks in (autoencoding, [discriminator])
+    ]
+    held = [
+        sum(moment.numel() for state in link.optimizer.state.values() for moment in state.values() if moment.ndim)
+        for network in step.networks.values()
+        for link in network.optimizer.chained_optimizers
+    ]
+    return metrics, *weights, held
 
 
 @pytest.mark.parametrize("optimizer, shared", [("adam", False), ("adam", True), ("muon", True)])

@@ -7,8 +7,7 @@ from torch import Tensor
 from megatron_fsvideo.config import ParallelConfig
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.context import DecodeContext
-from megatron_fsvideo.models.fsae.frame_shards import latents_of_rank, shards_of
-from megatron_fsvideo.models.fsae.tiling import frame_span
+from megatron_fsvideo.models.fsae.frame_shards import FrameShards, latents_of_rank
 from megatron_fsvideo.parallel import groups
 from tests.parallel.harness import run_workers
 from tests.unit.fsae_fixtures import build, config, difference, random_video
@@ -30,10 +29,10 @@ def sharded(kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents and frames of this rank, loss and gradients summed over ranks."""
     pgs = groups.initialize(ParallelConfig())
     fsae, video, features = model(kind)
-    first, last = frame_span(*latents_of_rank(NUM_LATENTS, pgs.dp))
-    mine = video[:, :, first:last]
-    latents = fsae.encoder(mine, shards_of(pgs.dp))
-    decoded = fsae.decoder(latents, DecodeContext(shards_of(pgs.dp), features))
+    shards = FrameShards.of_clip(pgs.dp, video.shape[2])
+    mine = shards.of(video)
+    latents = fsae.encoder(mine, shards)
+    decoded = fsae.decoder(latents, DecodeContext(shards, features))
     loss = (decoded - mine).abs().sum() / video.numel()
     loss.backward()
     summed = [groups.all_reduce_sum(x, pgs.dp) for x in (loss.detach(), flat_gradients(fsae))]

@@ -14,8 +14,8 @@ from megatron_fsvideo.models.dit.weights import named_global_parameters
 from megatron_fsvideo.optim.held import boxes
 from megatron_fsvideo.optim.moving_average import warm_decay
 from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.training.steps.dit import DiTStep
 from tests.functional.runs import debug_arguments
+from tests.functional.tasks import begin_dit
 from tests.latent_fixtures import write_latent_dataset
 from tests.parallel.harness import run_workers
 
@@ -52,29 +52,28 @@ def train(argv: list[str], data: Path, save: Path, load: Path) -> dict:
     argv[argv.index("--load") + 1] = str(load)
     job = parse_job(DiTJob, DIT_PRESETS, argv)
     pgs = groups.initialize(job.parallel)
-    step = DiTStep(job, pgs)
-    state = step.load()
-    with step.ema.applied():
-        whole = {name: parameter.detach().float().clone() for name, parameter in step.chunks.named_parameters()}
+    task, checkpoints, state = begin_dit(job, pgs)
+    chunks, average = task.network.chunks, task.network.average
+    with average.applied():
+        whole = {name: parameter.detach().float().clone() for name, parameter in chunks.named_parameters()}
     for _ in range(STEPS):
-        state.advance(step.train_step(state).num_samples)
-        decay = warm_decay(step.ema.decay, state.iteration)
-        for name, parameter in step.chunks.named_parameters():
-            whole[name].lerp_(parameter.detach().float(), 1 - decay)
-    trained = [parameter.detach().clone() for parameter in step.chunks.parameters()]
-    error = step.validate()["velocity_mse"]
-    restored = all(torch.equal(a, b) for a, b in zip(trained, step.chunks.parameters(), strict=True))
-    with step.ema.applied():
-        is_whole = all(torch.equal(whole[name], p.float()) for name, p in step.chunks.named_parameters())
-    step.save(state)
-    step.finish_save()
+        state.advance(task.train_step(state).num_samples)
+        for name, parameter in chunks.named_parameters():
+            whole[name].lerp_(parameter.detach().float(), 1 - warm_decay(average.decay, state.iteration))
+    trained = [parameter.detach().clone() for parameter in chunks.parameters()]
+    error = task.validate()["velocity_mse"]
+    restored = all(torch.equal(a, b) for a, b in zip(trained, chunks.parameters(), strict=True))
+    with average.applied():
+        is_whole = all(torch.equal(whole[name], p.float()) for name, p in chunks.named_parameters())
+    checkpoints.save(state, task.networks)
+    checkpoints.finish()
     stored = DistributedWeights(iteration_folder(save, state.iteration), "dit.ema.")
     result = {
         "restored": restored,
         "is_whole": is_whole,
         "error": error,
-        "bytes": sum(average.nbytes for average in step.ema.weights.values()),
-        "parameters": sum(parameter.numel() for parameter in step.chunks.parameters()),
+        "bytes": sum(values.nbytes for values in average.weights.values()),
+        "parameters": sum(parameter.numel() for parameter in chunks.parameters()),
         "average": {name: stored.read(name) for name in stored.infos},
     }
     groups.shutdown()
@@ -84,10 +83,11 @@ def train(argv: list[str], data: Path, save: Path, load: Path) -> dict:
 def swapped(argv: list[str], data: Path, save: Path) -> dict[str, torch.Tensor]:
     """The weights that the model has in validation, loaded from `save`."""
     job = parse_job(DiTJob, DIT_PRESETS, debug_arguments(data, save, *FLAGS, "--valid-data-path", str(data), *argv))
-    step = DiTStep(job, groups.initialize(job.parallel))
-    step.load()
-    with step.ema.applied():
-        found = {name: p.detach().clone() for chunk in step.chunks for name, p in named_global_parameters(chunk)}
+    task, _, _ = begin_dit(job, groups.initialize(job.parallel))
+    with task.network.average.applied():
+        found = {
+            name: p.detach().clone() for chunk in task.network.chunks for name, p in named_global_parameters(chunk)
+        }
     groups.shutdown()
     return found
 

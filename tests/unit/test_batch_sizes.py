@@ -12,7 +12,7 @@ from megatron_fsvideo.data.batch_sizes import Sharing, global_batch_sizes, micro
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.latent_dataset import Stream
 from megatron_fsvideo.data.sampler import BucketSampler, deal
-from megatron_fsvideo.training.steps.dit_batches import sharing, step_sizes
+from megatron_fsvideo.tasks.dit.batches import sharing, step_sizes
 
 SMALL, WIDE, STILL = Bucket(9, 32, 32), Bucket(9, 32, 64), Bucket(1, 32, 32)
 TOKENS = {SMALL: 192, WIDE: 384, STILL: 64}

@@ -10,7 +10,7 @@ from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, VideoDataConfig, buil
 from megatron_fsvideo.data.bucketed_clips import BucketedClips, open_bucketed_clips
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.video import write_video
-from megatron_fsvideo.training.steps.fsae_batches import FSAEBatches
+from megatron_fsvideo.tasks.fsae.batches import FSAEBatches
 
 WIDE, TALL, IMAGE, LONG = (Bucket.parse(text) for text in ("5x24x40", "5x40x24", "1x32x32", "21x32x32"))
 

@@ -9,7 +9,7 @@ import torch
 from megatron_fsvideo.config import DIT_PRESETS, DiffusionConfig, DiTJob, build_job
 from megatron_fsvideo.data.batch import Batch
 from megatron_fsvideo.models.dit import Denoiser, patchify
-from megatron_fsvideo.training.steps.dit_objective import (
+from megatron_fsvideo.tasks.dit.objective import (
     hidden_first_frames,
     make_noisy,
     pad_rows,

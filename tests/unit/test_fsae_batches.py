@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from test_bucketed_clips import bucket_job, video_dir  # noqa: F401
 
-from megatron_fsvideo.training.steps.fsae_batches import FSAEBatches
+from megatron_fsvideo.tasks.fsae.batches import FSAEBatches
 
 
 def test_where_a_patch_is_decoded_small_clips_do_not_come_in_huge_batches(video_dir: Path) -> None:  # noqa: F811

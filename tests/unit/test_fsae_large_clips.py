@@ -9,9 +9,9 @@ from megatron_fsvideo.config import FSAEConfig
 from megatron_fsvideo.models.fsae import encode_tiled
 from megatron_fsvideo.models.fsae.tiled_encoder import tile_halo
 from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.tasks.fsae.patches import check_memory_flags, draw_patch
+from megatron_fsvideo.tasks.fsae.task import FSAETask
 from megatron_fsvideo.training.state import TrainState
-from megatron_fsvideo.training.steps.fsae import FSAEStep
-from megatron_fsvideo.training.steps.fsae_shares import check_memory_flags, draw_patch
 from tests.unit.fsae_fixtures import build, config, patch_config, random_latents, random_video
 from tests.unit.fsae_large_clips import CUTS, SIDE, large_job, make_large_film
 from tests.unit.test_fsae_patch import assert_same, gradients
@@ -52,7 +52,7 @@ def test_less_memory_changes_no_number(video_dir: Path, slice_flag: str) -> None
     def check(pgs: groups.ProcessGroups) -> None:
         found = []
         for changes in ({}, {slice_flag: {"encoder_tile": 32, "encoder_slice": 1}[slice_flag]}):
-            step = FSAEStep(large_job(3, video_dir, image_fraction=0.0, recompute_granularity="full", **changes), pgs)
+            step = FSAETask(large_job(3, video_dir, image_fraction=0.0, recompute_granularity="full", **changes), pgs)
             found.append(step.train_step(TrainState()).metrics)
         assert found[1] == pytest.approx(found[0], rel=1e-5)
 
@@ -61,18 +61,20 @@ def test_less_memory_changes_no_number(video_dir: Path, slice_flag: str) -> None
 
 def test_losses_and_discriminator_see_the_valid_region(video_dir: Path) -> None:
     def check(pgs: groups.ProcessGroups) -> None:
-        step = FSAEStep(large_job(3, video_dir, image_fraction=0.0, global_batch_size=1, **CUTS), pgs)
+        step = FSAETask(large_job(3, video_dir, image_fraction=0.0, global_batch_size=1, **CUTS), pgs)
         plan = step.batches.plan(0)
         video = step.batches.read(0, plan)
-        box = draw_patch(step.model, step.job, 0, video)
+        box = draw_patch(step.learner.model, step.job, 0, video)
         assert (box.bottom - box.top, box.right - box.left, box.start, box.stop) == (10, 11, 0, 5)
-        assert box == draw_patch(step.model, step.job, 0, video)
-        places = {(b.top, b.left) for b in (draw_patch(step.model, step.job, k, video) for k in range(40))}
+        assert box == draw_patch(step.learner.model, step.job, 0, video)
+        places = {(b.top, b.left) for b in (draw_patch(step.learner.model, step.job, k, video) for k in range(40))}
         assert places == {(top, left) for top in range(3) for left in range(2)}
 
         seen = []
-        adversary = step.adversary.backward
-        step.adversary.backward = lambda real, fake, *rest: seen.append((real, fake)) or adversary(real, fake, *rest)
+        adversary = step.learner.adversary.backward
+        step.learner.adversary.backward = lambda real, fake, *rest: (
+            seen.append((real, fake)) or adversary(real, fake, *rest)
+        )
         result = step.train_step(TrainState())
         ((real, fake),) = seen
         top, bottom = (8 * (box.top + 4) if box.top else 0), (SIDE if box.bottom == 12 else 8 * (box.bottom - 4))
@@ -93,8 +95,8 @@ def test_a_resumed_run_draws_the_same_patches(video_dir: Path, tmp_path: Path) -
         for exit_interval in (1, 2):
             stops = {"save": folder, "load": folder, "tensorboard_dir": folder, "exit_interval": exit_interval}
             resumed, _ = run(large_job(3, video_dir, **values, **stops), pgs)
-        theirs = resumed.model.state_dict()
-        assert all(torch.equal(weight, theirs[name]) for name, weight in unbroken.model.state_dict().items())
+        theirs = resumed.learner.model.state_dict()
+        assert all(torch.equal(weight, theirs[name]) for name, weight in unbroken.learner.model.state_dict().items())
         assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
 
     in_a_process_of_its_own(check)

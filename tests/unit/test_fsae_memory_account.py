@@ -47,5 +47,5 @@ def test_the_largest_clip_fits_80_gb() -> None:
     job = build_job(FSAEJob, FSAE_PRESETS["fsae_phase3"])
     assert job.parallel.context_parallel_size == 4
     report = account(job, Bucket.parse("121x1024x1024"))
-    assert report["parts"]["weights"]["live_gb"] == pytest.approx(4 * 1.011, rel=0.05)
+    assert report["parts"]["weights and average"]["live_gb"] == pytest.approx(4 * 1.011 * 1.25, rel=0.06)
     assert report["peak_gb"] < 80

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,14 +10,16 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from megatron_fsvideo.config import OptimizerConfig, ReconstructionLossConfig
+from megatron_fsvideo.config import OptimizerConfig, ParallelConfig, ReconstructionLossConfig, TrainingConfig
 from megatron_fsvideo.evaluation.perceptual import VGG16Trunk, load_perceptual_loss
 from megatron_fsvideo.evaluation.psnr import psnr, psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
-from megatron_fsvideo.optim.muon import orthogonalize
-from megatron_fsvideo.training.fsae_optimizer import FSAEOptimizer
-from megatron_fsvideo.training.muon import Muon
-from megatron_fsvideo.training.steps.fsae_objective import draw_latent_noise, latent_penalty, reconstruction_loss
+from megatron_fsvideo.models.fsae.parameter_rules import fsae_parameter_rules
+from megatron_fsvideo.optim.muon import Muon, orthogonalize
+from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.tasks.fsae.objective import draw_latent_noise, latent_penalty, reconstruction_loss
+from megatron_fsvideo.training.network import TrainedNetwork, plain_config
+from tests.parallel.harness import run_workers
 
 CPU = torch.device("cpu")
 
@@ -200,7 +203,8 @@ def test_muon_treats_a_kernel_as_a_matrix() -> None:
     kernel, gradient = nn.Parameter(torch.randn(4, 3, 3, 3, 3)), torch.randn(4, 3, 3, 3, 3)
     before = kernel.detach().clone()
     kernel.grad = gradient.clone()
-    optimizer = Muon([kernel], lr=0.1, momentum=0.9, weight_decay=0.5)
+    group = {"params": [kernel], "lr": 0.1, "weight_decay": 0.5, "momentum": 0.9}
+    optimizer = Muon([group], SimpleNamespace(size=lambda: 1), torch.bfloat16)
     optimizer.step()
     # First step: buffer 0.1 g, Nesterov update g + 0.9 (buffer - g): a multiple of g, whose size does not matter.
     step = orthogonalize(gradient.flatten(1), torch.bfloat16).view_as(kernel)
@@ -211,19 +215,24 @@ def test_optimizer_deals_weights_and_clips() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv3d(2, 4, 3), nn.Conv3d(4, 4, 3, groups=4))
     config = OptimizerConfig(optimizer="muon", lr=0.01, muon_lr=0.1, clip_grad=1.0, weight_decay=0.0, adam_eps=1e-12)
-    optimizer = FSAEOptimizer(model, config, train_iters=10)
-    before = [p.detach().clone() for p in model.parameters()]
-    for p in model.parameters():
-        p.grad = torch.full_like(p, 3.0)
-    norm = 3.0 * math.sqrt(sum(p.numel() for p in model.parameters()))
-    grad_norm, rate = optimizer.step(0)
-    assert grad_norm == pytest.approx(norm, rel=1e-5) and rate == 0.01
-    dense, *others = [(p.detach() - q).abs() for p, q in zip(model.parameters(), before, strict=True)]
-    # AdamW's first step is its rate, also for the grouped kernel; Muon's step on a matrix of rank 1 has norm 1.
-    for moved in others:
-        assert torch.allclose(moved, torch.tensor(0.01), rtol=1e-3)
-    assert float(dense.norm()) == pytest.approx(0.1, rel=0.3)
-    assert all(p.grad is None for p in model.parameters())
+    training = TrainingConfig(train_iters=10)
 
-    with pytest.raises(ValueError, match="--finetune"):
-        FSAEOptimizer(model, OptimizerConfig(), 10).load_state_dict(optimizer.state_dict())
+    def check() -> None:
+        pgs = groups.initialize(ParallelConfig())
+        network = TrainedNetwork(
+            "plain", [model], plain_config(), fsae_parameter_rules(model), config, ParallelConfig(), training, pgs, {}
+        )
+        before = [p.detach().clone() for p in model.parameters()]
+        for p in model.parameters():
+            p.main_grad.fill_(3.0)
+        norm = 3.0 * math.sqrt(sum(p.numel() for p in model.parameters()))
+        outcome = network.step(0, 1.0)
+        assert outcome.grad_norm == pytest.approx(norm, rel=1e-5) and outcome.learning_rate == 0.01
+        dense, *others = [(p.detach() - q).abs() for p, q in zip(model.parameters(), before, strict=True)]
+        # AdamW's first step is its rate, also for the grouped kernel; Muon's step on a matrix of rank 1 has norm 1.
+        for moved in others:
+            assert torch.allclose(moved, torch.tensor(0.01), rtol=1e-3)
+        assert float(dense.norm()) == pytest.approx(0.1, rel=0.3)
+        assert all(not p.main_grad.any() for p in model.parameters())
+
+    run_workers(check, 1)

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,16 +23,18 @@ from megatron_fsvideo.data.shots import Shot
 from megatron_fsvideo.data.video import read_video, to_unit, write_video
 from megatron_fsvideo.models.codecs.identity import fingerprint
 from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.optim.muon import Muon
 from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.tasks.fsae.task import FSAETask
 from megatron_fsvideo.training.logging import MetricsLogger
 from megatron_fsvideo.training.loop import train
-from megatron_fsvideo.training.muon import Muon
+from megatron_fsvideo.training.run import begin, checkpoints_of
 from megatron_fsvideo.training.state import TrainState
-from megatron_fsvideo.training.steps.fsae import FSAEStep
 from tests.parallel.harness import run_workers
 from tests.unit.data_fixtures import random_batch
 
 NUM_SHOTS, SHOT_FRAMES = 4, 20
+ONE_RANK = SimpleNamespace(size=lambda: 1)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +136,10 @@ def test_property_28_one_clip_is_learnt(video_dir: Path) -> None:
     fsae = FSAE(config)
     kernels = [p for p in fsae.parameters() if p.ndim >= 4]
     rest = [p for p in fsae.parameters() if p.ndim < 4]
-    optimizers = [Muon(kernels, lr=0.02), torch.optim.AdamW(rest, lr=2e-3)]
+    optimizers = [
+        Muon([{"params": kernels, "lr": 0.02, "weight_decay": 0.0}], ONE_RANK, torch.bfloat16),
+        torch.optim.AdamW(rest, lr=2e-3),
+    ]
     errors = []
     for _ in range(60):
         error = (fsae(video)[0] - video).abs().mean()
@@ -150,14 +156,20 @@ def in_a_process_of_its_own(check: Callable[[groups.ProcessGroups], None]) -> No
     run_workers(lambda: check(groups.initialize(ParallelConfig())), 1)
 
 
-def run(job: FSAEJob, pgs: groups.ProcessGroups) -> tuple[FSAEStep, TrainState]:
-    """As pretrain_fsae.py."""
-    step = FSAEStep(job, pgs)
-    state = step.load()
-    train(
-        step, state, job.training, job.checkpoint, MetricsLogger(job.logging, job.training.train_iters, state.iteration)
-    )
-    return step, state
+def load(job: FSAEJob, pgs: groups.ProcessGroups) -> tuple[FSAETask, TrainState]:
+    """As a run begins."""
+    task = FSAETask(job, pgs)
+    return task, begin(task, checkpoints_of(job, task, pgs))
+
+
+def run(job: FSAEJob, pgs: groups.ProcessGroups) -> tuple[FSAETask, TrainState]:
+    """As pretrain_fsae.py, within a process that goes on."""
+    task = FSAETask(job, pgs)
+    checkpoints = checkpoints_of(job, task, pgs)
+    state = begin(task, checkpoints)
+    logger = MetricsLogger(job.logging, job.training.train_iters, state.iteration)
+    train(task, checkpoints, state, job.training, job.checkpoint, logger)
+    return task, state
 
 
 def test_a_resumed_run_is_the_unbroken_one(video_dir: Path, tmp_path: Path) -> None:
@@ -183,7 +195,7 @@ def test_a_resumed_run_is_the_unbroken_one(video_dir: Path, tmp_path: Path) -> N
                 pgs,
             )
         for (name, ours), theirs in zip(
-            unbroken.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+            unbroken.learner.model.state_dict().items(), resumed.learner.model.state_dict().values(), strict=True
         ):
             assert torch.equal(ours, theirs), name
         assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
@@ -193,18 +205,20 @@ def test_a_resumed_run_is_the_unbroken_one(video_dir: Path, tmp_path: Path) -> N
 
         # The folder is an autoencoder for others: the averaged weights.
         loaded = load_fsae(tmp_path / "b")
-        assert torch.equal(loaded.encoder.conv_out.weight, resumed.ema.weights["encoder.conv_out.weight"])
-        assert not torch.equal(loaded.encoder.conv_out.weight, resumed.model.encoder.conv_out.weight)
+        average = resumed.learner.fsae.average.weights
+        assert torch.equal(
+            loaded.encoder.conv_out.weight, average["0.encoder.conv_out.weight"].view_as(loaded.encoder.conv_out.weight)
+        )
+        assert not torch.equal(loaded.encoder.conv_out.weight, resumed.learner.model.encoder.conv_out.weight)
         assert [path.name for path in sorted((tmp_path / "b").glob("iter_*"))] == ["iter_0000006"]
         assert load_fsae(tmp_path / "a" / "iter_0000006" / "model").latent_channels == 4
 
-        finetune = FSAEStep(debug_job(video_dir, load=str(tmp_path / "b"), finetune=True), pgs)
-        state = finetune.load()
+        finetune, state = load(debug_job(video_dir, load=str(tmp_path / "b"), finetune=True), pgs)
         assert state == TrainState() and torch.equal(
-            finetune.model.encoder.conv_out.weight, resumed.model.encoder.conv_out.weight
+            finetune.learner.model.encoder.conv_out.weight, resumed.learner.model.encoder.conv_out.weight
         )
         with pytest.raises(ValueError, match=r"another architecture: .*latent_channels"):
-            FSAEStep(debug_job(video_dir, load=str(tmp_path / "b"), latent_channels=8), pgs).load()
+            load(debug_job(video_dir, load=str(tmp_path / "b"), latent_channels=8), pgs)
 
         # Neither other videos, nor another seed or batch, continue at its position.
         (tmp_path / "other").mkdir()
@@ -213,10 +227,10 @@ def test_a_resumed_run_is_the_unbroken_one(video_dir: Path, tmp_path: Path) -> N
         for changes, said in (
             ({"video_dir": other.parent}, "the shots of video_dir .2. are others"),
             ({"seed": 3, "image_batch_size": 8}, "image_batch_size is 8, it was 4; seed is 3, it was 1234"),
-            ({"global_batch_size": 4}, "global_batch_size is 4, it was 2.* --init-from"),
+            ({"global_batch_size": 4}, "global_batch_size is 4, it was 2.* --new-stage"),
         ):
             with pytest.raises(ValueError, match=said):
-                FSAEStep(debug_job(**{"video_dir": video_dir, "load": str(tmp_path / "b")} | changes), pgs).load()
+                load(debug_job(**{"video_dir": video_dir, "load": str(tmp_path / "b")} | changes), pgs)
 
     in_a_process_of_its_own(check)
 
@@ -236,9 +250,9 @@ def test_jobs_that_cannot_run_are_refused(video_dir: Path) -> None:
         with pytest.raises(ValueError, match="num_frames must be 4k.1 .* got 16; try 17"):
             build_job(FSAEJob, {"num_frames": 16})
         with pytest.raises(ValueError, match="train_iters 2 ends within the image_warmup_iters 2, on single frames"):
-            FSAEStep(debug_job(video_dir, train_iters=2), pgs)
+            FSAETask(debug_job(video_dir, train_iters=2), pgs)
         with pytest.raises(ValueError, match="set holdout_every"):
-            FSAEStep(debug_job(video_dir, eval_iters=1, holdout_every=0), pgs)
+            FSAETask(debug_job(video_dir, eval_iters=1, holdout_every=0), pgs)
 
     in_a_process_of_its_own(check)
 
@@ -264,7 +278,7 @@ def test_release_round_trip(tmp_path: Path) -> None:
 def test_releases_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     save_fsae(tmp_path, FSAE(debug_job(tmp_path).model))
     config = json.loads((tmp_path / "config.json").read_text())
-    with pytest.raises(ValueError, match="no config.json"):
+    with pytest.raises(ValueError, match="is no release: it does not exist"):
         load_fsae(tmp_path / "nowhere")
 
     config["model"]["latent_channels"] = 8

@@ -1,7 +1,6 @@
 """The autoencoder's training phases: adversary, alignment, regularisers, decoders; resume, and from phase to phase."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,16 +15,17 @@ from megatron_fsvideo.losses.video_vf import LatentProjection
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.discriminator import Discriminator
 from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.training.fsae_adversary import Adversary
-from megatron_fsvideo.training.fsae_optimizer import FSAEOptimizer
-from megatron_fsvideo.training.fsae_phases import inherit_autoencoder
+from megatron_fsvideo.tasks.fsae.adversary import Adversary
+from megatron_fsvideo.tasks.fsae.forward import FSAEForward
+from megatron_fsvideo.tasks.fsae.inheritance import inherit_autoencoder
+from megatron_fsvideo.tasks.fsae.learner import FSAELearner, MicroBatch
+from megatron_fsvideo.tasks.fsae.objective import FSAEObjective
+from megatron_fsvideo.tasks.fsae.task import FSAETask
+from megatron_fsvideo.training.run import checkpoints_of
 from megatron_fsvideo.training.state import TrainState
-from megatron_fsvideo.training.steps.fsae import FSAEStep
-from megatron_fsvideo.training.steps.fsae_objective import FSAEObjective
-from megatron_fsvideo.training.steps.fsae_trainee import FSAETrainee
-from tests.unit.test_fsae_training import in_a_process_of_its_own, losses_of, make_film, run
+from tests.unit.test_fsae_training import in_a_process_of_its_own, load, losses_of, make_film, run
 
-ONE_PROCESS = SimpleNamespace(device=torch.device("cpu"), dp_size=1, dp_cp_size=1)
+CPU = torch.device("cpu")
 TINY_ADVERSARY = {"discriminator_width": 4, "discriminator_scales": 1, "discriminator_layers": 2, "r1_interval": 2}
 
 
@@ -40,8 +40,12 @@ def phase_job(phase: int, **changes) -> FSAEJob:
     return build_job(FSAEJob, FSAE_PRESETS["fsae_debug"] | values | changes)
 
 
-def weights_of(step: FSAEStep) -> dict[str, Tensor]:
-    return dict(step.trainee.state_dict()) | {f"D.{k}": v for k, v in step.adversary.model.state_dict().items()}
+def weights_of(task: FSAETask) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": weight
+        for name, network in task.networks.items()
+        for key, weight in network.model.state_dict().items()
+    }
 
 
 class TwoLayerTrunk(nn.Module):
@@ -63,21 +67,28 @@ def test_property_25_the_total_loss_has_the_papers_weights(dino_folder: Path) ->
         {name: value for name, value in FSAE_PRESETS["fsae_debug"].items() if name != "perceptual_weight"}
         | {"phase": 4, "perceptual_trunk_path": "unused", "vf_encoder_path": str(dino_folder), "vf_grid": 4},
     )
-    objective = FSAEObjective(phase_job(4, vf_encoder_path=str(dino_folder)), ONE_PROCESS.device)
-    objective.job, objective.perceptual = job, PerceptualLoss(TwoLayerTrunk(), None, "tiny")
-    adversary = Adversary(phase_job(4), ONE_PROCESS)
-    trainee = FSAETrainee(FSAE(job.model), True, LatentProjection(job.model.latent_channels, 16))
-    video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
-    features = objective.features(video)
-    output = trainee(video, None, None, features.shape[3:])
-    loss, parts = objective(output, video, trainee.fsae, features=features, adversary=adversary)
-    assert parts.keys() == {"l1", "perceptual", "gan", "vf_cosine", "vf_distance"}
-    assert min(parts.values()) > 0
-    expected = parts["l1"] + 0.1 * parts["perceptual"] + 0.1 * parts["gan"]
-    expected = expected + 0.5 * (parts["vf_cosine"] + parts["vf_distance"])
-    assert torch.allclose(loss, expected, rtol=1e-6)
-    loss.backward()
-    assert all(p.grad is None for p in adversary.model.parameters()), "the generator's loss trains no discriminator"
+
+    def check(pgs: groups.ProcessGroups) -> None:
+        objective = FSAEObjective(phase_job(4, vf_encoder_path=str(dino_folder)), CPU)
+        objective.job, objective.perceptual = job, PerceptualLoss(TwoLayerTrunk(), None, "tiny")
+        adversary = Adversary(phase_job(4), pgs)
+        forward = FSAEForward(FSAE(job.model), True, LatentProjection(job.model.latent_channels, 16))
+        video = torch.rand(1, 3, 5, 32, 32) * 2 - 1
+        features = objective.features(video)
+        output = forward(video, None, None, features.shape[3:])
+        with adversary.network.frozen():
+            loss, parts = objective(output, video, forward.fsae, features=features, adversary=adversary)
+            loss.backward()
+        assert parts.keys() == {"l1", "perceptual", "gan", "vf_cosine", "vf_distance"}
+        assert min(parts.values()) > 0
+        expected = parts["l1"] + 0.1 * parts["perceptual"] + 0.1 * parts["gan"]
+        expected = expected + 0.5 * (parts["vf_cosine"] + parts["vf_distance"])
+        assert torch.allclose(loss, expected, rtol=1e-6)
+        learnt = [p.main_grad.abs().max() for p in adversary.model.parameters()]
+        assert max(learnt) == 0, "the generator's loss trains no discriminator"
+        assert all(p.requires_grad for p in adversary.model.parameters())
+
+    in_a_process_of_its_own(check)
 
 
 @pytest.mark.parametrize("phase", [2, 4])
@@ -99,17 +110,19 @@ def test_a_resumed_gan_run_is_the_unbroken_one(video_dir: Path, dino_folder: Pat
         assert ("projection.weight" in theirs) == (phase == 4)
         assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b")
 
-        with pytest.raises(ValueError, match=f"is of phase {phase}, this run of phase 3"):
-            FSAEStep(phase_job(3, load=folder, **values), pgs).load()
-        with pytest.raises(ValueError, match="was trained with a discriminator"):
-            FSAEStep(phase_job(phase, load=folder, gan_weight=0.0, **values), pgs).load()
+        with pytest.raises(
+            ValueError, match="another phase: checkpoint 2, this run 3|discriminator and fsae and projection"
+        ):
+            load(phase_job(3, load=folder, **values), pgs)
+        with pytest.raises(ValueError, match="of a run that trains discriminator and fsae.*, this run trains fsae"):
+            load(phase_job(phase, load=folder, gan_weight=0.0, **values), pgs)
 
     in_a_process_of_its_own(check)
 
 
 def test_the_discriminator_learns_alone_first(video_dir: Path) -> None:
     def check(pgs: groups.ProcessGroups) -> None:
-        step = FSAEStep(phase_job(2, video_dir=str(video_dir), discriminator_warmup_iters=1), pgs)
+        step = FSAETask(phase_job(2, video_dir=str(video_dir), discriminator_warmup_iters=1), pgs)
         moves = []
         for iteration in range(2):
             before = {name: weight.clone() for name, weight in weights_of(step).items()}
@@ -118,31 +131,37 @@ def test_the_discriminator_learns_alone_first(video_dir: Path) -> None:
             moved = {name[:2] for name, weight in before.items() if not torch.equal(weight, after[name])}
             moves.append((moved, result.metrics))
         (first, first_metrics), (second, second_metrics) = moves
-        assert first == {"D."} and first_metrics["grad_norm"] == 0 and "r1" in first_metrics
-        assert second == {"D.", "fs"} and second_metrics["grad_norm"] > 0 and "r1" not in second_metrics
-        assert step.ema is not None and second_metrics["gan"] > 0 and second_metrics["discriminator"] > 0
+        assert first == {"di"} and first_metrics["grad_norm"] == 0 and "r1" in first_metrics
+        assert second == {"di", "fs"} and second_metrics["grad_norm"] > 0 and "r1" not in second_metrics
+        assert (
+            step.learner.fsae.average is not None and second_metrics["gan"] > 0 and second_metrics["discriminator"] > 0
+        )
 
     in_a_process_of_its_own(check)
 
 
 def test_the_discriminators_gradients_are_exact_in_bf16_runs() -> None:
     video, reconstruction = torch.randn(2, 1, 3, 5, 32, 32).unbind(0)
-    gradients = []
-    for bf16 in (False, True):
-        adversary = Adversary(phase_job(2, bf16=bf16), ONE_PROCESS)
-        for _ in range(3):  # memory that was used before: an uninitialised gradient shows
-            adversary.optimizer.discard()
-            adversary.backward(video, reconstruction.bfloat16() if bf16 else reconstruction, 1, 1.0)
-        gradients.append(torch.cat([p.grad.flatten() for p in adversary.model.parameters()]))
-    assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
-    assert adversary.generator_loss(reconstruction.bfloat16()).isfinite()
+
+    def check(pgs: groups.ProcessGroups) -> None:
+        gradients = []
+        for bf16 in (False, True):
+            adversary = Adversary(phase_job(2, bf16=bf16), pgs)
+            for _ in range(3):  # memory that was used before: an uninitialised gradient shows
+                adversary.network.discard()
+                adversary.backward(video, reconstruction.bfloat16() if bf16 else reconstruction, 1, 1.0, True)
+            gradients.append(torch.cat([p.main_grad.flatten() for p in adversary.model.parameters()]))
+        assert (gradients[1] - gradients[0]).norm() < 0.05 * gradients[0].norm()
+        assert adversary.generator_loss(reconstruction.bfloat16()).isfinite()
+
+    in_a_process_of_its_own(check)
 
 
 @pytest.mark.parametrize("kind", ["downscale", "upscale", "eq-vae"])
 def test_property_26_the_regularisations_of_table_1_train(video_dir: Path, kind: str) -> None:
     def check(pgs: groups.ProcessGroups) -> None:
         values = {"video_dir": str(video_dir), "latent_regularizer": kind, "vf_weight": 0.0, "image_fraction": 0.0}
-        step = FSAEStep(phase_job(4, global_batch_size=1, **values), pgs)
+        step = FSAETask(phase_job(4, global_batch_size=1, **values), pgs)
         seen, state = set(), TrainState()
         for _ in range(6 if kind == "eq-vae" else 1):
             result = step.train_step(state)
@@ -161,28 +180,25 @@ def test_property_26_the_regularisations_of_table_1_train(video_dir: Path, kind:
 
 def test_property_28_one_clip_is_learnt_with_the_adversary() -> None:
     values = {"widths": (16, 16, 32), "residual_init": 0.1, "resample_init": 0.3, "optimizer": "muon", "lr": 2e-3}
-    job = phase_job(2, r1_interval=8, **values)
+    job = phase_job(2, r1_interval=8, train_iters=25, **values)
     torch.manual_seed(0)
-    trainee = FSAETrainee(FSAE(job.model), True)
-    objective, adversary = FSAEObjective(job, ONE_PROCESS.device), Adversary(job, ONE_PROCESS)
-    optimizer = FSAEOptimizer(trainee, job.optimizer, 25)
     texture = F.interpolate(torch.rand(1, 3, 6, 7) * 2 - 1, (32, 40), mode="bilinear")[0]
     video = torch.stack([texture[:, :, k : k + 32] for k in range(5)], dim=1)[None]
-    errors = []
-    for iteration in range(25):
-        output = trainee(video)
-        loss, parts = objective(output, video, trainee.fsae, adversary=adversary)
-        loss.backward()
-        adversary.backward(video, output.reconstruction, iteration, 1.0)
-        optimizer.step(iteration)
-        adversary.step(iteration)
-        errors.append(float(parts["l1"]))
-    assert errors[-1] < 0.5 * errors[0], (errors[0], errors[-1])
+
+    def check(pgs: groups.ProcessGroups) -> None:
+        learner, errors = FSAELearner(job, pgs), []
+        for iteration in range(25):
+            batch = MicroBatch(video, 0, iteration, None, None, None, weight=1.0, is_last=True)
+            errors.append(float(learner.learn(batch)["l1"]))
+            learner.step(iteration, learner.adversary, 0.0)
+        assert errors[-1] < 0.5 * errors[0], (errors[0], errors[-1])
+
+    in_a_process_of_its_own(check)
 
 
 def test_a_loss_that_is_not_finite_costs_one_step(video_dir: Path) -> None:
     def check(pgs: groups.ProcessGroups) -> None:
-        step = FSAEStep(phase_job(2, video_dir=str(video_dir), image_fraction=0.0), pgs)
+        step = FSAETask(phase_job(2, video_dir=str(video_dir), image_fraction=0.0), pgs)
         before = {name: weight.clone() for name, weight in weights_of(step).items()}
         read = step.batches.read
         step.batches.read = lambda first, plan: read(first, plan) * (float("nan") if first == 7 else 1.0)
@@ -203,17 +219,22 @@ DECODERS = {phase: values | {"first_frame_head_dim": 8} for phase, values in DEC
 @pytest.mark.parametrize("phase", [5, 6])
 def test_property_27_the_encoder_is_frozen(video_dir: Path, phase: int) -> None:
     def check(pgs: groups.ProcessGroups) -> None:
-        step = FSAEStep(phase_job(phase, video_dir=str(video_dir), **DECODERS[phase]), pgs)
-        decoder = {id(p) for p in step.model.decoder.parameters()}
-        assert {id(p) for p in step.optimizer.parameters} == decoder
-        before = {name: weight.clone() for name, weight in step.model.state_dict().items()}
+        step = FSAETask(phase_job(phase, video_dir=str(video_dir), **DECODERS[phase]), pgs)
+        decoder = {id(p) for p in step.learner.model.decoder.parameters()}
+        assert {
+            id(p) for link in step.learner.fsae.optimizer.chained_optimizers for p in link.get_parameters()
+        } == decoder
+        model = step.learner.model
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
         state = TrainState()
         for _ in range(2):
             result = step.train_step(state)
             state.advance(result.num_samples)
-        moved = {name for name, weight in step.model.state_dict().items() if not torch.equal(weight, before[name])}
+        moved = {
+            name for name, weight in step.learner.model.state_dict().items() if not torch.equal(weight, before[name])
+        }
         assert not any(name.startswith("encoder.") for name in moved)
-        assert all(p.grad is None and not p.requires_grad for p in step.model.encoder.parameters())
+        assert all(p.grad is None and not p.requires_grad for p in step.learner.model.encoder.parameters())
         # The attention's `out` starts at zero: it learns at once, and what is behind it from the second step on.
         assert {"decoder.conv_in.weight", "decoder.first_frame.0.out.weight"} <= moved
         assert "decoder.first_frame.0.query.weight" in moved and result.metrics["gan"] > 0
@@ -236,17 +257,18 @@ def test_property_30_each_phase_begins_where_the_last_one_ended(
             values = {"vf_encoder_path": str(dino_folder), "save": str(tmp_path / str(phase)), "init_from": previous}
             values |= {"video_dir": str(video_dir), "train_iters": 1, "image_fraction": 0.0, "global_batch_size": 1}
             job = phase_job(phase, **values | DECODERS.get(phase, {}))
-            step = FSAEStep(job, pgs)
-            initial = {name: weight.clone() for name, weight in step.model.state_dict().items()}
-            step.load()
+            step = FSAETask(job, pgs)
+            initial = {name: weight.clone() for name, weight in step.learner.model.state_dict().items()}
+            checkpoints = checkpoints_of(job, step, pgs)
+            checkpoints.load(step.networks)
             if previous is not None:
                 check_inherited(step, phase, load_fsae(previous).state_dict(), initial)
             step.train_step(TrainState())
-            step.save(TrainState(1, 1))
+            checkpoints.save(TrainState(1, 1), step.networks)
             previous = str(tmp_path / str(phase))
 
-    def check_inherited(step: FSAEStep, phase: int, theirs: dict[str, Tensor], initial: dict[str, Tensor]) -> None:
-        ours = step.model.state_dict()
+    def check_inherited(step: FSAETask, phase: int, theirs: dict[str, Tensor], initial: dict[str, Tensor]) -> None:
+        ours = step.learner.model.state_dict()
         fresh = {name for name, weight in ours.items() if torch.equal(weight, initial[name])}
         fresh -= {name for name in fresh if name in theirs and torch.equal(theirs[name], ours[name])}
         expected = set()
@@ -290,8 +312,12 @@ def test_weights_that_do_not_fit_are_not_inherited(tmp_path: Path) -> None:
         inherit_autoencoder(str(tmp_path / "deeper"), FSAE(plain))
     with pytest.raises(ValueError, match="does not fit in . weights of the decoder: .*stages.2.1.*decoder_depths"):
         inherit_autoencoder(str(tmp_path / "plain"), FSAE(deeper))
-    with pytest.raises(ValueError, match="discriminator differs in scales.0.layers.0.bias"):
-        Adversary(phase_job(2), ONE_PROCESS).load_weights(Discriminator(8, 1, 2).state_dict())
+
+    def check(pgs: groups.ProcessGroups) -> None:
+        with pytest.raises(ValueError, match="discriminator differs in scales.0.layers.0.bias"):
+            Adversary(phase_job(2), pgs).load_weights(Discriminator(8, 1, 2).state_dict())
+
+    in_a_process_of_its_own(check)
 
 
 @pytest.mark.parametrize("phase", range(1, 7))
@@ -310,7 +336,7 @@ def test_the_presets_are_the_papers(phase: int) -> None:
 
 
 def test_jobs_whose_phase_does_not_allow_them_are_refused() -> None:
-    with pytest.raises(ValueError, match="phase must be 1 to 6, got 7"):
+    with pytest.raises(ValueError, match="phase must be an integer of at least 1 and of at most 6, got 7"):
         phase_job(7)
     with pytest.raises(ValueError, match="image_warmup_iters 5 starts a model from images, which phase 2"):
         phase_job(2, image_warmup_iters=5)
@@ -321,6 +347,6 @@ def test_jobs_whose_phase_does_not_allow_them_are_refused() -> None:
     with pytest.raises(ValueError, match="latent_noise 0.1 is for phases 1 to 4"):
         phase_job(6, latent_noise=0.1, **DECODERS[6])
     with pytest.raises(ValueError, match="give --vf-encoder-path"):
-        FSAEObjective(phase_job(4), ONE_PROCESS.device)
+        FSAEObjective(phase_job(4), CPU)
     assert not phase_job(1).uses_gan and phase_job(2).uses_gan and not phase_job(2, gan_weight=0.0).uses_gan
     assert [n for n in range(1, 7) if phase_job(n, **DECODERS.get(n, {})).uses_vf] == [4]

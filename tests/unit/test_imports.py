@@ -24,6 +24,7 @@ RANK = {
     "optim": 6,
     "training": 7,
     "inference": 7,
+    "tasks": 8,
     "planning": 8,
 }
 # torch.distributed modules that are no communication.

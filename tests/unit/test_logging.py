@@ -19,6 +19,8 @@ from megatron_fsvideo.training.state import StepResult, TrainState
 class CountingStep:
     """Reports the iteration as the loss and records what it was asked to do."""
 
+    networks: dict = {}
+
     def __init__(self) -> None:
         self.events: list[str] = []
 
@@ -35,13 +37,16 @@ class CountingStep:
         self.events.append("validate")
         return {"loss": 0.5}
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, networks: dict) -> None:
         self.events.append(f"save {state.iteration}")
+
+    def generate(self, state: TrainState) -> None:
+        return None
 
     def is_saving(self) -> bool:
         return False
 
-    def finish_save(self) -> None:
+    def finish(self) -> None:
         pass
 
 
@@ -49,7 +54,7 @@ def run(folder, iterations, first=0, log_interval=1, **training):
     step, state = CountingStep(), TrainState(first, 3 * first)
     settings = TrainingConfig(train_iters=iterations, **training)
     logger = MetricsLogger(LoggingConfig(log_interval, str(folder)), iterations, first)
-    train(step, state, settings, CheckpointConfig(save="unused", save_interval=2), logger)
+    train(step, step, state, settings, CheckpointConfig(save="unused", save_interval=2), logger)
     return step.events
 
 

@@ -14,7 +14,6 @@ from megatron_fsvideo.config import (
     OptimizerConfig,
     build_job,
 )
-from megatron_fsvideo.losses.video_vf import LatentProjection
 from megatron_fsvideo.models.dit import build_dit
 from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
 from megatron_fsvideo.models.fsae import FSAE
@@ -24,7 +23,6 @@ from megatron_fsvideo.models.latent_upsampler import LatentUpsampler
 from megatron_fsvideo.models.parameter_rules import DECAYED, MATRIX, UNDECAYED
 from megatron_fsvideo.optim.optimizer import parameter_groups
 from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.training.steps.fsae_trainee import FSAETrainee
 from tests.parallel.harness import run_workers
 from tests.unit.fsae_fixtures import config
 
@@ -49,13 +47,6 @@ def test_dense_kernels_decay_and_take_muon(name):
         is_kernel = parameter.ndim > 1 and not grouped
         assert rules[parameter] == (MATRIX if is_kernel else UNDECAYED), parameter_name
     assert MATRIX in rules.values()
-
-
-def test_the_projection_of_latents_neither_decays_nor_takes_muon():
-    projection = LatentProjection(4, 8)
-    trainee = FSAETrainee(FSAE(config()), True, projection)
-    rules = trainee.parameter_rules()
-    assert rules.keys() == set(trainee.parameters()) and rules[projection.weight] == UNDECAYED
 
 
 def test_a_parameter_without_a_rule_is_an_error():

@@ -17,15 +17,20 @@ from megatron_fsvideo.training.state import StepResult, TrainState
 class MarkedStep:
     """Each iteration leaves its number in the trace."""
 
+    networks: dict = {}
+
     def train_step(self, state: TrainState) -> StepResult:
         with torch.profiler.record_function(f"iteration {state.iteration + 1}"):
             torch.ones(64, 64) @ torch.ones(64, 64)
         return StepResult({"loss": 1.0}, 1)
 
+    def generate(self, state: TrainState) -> None:
+        return None
+
     def is_saving(self) -> bool:
         return False
 
-    def finish_save(self) -> None:
+    def finish(self) -> None:
         pass
 
 
@@ -33,7 +38,8 @@ def run(folder: Path, iterations: int, first: int = 0, rank: int = 0, **profilin
     profiler = IterationProfiler(ProfilingConfig(**profiling), folder, rank)
     logger = MetricsLogger(LoggingConfig(100), iterations, first)
     settings = TrainingConfig(train_iters=iterations, exit_signal_handler=False)
-    train(MarkedStep(), TrainState(first, first), settings, CheckpointConfig(), logger, profiler=profiler)
+    step = MarkedStep()
+    train(step, step, TrainState(first, first), settings, CheckpointConfig(), logger, profiler=profiler)
 
 
 def recorded(path: Path) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from test_bucketed_clips import bucket_job, video_dir  # noqa: F401
 
 from megatron_fsvideo.data.read_ahead import READY_PER_WORKER, ReadAhead
-from megatron_fsvideo.training.steps.fsae_batches import FSAEBatches
+from megatron_fsvideo.tasks.fsae.batches import FSAEBatches
 
 
 def test_reading_keeps_ahead_of_a_step_that_takes_half_its_time():

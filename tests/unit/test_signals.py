@@ -27,6 +27,8 @@ class Step:
         writing: boundaries that pass before a checkpoint is written.
     """
 
+    networks: dict = {}
+
     def __init__(self, actions=None, skipped=(), writing=0) -> None:
         self.actions = actions or {}
         self.skipped = skipped
@@ -43,16 +45,19 @@ class Step:
     def validate(self) -> dict[str, float]:
         return {}
 
-    def save(self, state: TrainState) -> None:
-        self.finish_save()
+    def save(self, state: TrainState, networks: dict) -> None:
+        self.finish()
         self.events.append(f"save {state.iteration}")
         self.left, self.in_flight = self.writing, True
+
+    def generate(self, state: TrainState) -> None:
+        return None
 
     def is_saving(self) -> bool:
         self.left -= 1
         return self.left >= 0
 
-    def finish_save(self) -> None:
+    def finish(self) -> None:
         if self.in_flight:
             self.events.append("finish")
         self.in_flight = False
@@ -61,7 +66,7 @@ class Step:
 def run(step, folder=None, any_rank=list, save_interval=0, **training):
     settings = TrainingConfig(**({"train_iters": 6} | training))
     logger = MetricsLogger(LoggingConfig(100, folder and str(folder)), settings.train_iters)
-    train(step, TrainState(), settings, CheckpointConfig(save="s", save_interval=save_interval), logger, any_rank)
+    train(step, step, TrainState(), settings, CheckpointConfig(save="s", save_interval=save_interval), logger, any_rank)
     return [event for event in step.events if event != "finish"]
 
 

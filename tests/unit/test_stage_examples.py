@@ -11,8 +11,8 @@ from megatron_fsvideo.data.batch_sizes import micro_batch_sizes
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.memory import peak_memory
+from megatron_fsvideo.tasks.dit.batches import sharing, step_sizes
 from megatron_fsvideo.training.flops import Rows
-from megatron_fsvideo.training.steps.dit_batches import sharing, step_sizes
 
 ROOT = Path(__file__).parents[2]
 STUBS = {

@@ -1,8 +1,11 @@
-"""One video's frames shared by several processes (context parallelism of the autoencoder; fsae_spec section 3).
+"""One video's frames shared by several processes (context parallelism of the autoencoder).
 
 Attention is per frame and norms are per position, so only convolutions look at other frames: each asks its neighbours'
 processes for the one or two frames that it needs. The results and the gradients of weights, summed over the processes,
 are those of one process.
+
+Losses that treat frames alone are computed where the frames are, weighted so that the mean over the processes is the
+loss of the clip. Losses of the whole clip are computed from its joined pixels or latents, which are few.
 """
 
 from dataclasses import dataclass
@@ -11,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_fsvideo.models.fsae.streaming import Stream
-from megatron_fsvideo.parallel.neighbours import exchange_frames
+from megatron_fsvideo.models.fsae.tiling import frame_span
+from megatron_fsvideo.parallel.neighbours import exchange_frames, join_frames
 
 MIN_LATENTS = 2
 """Latent frames per process: a causal convolution looks two frames back, and not past its neighbour."""
@@ -19,13 +23,20 @@ MIN_LATENTS = 2
 
 @dataclass
 class FrameShards(Stream):
-    """This process's place among those that hold a video's frames, in rank order.
+    """This process's part of a clip, among those of the processes that hold the others, in rank order.
 
     Attributes:
         group: the processes.
+        num_frames: of the whole clip, 4k+1.
     """
 
     group: ProcessGroup | None = None
+    num_frames: int = 1
+
+    @classmethod
+    def of_clip(cls, group: ProcessGroup, num_frames: int) -> "FrameShards":
+        """This process's part of a clip of `num_frames` frames that the processes of a group share."""
+        return cls(position=group.rank(), group=group, num_frames=num_frames)
 
     @property
     def first_latent(self) -> int:
@@ -39,6 +50,34 @@ class FrameShards(Stream):
         raise ValueError(
             "noise_shape full draws by frame, and processes that share a clip do not know theirs: use spatial"
         )
+
+    @property
+    def num_latents(self) -> int:
+        """Latent frames of the whole clip."""
+        return (self.num_frames - 1) // 4 + 1
+
+    @property
+    def frames(self) -> slice:
+        """This process's frames."""
+        return slice(*frame_span(*latents_of_rank(self.num_latents, self.group)))
+
+    @property
+    def weight(self) -> float:
+        """Of a mean over this process's frames, so that the mean over the processes is that over all frames."""
+        return (self.frames.stop - self.frames.start) * self.group.size() / self.num_frames
+
+    def of(self, video: Tensor) -> Tensor:
+        """This process's frames of the whole clip [b, c, f, h, w]."""
+        return video[:, :, self.frames]
+
+    def join(self, frames: Tensor) -> Tensor:
+        """The whole clip from each process's frames, with gradients."""
+        return join_frames(frames, self.frames.start, self.num_frames, self.group)
+
+    def join_latents(self, latents: Tensor) -> Tensor:
+        """The whole clip's latents from each process's, with gradients."""
+        start, _ = latents_of_rank(self.num_latents, self.group)
+        return join_frames(latents, start, self.num_latents, self.group)
 
     def look_back(self, module: nn.Module, frames: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
         """As `Stream.look_back`; the frames come from the process before."""
@@ -65,8 +104,3 @@ def latents_of_rank(num_latents: int, group: ProcessGroup) -> tuple[int, int]:
             f"{num_latents // MIN_LATENTS} processes or longer videos"
         )
     return rank * num_latents // size, (rank + 1) * num_latents // size
-
-
-def shards_of(group: ProcessGroup) -> FrameShards:
-    """This process's place, for `encoder`, `decoder`, `encode_tiled` and `decode_patch`."""
-    return FrameShards(position=group.rank(), group=group)

@@ -1,4 +1,4 @@
-"""What the autoencoder minimises (paper sections 2.2.1 and 2.2.2, fsae_spec section 4): means over all elements.
+"""What the autoencoder minimises (paper sections 2.2.1 and 2.2.2): means over all elements.
 
 L_ae    = L1 + 0.1 LPIPS + 0.1 L_GAN              the adversary from phase 2 on
 L_total = L_ae + 0.5 (L_v-mcos + L_v-mdms)        phase 4, equation 4
@@ -18,10 +18,10 @@ from megatron_fsvideo.losses.latent_regularizers import LatentTransform
 from megatron_fsvideo.losses.lpips import sliced_perceptual_loss
 from megatron_fsvideo.losses.video_vf import adaptive_weight, pool_features, video_vf_losses
 from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.models.fsae.frame_shards import FrameShards
 from megatron_fsvideo.parallel.seeds import sample_generator
-from megatron_fsvideo.training.fsae_adversary import Adversary
-from megatron_fsvideo.training.steps.fsae_shares import ClipShare
-from megatron_fsvideo.training.steps.fsae_trainee import TraineeOutput
+from megatron_fsvideo.tasks.fsae.adversary import Adversary
+from megatron_fsvideo.tasks.fsae.forward import ForwardOutput
 
 SCALES = (2, 4)
 
@@ -50,16 +50,16 @@ class FSAEObjective:
 
     def __call__(
         self,
-        output: TraineeOutput,
+        output: ForwardOutput,
         video: Tensor,
         fsae: FSAE,
         *,
         features: Tensor | None = None,
         transform: LatentTransform | None = None,
         adversary: Adversary | None = None,
-        share: ClipShare | None = None,
+        shards: FrameShards | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and its unweighted parts by name; with `share` the mean over its processes is the clip's.
+        """The loss, and its unweighted parts by name; with `shards` the mean over its processes is the clip's.
 
         Args:
             video: the whole clip, [b, 3, f, h, w].
@@ -67,15 +67,15 @@ class FSAEObjective:
             features: from `features`.
             transform: that made `output.transformed`.
             adversary: None leaves the adversarial loss out.
-            share: which frames of the clip `output` has; None for all.
+            shards: which frames of the clip `output` has; None for all.
         """
         loss, parts = torch.zeros((), device=video.device), {}
         if output.reconstruction is not None:
-            target = video if share is None else share.of(video)
+            target = video if shards is None else shards.of(video)
             target = target if output.region is None else output.region.of(target)
             loss, parts = self._reconstruction(output.reconstruction, target)
-            if share is not None:
-                loss, parts = share.weight * loss, {name: share.weight * value for name, value in parts.items()}
+            if shards is not None:
+                loss, parts = shards.weight * loss, {name: shards.weight * value for name, value in parts.items()}
         if transform is not None:
             assert output.transformed is not None
             target = transform.of_video(video, fsae.spatial_factor)
@@ -87,10 +87,10 @@ class FSAEObjective:
             aligned, of_aligned = self._alignment(loss, output, features, fsae)
             loss, parts = loss + aligned, parts | of_aligned
         if adversary is not None:
-            parts["gan"] = adversary.generator_loss(whole_reconstruction(output, share))
+            parts["gan"] = adversary.generator_loss(whole_reconstruction(output, shards))
             loss = loss + self.job.adversary.gan_weight * parts["gan"]
         if self.job.losses.latent_penalty > 0:
-            latents = output.latents if share is None else share.join_latents(output.latents)
+            latents = output.latents if shards is None else shards.join_latents(output.latents)
             loss = loss + self.job.losses.latent_penalty * latent_penalty(latents)
         return loss, {name: value.detach() for name, value in parts.items()}
 
@@ -99,7 +99,7 @@ class FSAEObjective:
         return reconstruction_loss(reconstruction, video, self.job.losses, self.perceptual, frames)
 
     def _alignment(
-        self, reconstruction: Tensor, output: TraineeOutput, features: Tensor, fsae: FSAE
+        self, reconstruction: Tensor, output: ForwardOutput, features: Tensor, fsae: FSAE
     ) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.job.alignment
         matching, distances = video_vf_losses(
@@ -118,10 +118,10 @@ def load_vision_features(path: str, device: torch.device, grid: int) -> DINOv2Fe
     return load_dinov2(path, device, grid)
 
 
-def whole_reconstruction(output: TraineeOutput, share: ClipShare | None) -> Tensor:
+def whole_reconstruction(output: ForwardOutput, shards: FrameShards | None) -> Tensor:
     """The clip's reconstructed frames (of a patch, where one was decoded) from all processes, with gradients."""
     assert output.reconstruction is not None
-    return output.reconstruction if share is None else share.join(output.reconstruction)
+    return output.reconstruction if shards is None else shards.join(output.reconstruction)
 
 
 def reconstruction_loss(

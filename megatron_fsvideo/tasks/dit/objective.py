@@ -3,19 +3,31 @@
 Every number drawn belongs to (seed, sample, epoch, role), so all layouts and all restarts draw the same.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_fsvideo.config import DiffusionConfig, DiTConfig
+from megatron_fsvideo.config import DiffusionConfig, DiTConfig, DiTJob
 from megatron_fsvideo.data.batch import Batch
+from megatron_fsvideo.data.stored_batch import StoredBatch
 from megatron_fsvideo.diffusion.conditions import Condition, first_frame_condition
-from megatron_fsvideo.diffusion.flow_matching import add_noise, logit_normal_sigmas, velocity_target
-from megatron_fsvideo.diffusion.losses import squared_errors
+from megatron_fsvideo.diffusion.flow_matching import (
+    add_noise,
+    logit_normal_sigmas,
+    velocity_target,
+    white_latents_bound,
+)
+from megatron_fsvideo.diffusion.losses import loss_of_mse, squared_errors
 from megatron_fsvideo.models.dit import Denoiser
 from megatron_fsvideo.parallel.seeds import sample_generator
 from megatron_fsvideo.parallel.sequence import sum_for_same_loss
+
+NUM_SIGMA_BINS = 4
+
+LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,65 @@ class NoisyBatch:
     sigmas: Tensor
     condition: Condition
     target: Tensor
+
+
+class DiTObjective:
+    """The forward steps of training and validation, as Megatron's schedule takes them.
+
+    Args:
+        null_text: the empty prompt's encoding [l, e], zero padded to the batches' length.
+
+    Attributes:
+        errors: sample ids and velocity errors of the micro-batches since it was cleared; on the last stage.
+    """
+
+    def __init__(self, job: DiTJob, null_text: Tensor, device: torch.device) -> None:
+        self.job = job
+        self.null_text = null_text
+        self.device = device
+        self.errors: list[tuple[Tensor, Tensor]] = []
+
+    def training_step(
+        self, iterator: Iterator[StoredBatch], wrapped: DistributedDataParallel
+    ) -> tuple[Tensor, LossFunction]:
+        """The prediction, and a function of it that is the loss, with loss and velocity error as `sums` [2]."""
+        batch = next(iterator).to(self.device)
+        diffusion, seed = self.job.diffusion, self.job.training.seed
+        denoiser = Denoiser(wrapped.module, diffusion.prediction_type)
+        hidden = hidden_first_frames(batch, diffusion, seed)
+        noisy = self._make_noisy(batch, training_draws(batch, diffusion, seed), hidden)
+
+        def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            mse = velocity_mse(prediction, noisy, denoiser)
+            loss = loss_of_mse(mse, noisy.target[0].numel(), diffusion.loss_type, diffusion.huber_c).mean()
+            self.errors.append((batch.sample_ids, mse.detach()))
+            # A copy, because the schedule scales the loss in place.
+            return loss, {"sums": torch.stack([loss.detach(), mse.detach().mean()])}
+
+        return denoiser.predict(noisy.noisy_latents, noisy.sigmas, noisy.condition), loss_function
+
+    def validation_step(
+        self, iterator: Iterator[StoredBatch], wrapped: DistributedDataParallel
+    ) -> tuple[Tensor, LossFunction]:
+        """The prediction, and a function of it that sums errors, bounds and samples: `sums` [3, noise levels]."""
+        batch = next(iterator).to(self.device)
+        denoiser = Denoiser(wrapped.module, self.job.diffusion.prediction_type)
+        noisy = self._make_noisy(batch, validation_draws(batch, self.job.diffusion, self.job.training.seed), None)
+
+        def loss_function(prediction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            mse = velocity_mse(prediction, noisy, denoiser)
+            values = torch.stack([mse, white_latents_bound(noisy.sigmas), torch.ones_like(mse)]).double()  # (3, b)
+            bins = (noisy.sigmas * NUM_SIGMA_BINS).long().clamp(max=NUM_SIGMA_BINS - 1)
+            return mse.mean(), {"sums": values.new_zeros(3, NUM_SIGMA_BINS).index_add_(1, bins, values)}
+
+        return denoiser.predict(noisy.noisy_latents, noisy.sigmas, noisy.condition), loss_function
+
+    def broken_samples(self) -> set[int]:
+        """Ids of this rank's samples whose error is not finite."""
+        return {key for ids, errors in self.errors for key in ids[~errors.isfinite()].tolist()}
+
+    def _make_noisy(self, batch: Batch, draws: tuple[Tensor, Tensor, Tensor], hidden: Tensor | None) -> NoisyBatch:
+        return make_noisy(batch, draws, self.null_text, self.job.model, self.job.diffusion, hidden)
 
 
 def training_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:

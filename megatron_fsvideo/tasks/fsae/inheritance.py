@@ -1,4 +1,4 @@
-"""From one training phase to the next: which weights a phase inherits, and which it must start itself (fsae_spec 5).
+"""From one training phase to the next: which weights a phase inherits, and which it must start itself.
 
 | phase | from | fresh in the autoencoder | discriminator |
 |---|---|---|---|
@@ -7,17 +7,19 @@
 | 6 Lite | phase 5 | the narrower stages at the pixel side and what touches them | goes on |
 """
 
-import torch
+from pathlib import Path
 
+from megatron_fsvideo.checkpoint.distributed_weights import DistributedWeights
 from megatron_fsvideo.checkpoint.release import FSAE_FORMAT, load_release, resolve_release
+from megatron_fsvideo.checkpoint.safe_pickle import METADATA_FILE
+from megatron_fsvideo.checkpoint.whole_weights import OLD_TRAINING_FILE, OldAutoencoder, StoredWeights
 from megatron_fsvideo.config import FSAEConfig, from_dict
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.phases import inherit
-from megatron_fsvideo.training.fsae_adversary import Adversary
-from megatron_fsvideo.training.fsae_checkpoint import TRAINING_FILE
+from megatron_fsvideo.tasks.fsae.adversary import Adversary
 
 
-def inherit_autoencoder(source: str, fsae: FSAE) -> list[str]:
+def inherit_autoencoder(source: Path, fsae: FSAE) -> list[str]:
     """Start an autoencoder from an earlier phase's, in place.
 
     Args:
@@ -47,19 +49,23 @@ def inherit_autoencoder(source: str, fsae: FSAE) -> list[str]:
     return fresh
 
 
-def inherit_discriminator(source: str, adversary: Adversary) -> bool:
+def inherit_discriminator(source: Path, adversary: Adversary) -> bool:
     """Go on with an earlier phase's discriminator; False if there is none beside its weights (phase 1, a release).
 
     Raises:
         ValueError: one of another architecture.
     """
-    path = resolve_release(source).parent / TRAINING_FILE
-    if not path.is_file():
+    name, checkpoint = adversary.network.name, resolve_release(source).parent
+    stored: StoredWeights
+    if (checkpoint / OLD_TRAINING_FILE).is_file():
+        stored = OldAutoencoder(checkpoint, "adversary")
+    elif (checkpoint / METADATA_FILE).is_file():
+        stored = DistributedWeights(checkpoint, f"{name}.model.")
+    else:
         return False
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if content.get("adversary") is None:
+    if not stored.infos:
         return False
-    adversary.load_weights(content["adversary"]["weights"])
+    adversary.load_weights({weight: stored.read(weight) for weight in stored.infos})
     return True
 
 

@@ -1,67 +1,15 @@
-"""One clip on several processes, and patches of it: which frames a process has, and how the losses add up.
-
-The frames of a clip lie on the processes of the context-parallel group; each reads the whole clip and takes its part.
-A process's loss is scaled so that the mean over all processes is the loss of one process: data parallelism averages
-the gradients. Losses that treat frames alone are computed where the frames are; those of the discriminator and of the
-latents need the whole clip, whose (few) reconstructed pixels and latents are joined on every process.
-"""
-
-from dataclasses import dataclass
+"""Which part of a clip the decoder's outer stages and the losses see, and which cuts a job allows."""
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from megatron_fsvideo.config import FSAEJob
 from megatron_fsvideo.models.fsae import FSAE, PatchBox, VideoRegion, draw_box
 from megatron_fsvideo.models.fsae.discriminator import Discriminator
-from megatron_fsvideo.models.fsae.frame_shards import latents_of_rank
+from megatron_fsvideo.models.fsae.frame_shards import FrameShards
 from megatron_fsvideo.models.fsae.patch import WARM_UP_LATENTS, cell_size, patch_halo
 from megatron_fsvideo.models.fsae.tiled_encoder import CELL, tile_halo
-from megatron_fsvideo.models.fsae.tiling import frame_span
-from megatron_fsvideo.parallel.neighbours import join_frames
 from megatron_fsvideo.parallel.seeds import sample_generator
-
-
-@dataclass(frozen=True)
-class ClipShare:
-    """This process's frames of a clip.
-
-    Attributes:
-        group: the processes that share it.
-        num_frames: of the whole clip, 4k+1.
-    """
-
-    group: ProcessGroup
-    num_frames: int
-
-    @property
-    def num_latents(self) -> int:
-        """Of the whole clip."""
-        return (self.num_frames - 1) // 4 + 1
-
-    @property
-    def frames(self) -> slice:
-        """This process's frames."""
-        return slice(*frame_span(*latents_of_rank(self.num_latents, self.group)))
-
-    @property
-    def weight(self) -> float:
-        """Of a mean over this process's frames, so that the mean over the processes is that over all frames."""
-        return (self.frames.stop - self.frames.start) * self.group.size() / self.num_frames
-
-    def of(self, video: Tensor) -> Tensor:
-        """This process's frames of the whole clip [b, c, f, h, w]."""
-        return video[:, :, self.frames]
-
-    def join(self, frames: Tensor) -> Tensor:
-        """The whole clip from each process's frames, with gradients."""
-        return join_frames(frames, self.frames.start, self.num_frames, self.group)
-
-    def join_latents(self, latents: Tensor) -> Tensor:
-        """The whole clip's latents from each process's, with gradients."""
-        start, _ = latents_of_rank(self.num_latents, self.group)
-        return join_frames(latents, start, self.num_latents, self.group)
 
 
 def draw_patch(fsae: FSAE, job: FSAEJob, first: int, video: Tensor) -> PatchBox | None:
@@ -83,11 +31,11 @@ def draw_patch(fsae: FSAE, job: FSAEJob, first: int, video: Tensor) -> PatchBox 
     return draw_box(generator, fsae.config, shape, size)
 
 
-def whole_region(region: VideoRegion, share: ClipShare | None) -> VideoRegion:
+def whole_region(region: VideoRegion, shards: FrameShards | None) -> VideoRegion:
     """The region of the whole clip that all processes' regions make up."""
-    if share is None:
+    if shards is None:
         return region
-    return VideoRegion(slice(0, share.num_frames), region.rows, region.columns)
+    return VideoRegion(slice(0, shards.num_frames), region.rows, region.columns)
 
 
 def check_memory_flags(job: FSAEJob) -> None:

@@ -1,0 +1,1 @@
+"""The DiT: flow matching on latents (paper section 3)."""

@@ -1,0 +1,1 @@
+"""The video autoencoder: six phases of training (paper section 2.2)."""

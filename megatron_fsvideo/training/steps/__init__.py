@@ -1,1 +1,0 @@
-"""One step object per job: what an iteration of it does."""
