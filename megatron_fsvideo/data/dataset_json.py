@@ -131,6 +131,10 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
         raise ShardError(f"{error} (damaged)") from error
     if found.version != FORMAT_VERSION:
         raise ShardError(f"{path}: format version {found.version}, this code reads {FORMAT_VERSION}")
+    # The defaults of these records are for datasets that are written, not for a damaged file.
+    for name, kind in (("text_encoder", TextRecord), ("image_encoder", ImageRecord)):
+        if missing := [field for field in kind.__struct_fields__ if field not in values[name]]:
+            raise ShardError(f"{path}: {name} lacks the field {', '.join(missing)} (damaged)")
     channels = found.autoencoder.latent_channels
     sums = found.statistics
     lists = {"latent_mean": found.latent_mean, "latent_std": found.latent_std}

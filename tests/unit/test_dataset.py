@@ -242,6 +242,7 @@ DAMAGE = {
     "shards": (["../a.tar"], "shards[0] is '../a.tar'"),
     "autoencoder": ({"fingerprint": "a"}, "autoencoder is dict of 1: object missing required field"),
     "text_encoder": (None, "text_encoder is None"),
+    "image_encoder": ({"name": "none"}, "image_encoder lacks the field embed_dim, num_tokens"),
     "version": (7, "format version 7"),
 }
 
