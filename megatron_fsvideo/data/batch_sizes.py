@@ -95,7 +95,7 @@ def _describe(batches: Mapping[Bucket, int], sharing: Mapping[Bucket, Sharing], 
 
 def _advise(batches: Mapping[Bucket, int], sharing: Mapping[Bucket, Sharing]) -> str:
     multiple = lcm(*(sharing[bucket].unit for bucket in batches))
-    advice = f"batch_size_multiple {multiple}, or a multiple of it, makes batches that this layout can share"
+    advice = f"batch_size_multiple and global_batch_size that are multiples of {multiple} suit this layout"
     per_rank = {bucket: sharing[bucket].unit // sharing[bucket].dp_size for bucket in batches}
     if any(batch % per_rank[bucket] for bucket, batch in batches.items()):
         return advice
@@ -104,4 +104,4 @@ def _advise(batches: Mapping[Bucket, int], sharing: Mapping[Bucket, Sharing]) ->
     fitting = [size for size in range(1, common + 1) if common % size == 0]
     below = [size for size in fitting if size < dp_size][-1:]
     above = [size for size in fitting if size > dp_size][:1]
-    return f"{advice}; these batches can be shared by data-parallel size {' or '.join(map(str, below + above))}"
+    return f"{advice}; these batches suit data-parallel size {' or '.join(map(str, below + above))}"

@@ -101,4 +101,4 @@ def test_a_layout_that_cannot_share_the_batches_is_refused_before_any_work(data)
 
     for text in run_workers(refused, 4):
         assert text.startswith("a batch of 5x32x32 has 6 samples, which is not a multiple of data-parallel size 4 x ")
-        assert "batch_size_multiple 4" in text and "data-parallel size 2" in text
+        assert "multiples of 4 suit this layout; these batches suit data-parallel size 2" in text

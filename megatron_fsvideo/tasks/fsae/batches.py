@@ -211,12 +211,14 @@ class FSAEBatches:
         if training.global_batch_size % (training.micro_batch_size * dp_size):
             raise ValueError(
                 f"global_batch_size {training.global_batch_size} is not a multiple of micro_batch_size "
-                f"{training.micro_batch_size} x {dp_size} processes"
+                f"{training.micro_batch_size} x {dp_size} processes = {training.micro_batch_size * dp_size}"
             )
         num_ranks = dp_size * self.cp_size
         if self.job.phase.image_batch_size % num_ranks:
+            below = self.job.phase.image_batch_size // num_ranks * num_ranks
             raise ValueError(
-                f"image_batch_size {self.job.phase.image_batch_size} is not a multiple of the {num_ranks} processes"
+                f"image_batch_size {self.job.phase.image_batch_size} is not a multiple of the {num_ranks} processes; "
+                f"nearest: {f'{below} or ' if below else ''}{below + num_ranks}"
             )
         if self.cp_size > 1 and not data.buckets and not self._is_shared(Bucket(data.num_frames, 1, 1)):
             raise ValueError(
