@@ -3,15 +3,19 @@
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=4
 #SBATCH --time=01:00:00
-# Generate every request of a JSONL file (image, prompt, out, seed a line) with the DiT cut over four GPUs.
+# Generate every request of a JSONL file (image, prompt, out, seed a line) with the DiT cut over four GPUs. The encoders
+# are those of the training; a checkpoint alone does not say where files are loaded from.
 set -euo pipefail
 
 LOAD=${LOAD:-checkpoints/dit_14b}
 REQUESTS=${REQUESTS:-requests.jsonl}
+TEXT_ENCODER=${TEXT_ENCODER:-umt5:google/umt5-xxl}
+IMAGE_ENCODER=${IMAGE_ENCODER:-clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K}
 
 srun torchrun --nproc-per-node 4 tools/generate.py \
     --load "$LOAD" \
     --requests "$REQUESTS" \
+    --text-encoder "$TEXT_ENCODER" --image-encoder "$IMAGE_ENCODER" --allow-download \
     --tensor-model-parallel-size 4 --sequence-parallel \
     --num-inference-steps 30 \
     --guidance-scale 5.0

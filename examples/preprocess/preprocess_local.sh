@@ -18,6 +18,7 @@ torchrun --nproc-per-node "$((NUM_PROCESSES > 0 ? NUM_PROCESSES : 1))" tools/pre
   --fsae "$FSAE" \
   --text-encoder "$TEXT_ENCODER" \
   --image-encoder "$IMAGE_ENCODER" \
+  --allow-download \
   --buckets 121x704x1280 121x1280x704 121x1024x1024 \
   --fps 24 \
   --encode-batch-size 1 \

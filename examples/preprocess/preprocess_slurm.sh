@@ -27,6 +27,7 @@ srun bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCA
   --fsae "$FSAE" \
   --text-encoder "$TEXT_ENCODER" \
   --image-encoder "$IMAGE_ENCODER" \
+  --allow-download \
   --buckets 121x704x1280 121x1280x704 121x1024x1024 \
   --fps 24 \
   --encode-batch-size 1 \
