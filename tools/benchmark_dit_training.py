@@ -136,19 +136,13 @@ def synthetic_batch(job: BenchmarkJob, device: torch.device) -> dict[str, Tensor
 
 def our_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
     """Our model and one optimizer step of it: Megatron's schedule, DDP buffers, clipping and AdamW."""
-    from megatron_fsvideo.models.dit import build_dit, patchify
-    from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
-    from megatron_fsvideo.optim.optimizer import build_optimizer, step_if_finite, wrap_ddp
+    from megatron_fsvideo.models.dit import patchify
     from megatron_fsvideo.parallel import groups
-    from megatron_fsvideo.parallel.pipeline import run_schedule
+    from megatron_fsvideo.tasks.dit.network import build_dit_network
 
     pgs = groups.initialize(job.parallel)
-    model = build_dit(job.model, job.parallel, pgs, params_dtype=job.dtype, seed=job.training.seed)
-    (wrapped,) = wrap_ddp([model], model.config, job.parallel, pgs)
-    rules = dit_parameter_rules([model], job.optimizer.router_lr_mult)
-    optimizer = build_optimizer([wrapped], job.optimizer, rules, pgs)
-    for group in optimizer.param_groups:
-        group["lr"] = job.optimizer.lr
+    # The other contender keeps no moving average.
+    network = build_dit_network(replace(job, optimizer=replace(job.optimizer, ema_decay=0.0)), pgs)
     batch = synthetic_batch(job, pgs.device)
     target = patchify(batch["target"], job.model.patch_size)
 
@@ -163,14 +157,11 @@ def our_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
         return prediction, loss_function
 
     def step() -> None:
-        wrapped.zero_grad_buffer()
-        optimizer.zero_grad()
-        collected = run_schedule(forward_step, [wrapped], [batch] * job.num_microbatches, pgs)
+        collected = network.accumulate([batch] * job.num_microbatches, forward_step)
         loss = torch.stack([entry["loss"] for entry in collected]).mean().item()
-        _, has_stepped = step_if_finite(optimizer, loss, pgs)
-        assert has_stepped, f"the loss is {loss}"
+        assert network.step(0, loss).has_stepped, f"the loss is {loss}"
 
-    return model, step
+    return network.model, step
 
 
 def diffusers_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:

@@ -47,18 +47,5 @@ class FrozenNetwork:
         return share_from_last_stage([entry["output"] for entry in collected], self.pgs)
 
     def record(self) -> dict[str, str]:
-        """What a checkpoint's job.json says about the network."""
+        """What a checkpoint's job.json says about the network, under `RunDescription.frozen`; compared at resume."""
         return {"path": self.path, "fingerprint": self.fingerprint}
-
-    def check_record(self, name: str, saved: dict[str, str], where: str) -> None:
-        """Refuse to go on with another network than the run began with.
-
-        Raises:
-            ValueError: naming both.
-        """
-        if saved["fingerprint"] != self.fingerprint:
-            raise ValueError(
-                f"the checkpoint {where} was trained with the {name} {saved['path']} ({saved['fingerprint'][:12]}), "
-                f"this run's is {self.path} ({self.fingerprint[:12]}): give the same, or load the weights alone with "
-                "--finetune"
-            )
