@@ -32,7 +32,7 @@ from megatron_fsvideo.evaluation.gride import (
     table_row,
 )
 from megatron_fsvideo.evaluation.latent_points import encode_clips, read_points
-from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.models.codecs import FSAECodec
 from megatron_fsvideo.parallel.team import Team, join_team, leave_team
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -109,16 +109,16 @@ def encoded(job: DimensionJob, team: Team) -> Iterator[tuple[str, Tensor, dict[s
     """(name, points, skipped clips) for each length of clips."""
     clips, device = job.clips, team.device(job.clips.device)
     assert job.dimension.load is not None
-    fsae = load_fsae(job.dimension.load, device, DTYPES[clips.dtype])
-    facts = Facts(job.dimension.load, fsae.spatial_factor, fsae.temporal_factor, fsae.latent_channels)
+    codec = FSAECodec(load_fsae(job.dimension.load, device, DTYPES[clips.dtype]))
+    facts = Facts(job.dimension.load, codec.compression.spatial, codec.compression.temporal, codec.latent_channels)
     # All lengths before the first is encoded.
     for num_frames in clips.num_frames:
         facts.check_clip(num_frames, clips.resolution)
     for num_frames in clips.num_frames:
-        yield of_length(fsae, num_frames, job, team)
+        yield of_length(codec, num_frames, job, team)
 
 
-def of_length(fsae: FSAE, num_frames: int, job: DimensionJob, team: Team) -> tuple[str, Tensor, dict[str, str]]:
+def of_length(codec: FSAECodec, num_frames: int, job: DimensionJob, team: Team) -> tuple[str, Tensor, dict[str, str]]:
     """(name, points, skipped files and clips) of clips of one length."""
     clips = job.clips
     data = VideoDataConfig(
@@ -129,7 +129,7 @@ def of_length(fsae: FSAE, num_frames: int, job: DimensionJob, team: Team) -> tup
     )
     listed = list_clips(data, clips.sampling, job.dimension.num_points, team)
     check_number(len(listed.clips), job.dimension.max_neighbors)
-    points, skipped = encode_clips(fsae, listed.clips, data, team, listed.index)
+    points, skipped = encode_clips(codec, listed.clips, data, team, listed.index)
     return "image" if num_frames == 1 else f"video, {num_frames} frames", points, listed.skipped | skipped
 
 

@@ -27,8 +27,8 @@ from megatron_fsvideo.config.rules import Checked, Count, PathText, Positive, Po
 from megatron_fsvideo.data.outputs import check_outputs
 from megatron_fsvideo.data.video import FrameTable, VideoReader, from_unit, measure, to_unit, write_frames
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
-from megatron_fsvideo.models.fsae import FSAE
-from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, encode_frames, pad_to_grid
+from megatron_fsvideo.models.codecs import FSAECodec
+from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, pad_to_grid
 
 USAGE = "usage: reconstruct.py IN.mp4 OUT.mp4 [--load RELEASE] [--side-by-side] ... (--help lists the flags)"
 
@@ -95,12 +95,12 @@ def main() -> None:
     # Slices of a decoder that streams do not overlap, and may be one latent.
     overlap = 0 if fsae.decoder.streams else tiling.overlap_frames
     tiles = Tiling(tiling.slice_frames, overlap, tiling.tile_rows, tiling.tile_columns, tiling.tile_overlap)
-    psnr = reconstruct(fsae, paths[0], paths[1], flags, tiles)
+    psnr = reconstruct(FSAECodec(fsae, tiling=tiles), paths[0], paths[1], flags)
     print(f"{paths[1]}: PSNR {psnr:.2f} dB in the mean of its frames")
 
 
 @torch.no_grad()
-def reconstruct(fsae: FSAE, source: str, target: str, flags: ReconstructFlags, tiling: Tiling) -> float:
+def reconstruct(codec: FSAECodec, source: str, target: str, flags: ReconstructFlags) -> float:
     """Write the reconstruction of a file; returns the mean PSNR in dB.
 
     Raises:
@@ -114,7 +114,7 @@ def reconstruct(fsae: FSAE, source: str, target: str, flags: ReconstructFlags, t
     evenly = flags.fps is None and timeline.seconds is None
     numbers = list(range(info.num_frames)) if evenly else timeline.clip_indices(0, None, fps)
     psnrs: list[float] = []
-    frames = _reconstructed(fsae, partial(_frames, source, table, numbers), len(numbers), flags, tiling, psnrs)
+    frames = _reconstructed(codec, partial(_frames, source, table, numbers), len(numbers), flags, psnrs)
     width = info.width * (2 if flags.side_by_side else 1)
     # H.264 stores colour at half resolution.
     size = (info.height + info.height % 2, width + width % 2)
@@ -123,11 +123,10 @@ def reconstruct(fsae: FSAE, source: str, target: str, flags: ReconstructFlags, t
 
 
 def _reconstructed(
-    fsae: FSAE,
+    codec: FSAECodec,
     source: Callable[[], Iterator[np.ndarray]],
     count: int,
     flags: ReconstructFlags,
-    tiling: Tiling,
     psnrs: list[float],
 ) -> Iterator[Tensor]:
     """Frames uint8 [h, w, 3 or two of them] of the video to write; adds the PSNR of each to `psnrs`.
@@ -135,11 +134,12 @@ def _reconstructed(
     Args:
         source: begins a pass over the `count` frames to take.
     """
-    features = None
-    if flags.first_frame and fsae.config.decoder != "causal":
-        features = fsae.first_frame_features(next(_chunks(fsae, source(), 1)))
-    latents = encode_frames(fsae, _chunks(fsae, source(), fsae.temporal_factor), tiling)
-    decoded = decode_frames(fsae, latents, features, flags.noise_seed, tiling)
+    factor = codec.compression.spatial
+    latents = codec.encode_stream(_chunks(source(), codec.compression.temporal, factor))
+    if flags.first_frame:
+        decoded = codec.decode_stream(latents, next(_chunks(source(), 1, factor)), flags.noise_seed)
+    else:
+        decoded = decode_frames(codec.fsae, latents, None, flags.noise_seed, codec.tiling)
     originals = source()
     # The last latent's frames may be more than there are.
     with tqdm(total=count, unit="frame", delay=2, disable=None) as bar:
@@ -155,12 +155,11 @@ def _reconstructed(
                 bar.update()
 
 
-def _chunks(fsae: FSAE, frames: Iterator[np.ndarray], size: int) -> Iterator[Tensor]:
-    """The frames as [1, 3, size or fewer, h, w] in [-1, 1], sides on the autoencoder's grid."""
-    weight = next(fsae.parameters())
+def _chunks(frames: Iterator[np.ndarray], size: int, factor: int) -> Iterator[Tensor]:
+    """The frames as [1, 3, size or fewer, h, w] in [-1, 1], sides padded to multiples of `factor`."""
     while taken := list(islice(frames, size)):
         video = to_unit(torch.from_numpy(np.stack(taken))).unsqueeze(0)
-        yield pad_to_grid(video, fsae.spatial_factor).to(weight.device, weight.dtype)
+        yield pad_to_grid(video, factor)
 
 
 def _padded(frame: Tensor, factor: int) -> Tensor:

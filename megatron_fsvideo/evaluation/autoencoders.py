@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_fsvideo.config import require
 from megatron_fsvideo.data.listing import files_in
 from megatron_fsvideo.data.text_files import read_object
+from megatron_fsvideo.models.codecs import FSAECodec
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.pretrained import check_loading_info
 
@@ -106,24 +107,27 @@ class OurAutoencoder:
         noise_seed: int = 0,
     ) -> None:
         self.facts = Facts(source, fsae.spatial_factor, fsae.temporal_factor, fsae.latent_channels, fingerprint)
-        self._fsae, self._noise_seed = fsae, noise_seed
+        self._noise_seed = noise_seed
         name, kind = FSAE_NAMES[fsae.config.decoder], fsae.config.decoder
-        self._first_frame = first_frame and kind != "causal"
+        self._first_frame = first_frame
         if kind != "causal" and not first_frame:
             name += ", no first frame"
-        self._decoders = {name: fsae} if noise != "off" or not fsae.decoder.noisy_stages else {}
+        self._codec = FSAECodec(fsae)
+        self._decoders = {name: self._codec} if noise != "off" or not fsae.decoder.noisy_stages else {}
         if noise != "on" and fsae.decoder.noisy_stages:
-            self._decoders[f"{name}, no noise"] = _without_noise(fsae)
+            self._decoders[f"{name}, no noise"] = FSAECodec(_without_noise(fsae))
         self.rows = tuple(self._decoders)
 
     def encode(self, video: Tensor) -> Tensor:
-        """As `FSAE.encode`."""
-        return self._fsae.encode(video)
+        """As generation and preprocessing encode."""
+        return self._codec.encode(video)
 
     def decode(self, latents: Tensor, video: Tensor, row: str) -> Tensor:
-        """As `FSAE.decode`, with the features of the video's first frame."""
-        features = self._fsae.first_frame_features(video[:, :, :1]) if self._first_frame else None
-        return self._decoders[row].decode(latents, features, self._noise_seed)
+        """As generation decodes, with the video's first frame; or the whole clip without its attention."""
+        codec = self._decoders[row]
+        if self._first_frame:
+            return codec.decode(latents, video[:, :, :1], self._noise_seed)
+        return codec.fsae.decode(latents, None, self._noise_seed)
 
 
 class ForeignAutoencoder:

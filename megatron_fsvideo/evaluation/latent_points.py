@@ -18,7 +18,7 @@ from megatron_fsvideo.data.shot_index import ShotIndex
 from megatron_fsvideo.data.shots import Shot
 from megatron_fsvideo.data.video import VideoError
 from megatron_fsvideo.evaluation.clips import read_clip
-from megatron_fsvideo.models.fsae import FSAE
+from megatron_fsvideo.models.codecs import LatentCodec
 from megatron_fsvideo.parallel.team import Team
 
 LATENTS_NAME = "latents"
@@ -26,21 +26,20 @@ LATENTS_NAME = "latents"
 
 @torch.no_grad()
 def encode_clips(
-    fsae: FSAE, clips: Sequence[Shot], data: VideoDataConfig, team: Team, index: ShotIndex | None = None
+    codec: LatentCodec, clips: Sequence[Shot], data: VideoDataConfig, team: Team, index: ShotIndex | None = None
 ) -> tuple[Tensor, dict[str, str]]:
     """Points [n, features] fp32 in the order of the clips, and name -> reason of clips that could not be read.
 
     Every process of the team encodes its share and gets all points.
     """
-    weight = next(fsae.parameters())
     found: dict[int, np.ndarray | str] = {}
     for number, clip in team.share(clips):
         try:
-            video = read_clip(clip, data, index).to(weight.device, weight.dtype)
+            video = read_clip(clip, data, index)
         except VideoError as error:
             found[number] = str(error)
             continue
-        found[number] = fsae.encode(video).flatten().float().cpu().numpy()
+        found[number] = codec.encode(video).flatten().float().cpu().numpy()
     found = team.gather(found)
     skipped = {clips[k].name: reason for k, reason in found.items() if isinstance(reason, str)}
     points = [value for value in found.values() if not isinstance(value, str)]

@@ -1,5 +1,6 @@
 """Tiny autoencoders of each kind with random weights everywhere, in fp64, so that equalities are exact."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -62,6 +63,14 @@ def decode_chunks(fsae: FSAE, chunks: Sequence[Tensor], features: list[Tensor] |
     """What a stream of latents decodes to, part by part."""
     cache = StreamCache()
     return [fsae.decode_chunk(chunk, cache, features) for chunk in chunks]
+
+
+def count_attention(fsae: FSAE) -> Counter[int]:
+    """Calls, from now on, of each of the decoder's attention modules to the first frame."""
+    calls: Counter[int] = Counter()
+    for number, attention in enumerate(fsae.decoder.first_frame):
+        attention.register_forward_hook(lambda *_, number=number: calls.update([number]))
+    return calls
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 from megatron_fsvideo.config import Compression
 from megatron_fsvideo.models.codecs import FSAECodec, LatentScale, fsae, is_same_encoder
 from megatron_fsvideo.models.codecs.identity import fingerprint
-from tests.unit.fsae_fixtures import build, config, difference, random_latents, random_video
+from tests.unit.fsae_fixtures import build, config, count_attention, difference, random_latents, random_video
 
 KINDS = ("causal", "standard", "lite")
 
@@ -68,9 +68,7 @@ def test_tiles_of_a_standard_decoder_meet(small_slices):
 @pytest.mark.parametrize("is_known", [True, False])
 def test_every_attention_to_the_first_frame_is_called(kind, is_known):
     model = build(config(kind))
-    calls = Counter()
-    for number, attention in enumerate(model.decoder.first_frame):
-        attention.register_forward_hook(lambda *_, number=number: calls.update([number]))
+    calls = count_attention(model)
     codec, latents, frame = FSAECodec(model), random_latents(model.config, 3), random_video(1)
     decoded = codec.decode(latents, frame if is_known else None)
     assert len(model.decoder.first_frame) == (0 if kind == "causal" else 2)

@@ -21,7 +21,7 @@ from megatron_fsvideo.evaluation.reconstruction import Judges, measure
 from megatron_fsvideo.evaluation.report import Row, format_table, notes
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.team import Team
-from tests.unit.fsae_fixtures import build, config
+from tests.unit.fsae_fixtures import build, config, count_attention
 from tests.unit.judge_fixtures import QuickLogits
 from tools.evaluate_fsae import EvaluateFlags, clip_choice, main
 
@@ -128,8 +128,9 @@ def test_noise_and_first_frame_of_a_decoder(kind):
     name = {"standard": "FSAE-Standard", "lite": "FSAE-Lite"}[kind]
     assert both.rows == (name, f"{name}, no noise")
     latents = both.encode(video)
-    features = fsae.first_frame_features(video[:, :, :1])
+    features, calls = fsae.first_frame_features(video[:, :, :1]), count_attention(fsae)
     noisy, quiet = (both.decode(latents, video, row) for row in both.rows)
+    assert calls == {0: 1, 1: 1}, "an attention to the first frame is not called"
     assert torch.equal(noisy, fsae.decode(latents, features, 7))
     silent = build(config(kind, noise_weight=0.0)).float()
     silent.load_state_dict(fsae.state_dict())

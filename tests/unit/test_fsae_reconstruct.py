@@ -10,8 +10,9 @@ import torch
 
 from megatron_fsvideo.checkpoint.release import save_fsae
 from megatron_fsvideo.data.video import from_unit, read_video, to_unit, write_video
+from megatron_fsvideo.models.codecs import FSAECodec
 from megatron_fsvideo.models.fsae.tiling import Tiling, pad_to_grid
-from tests.unit.fsae_fixtures import build, config
+from tests.unit.fsae_fixtures import build, config, count_attention
 from tools.reconstruct import ReconstructFlags, reconstruct
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,10 @@ def film(folder: Path, num_frames: int) -> Path:
 def test_reconstruction_is_that_of_one_call(kind: str, tmp_path: Path) -> None:
     fsae, source = build(config(kind)).float(), film(tmp_path, 11)
     flags = ReconstructFlags(quality=0, side_by_side=True)
-    psnr = reconstruct(fsae, str(source), str(tmp_path / "out.mp4"), flags, Tiling(8 if kind == "standard" else 1, 0))
+    codec = FSAECodec(fsae, tiling=Tiling(8 if kind == "standard" else 1, 0))
+    calls = count_attention(fsae)
+    psnr = reconstruct(codec, str(source), str(tmp_path / "out.mp4"), flags)
+    assert calls.keys() == set(range(len(fsae.decoder.first_frame))), "an attention to the first frame is not called"
     original = read_video(source)
     video = to_unit(original).unsqueeze(0)
     padded = pad_to_grid(torch.cat([video, video[:, :, -1:], video[:, :, -1:]], dim=2), 8)
@@ -74,11 +78,12 @@ def test_the_first_frame_is_encoded_once(
 
     monkeypatch.setattr(fsae.encoder, "stage_outputs", counted)
     tiling = Tiling(frames=2, overlap_frames=1, rows=4, columns=4, overlap=1)
-    reconstruct(fsae, str(source), str(tmp_path / "out.mp4"), ReconstructFlags(), tiling)
+    codec = FSAECodec(fsae, tiling=tiling)
+    reconstruct(codec, str(source), str(tmp_path / "out.mp4"), ReconstructFlags())
     assert len(seen) == calls
     first = pad_to_grid(to_unit(read_video(source)[:1]).unsqueeze(0), 8)
     assert all(torch.equal(frame, first) for frame in seen)
-    reconstruct(fsae, str(source), str(tmp_path / "out.mp4"), ReconstructFlags(first_frame=False), tiling)
+    reconstruct(codec, str(source), str(tmp_path / "out.mp4"), ReconstructFlags(first_frame=False))
     assert len(seen) == calls
 
 
@@ -94,7 +99,7 @@ def test_odd_sides(side_by_side: bool, tmp_path: Path) -> None:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame.numpy(), format="rgb24")))
         container.mux(stream.encode())
     flags = ReconstructFlags(quality=0, side_by_side=side_by_side)
-    psnr = reconstruct(fsae, str(source), str(tmp_path / "out.mp4"), flags, Tiling(1, 0))
+    psnr = reconstruct(FSAECodec(fsae, tiling=Tiling(1, 0)), str(source), str(tmp_path / "out.mp4"), flags)
     written = read_video(tmp_path / "out.mp4").float()
     assert written.shape == (6, 36, 98 if side_by_side else 50, 3)
     video = to_unit(torch.cat([frames, frames[-1:].expand(3, -1, -1, -1)])).unsqueeze(0)

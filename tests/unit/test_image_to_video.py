@@ -1,6 +1,5 @@
 """Generation and validation videos decode with any decoder of the training latents' encoder, and show it the frame."""
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel import groups
 from tests.latent_fixtures import write_latent_dataset
 from tests.parallel.harness import run_workers
-from tests.unit.fsae_fixtures import build, config
+from tests.unit.fsae_fixtures import build, config, count_attention
 
 KINDS = ("causal", "standard", "lite")
 FRAME = torch.randint(0, 256, (40, 50, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -58,13 +57,6 @@ class Picture:
         return images.mean() * torch.ones(len(images), 3, self.width)
 
 
-def count_attention(codec: FSAECodec) -> Counter:
-    calls: Counter = Counter()
-    for number, attention in enumerate(codec.fsae.decoder.first_frame):
-        attention.register_forward_hook(lambda *_, number=number: calls.update([number]))
-    return calls
-
-
 def data_of(record: dict) -> dict:
     return {"autoencoder": record, "latent_mean": [0.1] * 4, "latent_std": [0.5] * 4}
 
@@ -78,7 +70,7 @@ def generate(folders: dict[str, Path]) -> dict:
     made = {}
     for kind, folder in folders.items():
         codec = load_autoencoder(data_of(record), str(folder), pgs.device, torch.float32)
-        calls = count_attention(codec)
+        calls = count_attention(codec.fsae)
         dit = LoadedDiT(model, DiTNetwork(job.model, job.diffusion, bf16=False), data_of(record), 1)
         words, picture = Words(job.model.text_embed_dim), Picture(job.model.image_embed_dim)
         pipeline = ImageToVideoPipeline(dit, codec, words, picture, pgs)
@@ -114,7 +106,7 @@ def validate(folder: Path, data: Path, fsae: Path) -> tuple:
     job = build_job(DiTJob, DIT_PRESETS["dit_debug"] | flags | paths)
     model = build_dit(job.model, job.parallel, pgs, params_dtype=torch.float32).eval()
     videos = ValidationVideos(job, model, LatentDataset([str(data)]), pgs)
-    calls = count_attention(videos.codec)
+    calls = count_attention(videos.codec.fsae)
     videos.write(1)
     return dict(calls), len(videos.codec.fsae.decoder.first_frame)
 

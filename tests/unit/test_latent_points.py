@@ -11,6 +11,7 @@ from megatron_fsvideo.data.preprocessing import preprocess
 from megatron_fsvideo.data.shots import Shot
 from megatron_fsvideo.evaluation.clips import read_clip
 from megatron_fsvideo.evaluation.latent_points import encode_clips, read_points
+from megatron_fsvideo.models.codecs import FSAECodec
 from megatron_fsvideo.parallel.team import Team
 from tests.unit.data_fixtures import make_videos, tiny_encoders, tiny_options
 from tests.unit.fsae_fixtures import build, config
@@ -63,7 +64,7 @@ def test_clips_are_encoded_one_by_one(tmp_path):
     fsae = build(config("causal")).float()
     data = VideoDataConfig(num_frames=5, resolution=16, short_side=24)
     clips = [Shot(str(tmp_path / f"video{k}.mp4"), k, 5) for k in range(3)] + [Shot(str(tmp_path / "gone.mp4"), 0, 5)]
-    points, skipped = encode_clips(fsae, clips, data, Team())
+    points, skipped = encode_clips(FSAECodec(fsae), clips, data, Team())
     assert list(skipped) == ["gone.mp4:0-5"]
     for k, point in enumerate(points):
         assert torch.equal(point, fsae.encode(read_clip(clips[k], data)).flatten())

@@ -26,25 +26,35 @@ MIN_TILE = 3
 class FSAECodec:
     """An autoencoder that is not trained. Gradients flow to its inputs where the caller lets them.
 
+    Attributes:
+        tiling: how slices and tiles are cut; None cuts at `PIXELS_PER_SLICE`.
+
     Args:
         fsae: with frozen weights, wherever they are: inputs are moved there.
-        identity: of the stored weights, which `fsae` may hold rounded; None computes it from `fsae`.
-        tiling: how slices and tiles are cut; None cuts at `PIXELS_PER_SLICE`.
+        identity: of the stored weights, where `fsae` holds them rounded; None: those of `fsae` itself.
     """
 
     def __init__(self, fsae: FSAE, identity: CodecIdentity | None = None, tiling: Tiling | None = None) -> None:
-        self.fsae = fsae
-        self.identity = identity or CodecIdentity(fingerprint(fsae.encoder), fingerprint(fsae))
+        self.fsae, self._identity = fsae, identity
         self.compression = fsae.config.compression
         self.latent_channels = fsae.latent_channels
-        self._tiling = tiling
+        self.tiling = tiling
+
+    @property
+    def identity(self) -> CodecIdentity:
+        """Whose latents they are."""
+        if self._identity is None:
+            self._identity = CodecIdentity(fingerprint(self.fsae.encoder), fingerprint(self.fsae))
+        return self._identity
 
     def with_scale(self, scale: LatentScale) -> ScaledCodec:
         """The codec of latents normalised with a dataset's, or a checkpoint's, mean and deviation."""
         return ScaledCodec(self, scale)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "FSAECodec":
-        """Move the weights; returns this codec."""
+        """Move the weights, and round them once their identity is known; returns this codec."""
+        if dtype is not None:
+            self._identity = self.identity
         self.fsae.to(device, dtype)
         return self
 
@@ -56,7 +66,7 @@ class FSAECodec:
         """
         self.fsae.check_whole_video(video)
         batch, _, frames, height, width = video.shape
-        if self._tiling is None and self._latents_per_slice(batch, height, width) * self.compression.temporal >= frames:
+        if self.tiling is None and self._latents_per_slice(batch, height, width) * self.compression.temporal >= frames:
             return self.fsae.encode(self._place(video))
         # Where not even one latent of all samples fits, fewer samples go through at once.
         samples = max(1, PIXELS_PER_SLICE // (self.compression.temporal * height * width))
@@ -65,7 +75,7 @@ class FSAECodec:
     def encode_stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
         """See `LatentCodec.encode_stream`."""
         first, frames = _peek(frames)
-        tiling = self._tiling or Tiling(self._latents_per_slice(len(first), *first.shape[-2:]), 0)
+        tiling = self.tiling or Tiling(self._latents_per_slice(len(first), *first.shape[-2:]), 0)
         # Cut before they are moved, so that a long part stays where it is.
         pieces = (piece for part in frames for piece in part.split(tiling.frames * self.compression.temporal, dim=2))
         yield from encode_frames(self.fsae, map(self._place, pieces), tiling)
@@ -84,7 +94,7 @@ class FSAECodec:
         """See `LatentCodec.decode_stream`."""
         first, latents = _peek(map(self._place, latents))
         features = self._first_frame_features(first[:, :, :1], first_frame, noise_seed)
-        tiling = self._tiling or self._decoder_tiling(first)
+        tiling = self.tiling or self._decoder_tiling(first)
         yield from decode_frames(self.fsae, latents, features, noise_seed, tiling)
 
     def _first_frame_features(
