@@ -25,6 +25,8 @@ OWN_JOBS = {
     "tools/generate.py": "GenerateJob",
     "tools/evaluate_fsae.py": "EvaluateJob",
     "tools/list_samples.py": "ListJob",
+    "tools/cut_clips.py": "CutJob",
+    "tools/index_shots.py": "IndexJob",
     "tools/intrinsic_dimension.py": "DimensionJob",
     "tools/convert_checkpoint.py": "ConvertJob",
     "examples/quickstart/run.py": "QuickstartJob",
