@@ -82,7 +82,7 @@ def build_optimizer(
     others = [parameter for parameter in trained if parameter not in taken]
     links = []
     with megatron_on_cpu():
-        if has_muon:
+        if matrices:  # a small network may have none
             groups = parameter_groups(matrices, rules, optimizer, optimizer.muon_lr)
             exchange = MatrixExchange(wrapped, matrices, pgs.dp_cp) if is_shared else None
             links.append(build_muon(config, groups, pgs, MUON_DTYPES[optimizer.muon_precision], exchange))

@@ -84,20 +84,22 @@ def test_two_processes_are_one_with_adversary_and_alignment(
     values |= {"discriminator_width": 4, "discriminator_scales": 2, "discriminator_layers": 1, "vf_grid": 4}
     # Step 1 trains the discriminator alone, steps 1 and 3 have R1.
     values |= {"discriminator_warmup_iters": 1, "r1_interval": 2, "optimizer": optimizer}
+    values |= {"muon_precision": "fp32"}  # bf16 makes more of the last digit
     job = build_job(FSAEJob, FSAE_PRESETS["fsae_debug"] | values)
     ((metrics, weights, discriminator, held),) = run_workers(train_both, 1, job)
     assert "r1" in metrics[0] and metrics[0]["grad_norm"] == 0 < metrics[1]["grad_norm"]
     distributed = replace(job, parallel=replace(job.parallel, use_distributed_optimizer=shared))
     results = run_workers(train_both, 2, distributed)
+    assert all(result[3][0] > 0 for result in results)
     for theirs in zip(*(result[3] for result in results), held, strict=True):
         first, second, all_of_them = theirs
-        assert (min(first, second) > 0 and first + second == all_of_them) if shared else first == second == all_of_them
+        # Megatron pads its buffers: one of the ranks may hold nothing of a network as small as the projection.
+        assert first + second == all_of_them if shared else first == second == all_of_them
     for other_metrics, other_weights, other_discriminator, _ in results:
         assert [row.keys() for row in other_metrics] == [row.keys() for row in metrics]
         assert other_metrics[0] == pytest.approx(metrics[0], rel=1e-5)
         assert other_metrics[1] == pytest.approx(metrics[1], rel=1e-4)
         assert other_metrics[2] == pytest.approx(metrics[2], rel=2e-3)
-        # Muon orthogonalises in bf16, which makes more of the last digit.
         assert (other_weights - weights).norm() / weights.norm() < (1e-4 if optimizer == "adam" else 5e-3)
         assert (other_discriminator - discriminator).norm() / discriminator.norm() < 1e-4
 
