@@ -426,7 +426,8 @@ def _finish(job: Job) -> bool:
     if skipped:
         _check_bad(job, len(skipped), skipped[-1][1])
     if not any(manifest.samples for manifest in manifests):
-        raise ValueError(f"{job.output}: none of the {len(job.entries)} videos gave a clip")
+        last = f"; the last: {skipped[-1][1]}" if skipped else ""
+        raise ValueError(f"{job.output}: none of the {len(job.entries)} videos gave a clip{last}")
     captions: dict[str, torch.Tensor] = {}
     _encode_texts(job.encoders, ["", job.options.negative_prompt], captions)
     negative = job.options.negative_prompt
