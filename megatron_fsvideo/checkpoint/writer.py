@@ -12,10 +12,13 @@ import errno
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from megatron_fsvideo.checkpoint.save_folder import (
     iteration_folder,
@@ -108,6 +111,9 @@ class CheckpointWriter:
         if self._pgs.is_rank_zero:
             job.attempt(lambda: self._publish(job, results))
         self._agree(job)
+        if self._pgs.is_rank_zero:
+            took = f"{_in_words(job.num_bytes)} in {time.monotonic() - job.started:.1f} s"
+            tqdm.write(f"saved iteration {job.iteration} to {job.target}: {took}")  # above a progress bar
 
     def _publish(self, job: "_Job", results: list[Any]) -> None:
         job.work.complete(results)
@@ -141,6 +147,7 @@ class _Job:
     def __init__(self, iteration: int, target: Path) -> None:
         self.iteration = iteration
         self.target = target
+        self.started = time.monotonic()
         self.work: Work | None = None
         self.num_bytes = 0
         self.thread: threading.Thread | None = None

@@ -12,6 +12,7 @@ Both end with the gradients of the global batch on every rank, which `step` uses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
@@ -25,7 +26,7 @@ from megatron_fsvideo.optim.moving_average import MovingAverage
 from megatron_fsvideo.optim.optimizer import build_optimizer, forget_moments, reload_masters, step_if_finite, wrap_ddp
 from megatron_fsvideo.optim.schedule import learning_rate, set_learning_rates
 from megatron_fsvideo.optim.state import load_optimizer_state, sharded_optimizer_state, sharded_weights
-from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.parallel.groups import ProcessGroups, gather_objects
 from megatron_fsvideo.parallel.pipeline import finalize_gradients, run_schedule
 
 
@@ -52,6 +53,7 @@ class TrainedNetwork:
         chunks: the network on this rank: one module, or with virtual pipeline stages several. Weights that do not
             require a gradient now are never trained.
         config: Megatron's settings. They belong to this network alone, for its schedule's functions are kept in them.
+        optimizer: kept as `settings`.
         rules: how each parameter is trained, as the network declares it.
         record: what generation, conversion and other jobs must know of it, JSON-able: kind, model, settings.
     """
@@ -76,7 +78,18 @@ class TrainedNetwork:
         decay = optimizer.ema_decay
         self.average = MovingAverage(self.optimizer, sharded_weights(chunks), decay) if decay else None
         self._record = record
-        self._settings, self._train_iters = optimizer, training.train_iters
+        self.settings, self._train_iters = optimizer, training.train_iters
+
+    def count_parameters(self) -> tuple[int, int]:
+        """Weights of the whole network, over all ranks, and those of them that are trained; every rank calls this."""
+        weights = {
+            tensor.key: (prod(tensor.global_shape), tensor.data.requires_grad)
+            for tensor in sharded_weights(self.chunks).values()
+            if isinstance(tensor.data, nn.Parameter)
+        }
+        for others in gather_objects(weights, self.pgs.pp):
+            weights |= others  # stages have some weights in common
+        return sum(size for size, _ in weights.values()), sum(size for size, trained in weights.values() if trained)
 
     @property
     def model(self) -> nn.Module:
@@ -137,7 +150,7 @@ class TrainedNetwork:
 
     def step(self, iteration: int, loss: float) -> StepOutcome:
         """Clip, step and average after `iteration` steps; leave all alone if loss or norm is not finite on any rank."""
-        settings, iterations = self._settings, self._train_iters
+        settings, iterations = self.settings, self._train_iters
         set_learning_rates(self.optimizer.param_groups, iteration + 1, iterations, settings)
         rate = learning_rate(iteration + 1, iterations, settings, settings.lr, settings.min_lr)
         grad_norm, has_stepped = step_if_finite(self.optimizer, loss, self.pgs)
@@ -172,7 +185,7 @@ class TrainedNetwork:
 
     def record(self) -> dict[str, Any]:
         """What a checkpoint's job.json says about the network."""
-        optimizer = {"optimizer": self._settings.optimizer}
+        optimizer = {"optimizer": self.settings.optimizer}
         return self._record | {"average": self.average is not None, "optimizer": optimizer}
 
     def section(self, is_loading: bool, *, with_optimizer: bool = True, with_average: bool = True) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from megatron_fsvideo.training.loop import train
 from megatron_fsvideo.training.profiling import IterationProfiler, profile_folder
 from megatron_fsvideo.training.run_checkpoints import RunCheckpoints
 from megatron_fsvideo.training.state import TrainState
+from megatron_fsvideo.training.summary import start_summary
 from megatron_fsvideo.training.task import Task
 from megatron_fsvideo.training.watchdog import Watchdog
 
@@ -47,6 +48,9 @@ def run(job: JobT, build_task: Callable[[JobT, groups.ProcessGroups], Task]) -> 
         task = build_task(job, pgs)
         checkpoints = checkpoints_of(job, task, pgs)
         state = watchdog.state = begin(task, checkpoints)
+        lines = start_summary(task, state, checkpoints.start, job.training, job.checkpoint, pgs)
+        if pgs.is_rank_zero:
+            print("\n".join(lines), flush=True)
         logger = MetricsLogger(
             job.logging,
             job.training.train_iters,

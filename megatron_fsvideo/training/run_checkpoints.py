@@ -59,6 +59,7 @@ class RunCheckpoints:
 
     Attributes:
         loaded: the record of the checkpoint or release that was loaded from; None for a fresh start.
+        start: where the run began, after `load`.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class RunCheckpoints:
         initialize: Callable[[Path], None] | None = None,
     ) -> None:
         self.loaded: RunRecord | None = None
+        self.start = StartingPoint()
         self._config, self._describe, self._pgs = config, describe, pgs
         self._train_iters, self._new_stage = train_iters, new_stage
         self._extra_files, self._initialize = extra_files, initialize
@@ -93,7 +95,7 @@ class RunCheckpoints:
         Raises:
             ValueError: there is nothing to load where the flags say, it is damaged, or it does not belong to this run.
         """
-        start = self._pgs.on_rank_zero(lambda: find_starting_point(self._config, self._new_stage))
+        start = self.start = self._pgs.on_rank_zero(lambda: find_starting_point(self._config, self._new_stage))
         if start.folder is None:
             return TrainState()
         if start.is_initial:

@@ -51,6 +51,10 @@ class Task(ABC):
         """What is to be shown after this iteration; None where nothing is due."""
         return None
 
+    def summary(self) -> list[str]:
+        """Lines about the data, for whoever starts the run."""
+        return []
+
     def begins(self, record: RunRecord | None) -> None:  # noqa: B027  most tasks need nothing but the networks
         """Called once, when the networks have the weights to start with.
 

@@ -109,6 +109,16 @@ def step_sizes(tokens: Mapping[Bucket, int], training: TrainingConfig, data: Dat
     return global_batch_sizes(tokens, training.global_batch_size, training.batch_size_multiple, data.tokens_per_batch)
 
 
+def describe_batches(name: str, dataset: LatentDataset, job: DiTJob) -> str:
+    """A line for a user: the folders, and samples and batch of each bucket."""
+    counts: dict[Bucket, int] = {}
+    for stream in dataset.streams:
+        counts[stream.bucket] = counts.get(stream.bucket, 0) + stream.num_samples
+    sizes = step_sizes(dataset.bucket_tokens(job.model.patch_size), job.training, job.data)
+    parts = [f"{counts[bucket]:,} of {bucket} (batches of {sizes[bucket]:,})" for bucket in sorted(counts)]
+    return f"{name}: {len(dataset):,} samples in {' '.join(map(str, dataset.folders))}: {', '.join(parts)}"
+
+
 def sample_order(dataset: LatentDataset, job: DiTJob) -> dict[str, Any]:
     """What decides which samples a batch holds, for the checkpoint's record."""
     sizes = step_sizes(dataset.bucket_tokens(job.model.patch_size), job.training, job.data)

@@ -16,6 +16,7 @@ from megatron_fsvideo.tasks.dit.batches import (
     BatchSource,
     check_batches,
     check_data_fits_model,
+    describe_batches,
     sample_order,
     training_filter,
     validation_filter,
@@ -124,6 +125,11 @@ class DiTTask(Task):
     def describe(self) -> RunDescription:
         """The data, whose scale is the loaded weights' after loading."""
         return RunDescription(to_dict(self.job), self.dataset.description(), sample_order(self.dataset, self.job))
+
+    def summary(self) -> list[str]:
+        """The folders, and samples and batch of each bucket."""
+        named = {"data": self.dataset, "validation": self.valid_dataset}
+        return [describe_batches(name, data, self.job) for name, data in named.items() if data is not None]
 
     def begins(self, record: RunRecord | None) -> None:
         """Normalise the latents as those that the loaded weights were trained on, whatever this dataset's scale is."""

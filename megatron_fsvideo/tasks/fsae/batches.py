@@ -89,6 +89,20 @@ class FSAEBatches:
         )
         return order_record("clips drawn at random", settings, [list_record("the shots of video_dir", lines)])
 
+    def summary(self) -> list[str]:
+        """Lines for a user: shots, shapes and batches."""
+        training, data, phase = self.job.training, self.job.data, self.job.phase
+        clips = self._clips if self._bucketed is None else self._bucketed
+        assert clips is not None
+        shots = f"{len(clips.shots):,} shots of {len({shot.path for shot in clips.shots}):,} files"
+        whole = Bucket(data.num_frames, data.resolution, data.resolution)
+        sizes = self.batch_sizes or {whole: training.global_batch_size}
+        batches = [f"{size:,} of {bucket}" for bucket, size in sorted(sizes.items())]
+        if phase.image_fraction or phase.image_warmup_iters:
+            batches.append(f"{phase.image_batch_size:,} images")
+        lines = [f"data: {shots} in {data.video_dir}; batches of {', '.join(batches)}"]
+        return lines + ([] if self.valid_clips is None else [f"validation: {len(self.valid_clips):,} held-out clips"])
+
     def plan(self, iteration: int) -> BatchPlan:
         """The batch of the step after `iteration` steps."""
         training, data = self.job.training, self.job.data

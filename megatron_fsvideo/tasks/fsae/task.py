@@ -96,6 +96,10 @@ class FSAETask(Task):
         fixed = {"phase": self.job.phase.phase}
         return RunDescription(to_dict(self.job), order=self.batches.sample_order(), fixed=fixed)
 
+    def summary(self) -> list[str]:
+        """Shots, shapes and batches."""
+        return self.batches.summary()
+
     def inherit(self, source: Path) -> None:
         """Begin with an earlier phase's networks (`--init-from`)."""
         learner = self.learner
