@@ -52,6 +52,19 @@ def test_two_processes_are_one(video_dir: Path) -> None:
         assert (other_weights - weights).norm() / weights.norm() < 1e-4
 
 
+def test_two_processes_are_one_on_buckets_and_images_with_noise(video_dir: Path) -> None:
+    """Image batches are a micro-batch of 4, or one of 2 on each process. A Lite decoder adds noise."""
+    values = {"video_dir": str(video_dir), "train_iters": 3, "phase": 6, "decoder": "lite", "gan_weight": 0.0}
+    values |= {"micro_batch_size": 1, "global_batch_size": 4, "lr": 2e-4, "adam_eps": 1e-4, "ema_decay": 0.0}
+    values |= {"buckets": ("9x32x32", "5x16x24", "1x32x32"), "image_fraction": 0.4, "image_batch_size": 4}
+    values |= {"first_frame_head_dim": 8, "seed": 2}  # which draws each bucket once
+    job = build_job(FSAEJob, FSAE_PRESETS["fsae_debug"] | values)
+    ((losses, norms, _),) = run_workers(train_steps, 1, job)
+    for other_losses, other_norms, _ in run_workers(train_steps, 2, job):
+        assert other_losses == pytest.approx(losses, rel=1e-5)
+        assert other_norms[0] == pytest.approx(norms[0], rel=1e-5)
+
+
 def train_both(job: FSAEJob) -> tuple[list[dict[str, float]], torch.Tensor, torch.Tensor, list[int]]:
     """Metrics, all weights of autoencoder and projection, of the discriminator, and each optimizer's moments here."""
     pgs = groups.initialize(ParallelConfig())
