@@ -9,4 +9,5 @@ python tools/convert_checkpoint.py \
     --input "$RUN" \
     --output "$OUTPUT" \
     --output-format release \
-    --max-shard-size 4GB
+    --max-shard-size 4GB \
+    "${@:3}"

@@ -12,4 +12,5 @@ python tools/convert_checkpoint.py \
     --layer-memory-init 0.99 \
     --dtype bf16 \
     --output "$OUTPUT" \
-    --output-format distributed
+    --output-format distributed \
+    "${@:3}"

@@ -28,4 +28,5 @@ torchrun --nproc-per-node 2 pretrain_dit.py \
   --sample-list "$STAGES/sft.txt" \
   --save-interval 20 \
   --keep-checkpoints 2 \
-  --tensorboard-dir "$STAGES/sft/logs"
+  --tensorboard-dir "$STAGES/sft/logs" \
+  "$@"

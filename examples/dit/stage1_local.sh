@@ -34,4 +34,5 @@ torchrun --nproc-per-node 2 pretrain_dit.py \
   --load "$STAGES/stage1" \
   --save-interval 30 \
   --keep-checkpoints 2 \
-  --tensorboard-dir "$STAGES/stage1/logs"
+  --tensorboard-dir "$STAGES/stage1/logs" \
+  "$@"

@@ -34,4 +34,5 @@ torchrun --nproc-per-node 2 pretrain_dit.py \
   --load "$STAGES/stage2" \
   --save-interval 60 \
   --keep-checkpoints 2 \
-  --tensorboard-dir "$STAGES/stage3/logs"
+  --tensorboard-dir "$STAGES/stage3/logs" \
+  "$@"

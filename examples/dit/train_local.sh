@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the DiT on one machine, one process per GPU (or NUM_PROCESSES on a CPU).
+# Train the DiT on one machine, one process per GPU (NUM_PROCESSES says otherwise).
 #
 #   DATA=data/latents VALID=data/latents-valid SAVE=runs/dit examples/dit/train_local.sh
 #
@@ -10,9 +10,9 @@ set -euo pipefail
 DATA=${DATA:-data/latents}
 VALID=${VALID:-data/latents-valid}
 SAVE=${SAVE:-runs/dit}
-NUM_PROCESSES=${NUM_PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+NUM_PROCESSES=${NUM_PROCESSES:-$(python -c "import torch; print(max(1, torch.cuda.device_count()))")}
 
-torchrun --nproc-per-node "$((NUM_PROCESSES > 0 ? NUM_PROCESSES : 1))" pretrain_dit.py \
+torchrun --nproc-per-node "$NUM_PROCESSES" pretrain_dit.py \
   --preset dit_1b \
   --use-distributed-optimizer \
   --recompute-granularity full \
@@ -31,4 +31,5 @@ torchrun --nproc-per-node "$((NUM_PROCESSES > 0 ? NUM_PROCESSES : 1))" pretrain_
   --load "$SAVE" \
   --save-interval 1000 \
   --keep-checkpoints 3 \
-  --tensorboard-dir "$SAVE/logs"
+  --tensorboard-dir "$SAVE/logs" \
+  "$@"

@@ -12,4 +12,5 @@ python tools/generate.py \
     --image "$IMAGE" \
     --prompt "$PROMPT" \
     --out "$OUT" \
-    --num-inference-steps 6
+    --num-inference-steps 6 \
+    "${@:5}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Encode a folder of videos to a latent dataset on one machine, one process per GPU (or NUM_PROCESSES on a CPU).
+# Encode a folder of videos to a latent dataset on one machine, one process per GPU (NUM_PROCESSES says otherwise).
 #
 #   VIDEO_DIR=videos FSAE=runs/fsae OUTPUT=data/latents examples/preprocess/preprocess_local.sh
 #
@@ -11,9 +11,9 @@ FSAE=${FSAE:-runs/fsae}
 OUTPUT=${OUTPUT:-data/latents}
 TEXT_ENCODER=${TEXT_ENCODER:-umt5:google/umt5-xxl}
 IMAGE_ENCODER=${IMAGE_ENCODER:-clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K}
-NUM_PROCESSES=${NUM_PROCESSES:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+NUM_PROCESSES=${NUM_PROCESSES:-$(python -c "import torch; print(max(1, torch.cuda.device_count()))")}
 
-torchrun --nproc-per-node "$((NUM_PROCESSES > 0 ? NUM_PROCESSES : 1))" tools/preprocess_latents.py \
+torchrun --nproc-per-node "$NUM_PROCESSES" tools/preprocess_latents.py \
   --video-dir "$VIDEO_DIR" \
   --fsae "$FSAE" \
   --text-encoder "$TEXT_ENCODER" \
@@ -23,4 +23,5 @@ torchrun --nproc-per-node "$((NUM_PROCESSES > 0 ? NUM_PROCESSES : 1))" tools/pre
   --fps 24 \
   --encode-batch-size 1 \
   --max-bad-fraction 0.01 \
-  --output "$OUTPUT"
+  --output "$OUTPUT" \
+  "$@"

@@ -182,7 +182,7 @@ kill -USR1 "$(cat "$LOG/started")"
 """
 
 
-@pytest.mark.parametrize("script", ["examples/dit/stage1_slurm.sh", "examples/fsae/phase1_slurm.sh"])
+@pytest.mark.parametrize("script", ["examples/dit/stage1_slurm.sh", "examples/fsae/train_slurm.sh 1"])
 @pytest.mark.parametrize("leaves_with", [0, 1])
 def test_the_slurm_script_passes_the_signal_on_and_requeues(script, leaves_with, tmp_path):
     """With stand-ins for SLURM's commands: the ranks get the signal; the job is queued again if they could save."""
@@ -196,7 +196,7 @@ def test_the_slurm_script_passes_the_signal_on_and_requeues(script, leaves_with,
         "SLURM_JOB_ID": "17",
         "SLURM_JOB_NODELIST": "n",
     }
-    job = subprocess.Popen(["bash", str(Path(__file__).parents[2] / script)], env=environment)
+    job = subprocess.Popen(["bash", *str(Path(__file__).parents[2] / script).split()], env=environment)
     deadline = time.monotonic() + 30
     while not (tmp_path / "started").exists():
         assert job.poll() is None and time.monotonic() < deadline
