@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from megatron_fsvideo.checkpoint.release import save_fsae
 from megatron_fsvideo.config import DIT_PRESETS, FSAE_PRESETS, DiTJob, FSAEJob, build_job
 from megatron_fsvideo.data.video import write_video
+from megatron_fsvideo.evaluation.perceptual import VGG_WIDTHS, VGG16Trunk
 from megatron_fsvideo.models.fsae import FSAE
 from tests.parity.test_foreign_autoencoders import TINY, tiny
 from tests.unit.judge_fixtures import random_i3d
@@ -36,7 +37,9 @@ pytestmark = pytest.mark.slow
 def film(path: Path, num_frames: int, side: int = 96) -> Path:
     """Two shots of moving stripes."""
     ramp = torch.arange(side)
-    frames = [((ramp[None, :] * (1 + k // (num_frames // 2)) + 3 * k) % 200).expand(side, side) for k in range(num_frames)]
+    frames = [
+        ((ramp[None, :] * (1 + k // (num_frames // 2)) + 3 * k) % 200).expand(side, side) for k in range(num_frames)
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path, torch.stack(frames).to(torch.uint8)[..., None].expand(-1, -1, -1, 3).contiguous(), fps=8)
     return path
@@ -84,7 +87,9 @@ def run(checkout: Path, script: str, *words: str | Path, **variables: str) -> st
 
 
 def test_no_gpu_tool_is_on_the_path() -> None:
-    assert not any((Path(folder) / "nvidia-smi").exists() for folder in ("/usr/bin", "/bin")), "the other tests prove less"
+    assert not any((Path(folder) / "nvidia-smi").exists() for folder in ("/usr/bin", "/bin")), (
+        "the other tests prove less"
+    )
 
 
 def test_the_autoencoder_goes_through_its_phases_and_is_judged(checkout: Path, dino_folder: Path) -> None:
@@ -100,6 +105,8 @@ def test_the_autoencoder_goes_through_its_phases_and_is_judged(checkout: Path, d
         assert kind in TINY
         tiny(kind).save_pretrained(checkout / name)
     torch.save(random_i3d().state_dict(), checkout / "rgb_imagenet.pt")
+    linear = {f"lin{k}.model.1.weight": torch.rand(1, width, 1, 1) for k, width in enumerate(VGG_WIDTHS)}
+    save_file(VGG16Trunk().state_dict() | linear, checkout / "vgg16_lpips.safetensors")
     sizes = ["--num-clips", "2", "--num-frames", "9", "--resolution", "32", "--short-side", "32"]
     run(checkout, "fsae/evaluate_local.sh", *sizes, VIDEO_DIR="videos", NUM_POINTS="32")
     assert json.loads((checkout / "runs/fsae_evaluation/table2.json").read_text())["table"]
@@ -111,9 +118,15 @@ def test_videos_are_encoded_and_a_dit_trains_on_them(checkout: Path) -> None:
     small = ["--text-encoder", "none", "--image-encoder", "none", "--buckets", "9x32x32", "--fps", "8"]
     run(checkout, "preprocess/preprocess_local.sh", *small)
     run(checkout, "preprocess/preprocess_local.sh", *small, OUTPUT="data/latents-valid")
-    dataset = json.loads((checkout / "data/latents/dataset.json").read_text())
     debug = ["--preset", "dit_debug", "--text-embed-dim", "0", "--image-embed-dim", "0", "--train-iters", "2"]
-    debug += ["--latent-channels", str(dataset["latent_channels"]), "--global-batch-size", "2", "--eval-iters", "1"]
+    debug += [
+        "--latent-channels",
+        str(build_job(FSAEJob, FSAE_PRESETS["fsae_debug"]).model.latent_channels),
+        "--global-batch-size",
+        "2",
+        "--eval-iters",
+        "1",
+    ]
     run(checkout, "dit/train_local.sh", *debug)
     assert (checkout / "runs/dit/iter_0000002").is_dir()
 
