@@ -68,7 +68,8 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
             if script in known and any(w in ("python", "torchrun", "srun", "exec") for w in words[:position]):
                 rest = words[position + 1 :]
                 stop = next((k for k, w in enumerate(rest) if w in ("|", "&&", "||", ";", "&", ">")), len(rest))
-                found.append((script, [w for w in rest[:stop] if w not in ("...", "$@", "1@", "1[@]}")]))
+                ours = [w for w in rest[:stop] if w not in ("...", "1@", "1[@]}") and not re.match(r"\$\{?@", w)]
+                found.append((script, ours))
     return found
 
 
