@@ -108,7 +108,7 @@ def test_flags_that_do_not_fit_are_refused(video_dir: Path) -> None:
             check_memory_flags(large_job(phase, video_dir, **changes))
 
     refused("encoder_slice 2 and patch_latents 0 cut time", context_parallel_size=2, encoder_slice=2)
-    refused("only one of the first two", encoder_tile=32, encoder_slice=2)
+    refused("encoder_tile 32 and encoder_slice 2 exclude each other", encoder_tile=32, encoder_slice=2)
     refused("encoder_tile 30 is not a multiple of 4", encoder_tile=30)
     refused("patch_rows 9: 4 cells of 8 pixels .* at least 11 pixels: give 10 or more", patch_rows=9)
     refused("patch_latents 2: 2 latent frames at each of 1 cuts", patch_latents=2)
