@@ -3,7 +3,10 @@
 # make test             the default test suite
 # make lint             ruff
 
-PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name) 2>/dev/null)))
+# megatron-core 0.16.1 and torch's pins are tested on Python 3.11 and 3.12.
+IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for name in python3.11 python3.12 python3; do $$name -c "$(IS_SUPPORTED)" 2>/dev/null && echo $$name && break; done)
+PYTHON_WORKS = $(if $(PYTHON),$(shell $(PYTHON) -c "$(IS_SUPPORTED)" 2>/dev/null && echo yes))
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 STAMP := $(VENV)/.installed
@@ -33,6 +36,7 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
 
 $(STAMP): setup.py Makefile
+	$(if $(PYTHON_WORKS),,$(error Python 3.11 or 3.12 is needed: install one (pipx install uv && uv python install 3.12) and name it: make PYTHON=$$(uv python find 3.12)))
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip setuptools wheel
 	$(PIP) "$(TORCH)"

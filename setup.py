@@ -36,7 +36,8 @@ EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", "flash-attn"],
     # Comes with torch where that is built for CUDA; elsewhere its interpreter can run the kernels' tests.
     "kernels": ["triton>=3.3"],
-    "eval": ["matplotlib", "diffusers"],
+    # accelerate: diffusers loads Wan's folders with it, and does not declare it.
+    "eval": ["matplotlib", "diffusers", "accelerate"],
     "ui": ["gradio"],
     # Manifests as Parquet files.
     "parquet": ["pyarrow"],

