@@ -7,14 +7,15 @@ The dataset is made by tools/preprocess_latents.py. Flags: --help; presets: mega
 """
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, parse_job, run_script
-from megatron_fsvideo.models.backends import check_backend
-from megatron_fsvideo.tasks.dit.task import DiTTask
-from megatron_fsvideo.training.run import run
 
 
 def main() -> None:
     """Parse the command line and train."""
     job = parse_job(DiTJob, DIT_PRESETS)
+    from megatron_fsvideo.models.backends import check_backend
+    from megatron_fsvideo.tasks.dit.task import DiTTask
+    from megatron_fsvideo.training.run import run
+
     check_backend(job.parallel)
     run(job, DiTTask)
 

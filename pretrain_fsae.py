@@ -9,13 +9,15 @@ the phases do: docs/fsae_training.md; presets: megatron_fsvideo/config/presets.p
 """
 
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, parse_job, run_script
-from megatron_fsvideo.tasks.fsae.task import FSAETask
-from megatron_fsvideo.training.run import run
 
 
 def main() -> None:
     """Parse the command line and train."""
-    run(parse_job(FSAEJob, FSAE_PRESETS), FSAETask)
+    job = parse_job(FSAEJob, FSAE_PRESETS)
+    from megatron_fsvideo.tasks.fsae.task import FSAETask
+    from megatron_fsvideo.training.run import run
+
+    run(job, FSAETask)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ autoencoder and upsampler are not in it, as they are not in Table 4. Under torch
 --tensor-model-parallel-size several devices share each sample. docs/benchmarks.md says how to read the figures.
 """
 
+from __future__ import annotations
+
 import statistics
 import time
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_fsvideo.config import (
     DIT_PRESETS,
@@ -32,14 +31,14 @@ from megatron_fsvideo.config import (
 )
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.diffusion.conditions import first_frame_condition
-from megatron_fsvideo.diffusion.guidance import Velocity, guided
-from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
-from megatron_fsvideo.models.dit import Denoiser, DiTModel, build_dit
-from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.training.flops import Rows, forward_flops, peak_tflops, total
-from megatron_fsvideo.training.machine import describe_measurement, device_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_fsvideo.diffusion.guidance import Velocity
+    from megatron_fsvideo.models.dit import DiTModel
+    from megatron_fsvideo.parallel.groups import ProcessGroups
 
 # Table 4: seconds of 60 + 8 evaluations in bf16 by number of H100s, no offloading (the first is the paper's estimate).
 PAPER_SECONDS = {1: 27.4, 2: 19.4}
@@ -93,7 +92,7 @@ class BenchmarkJob:
         for stage in stages(self):
             check_token_count(self.rows(stage).tokens, f"the {stage.name}'s grid {stage.grid}", self.parallel)
 
-    def rows(self, stage: "Stage") -> Rows:
+    def rows(self, stage: Stage) -> Rows:
         """Rows of one sample in a stage."""
         t, h, w = (side // patch for side, patch in zip(stage.grid, self.model.patch_size, strict=True))
         return Rows(t * h * w, self.benchmark.text_length, self.benchmark.image_length)
@@ -132,6 +131,10 @@ def stages(job: BenchmarkJob) -> list[Stage]:
 
 def random_model(job: BenchmarkJob, pgs: ProcessGroups) -> DiTModel:
     """A DiT with random weights, drawn where they live: gains about 1, everything else about 0."""
+    import torch
+
+    from megatron_fsvideo.models.dit import build_dit
+
     dtype = torch.bfloat16 if job.training.bf16 else torch.float32
     model = build_dit(job.model, job.parallel, pgs, params_dtype=dtype, device=torch.device("meta"))
     model = model.to_empty(device=pgs.device).eval().requires_grad_(False)
@@ -142,6 +145,12 @@ def random_model(job: BenchmarkJob, pgs: ProcessGroups) -> DiTModel:
 
 def velocity_function(job: BenchmarkJob, model: DiTModel, stage: Stage, pgs: ProcessGroups) -> Velocity:
     """The stage's velocity under random conditions, with guidance where it has some."""
+    import torch
+
+    from megatron_fsvideo.diffusion.conditions import first_frame_condition
+    from megatron_fsvideo.diffusion.guidance import guided
+    from megatron_fsvideo.models.dit import Denoiser
+
     config, flags = job.model, job.benchmark
     latents = torch.randn(1, config.latent_channels, *stage.grid, device=pgs.device)
     texts = torch.randn(2, flags.text_length, config.text_embed_dim, device=pgs.device)
@@ -167,6 +176,10 @@ def velocity_function(job: BenchmarkJob, model: DiTModel, stage: Stage, pgs: Pro
 
 def timed_sampling(job: BenchmarkJob, velocity: Velocity, stage: Stage, steps: int, pgs: ProcessGroups) -> float:
     """Seconds of a whole sampling."""
+    import torch
+
+    from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
+
     noise = torch.randn(1, job.model.latent_channels, *stage.grid, device=pgs.device)
     _wait(pgs)
     started = time.perf_counter()
@@ -178,6 +191,10 @@ def timed_sampling(job: BenchmarkJob, velocity: Velocity, stage: Stage, steps: i
 
 
 def _wait(pgs: ProcessGroups) -> None:
+    import torch
+
+    from megatron_fsvideo.parallel import groups
+
     groups.barrier()
     if pgs.device.type == "cuda":
         torch.cuda.synchronize()
@@ -185,6 +202,10 @@ def _wait(pgs: ProcessGroups) -> None:
 
 def measure(job: BenchmarkJob, pgs: ProcessGroups) -> dict[str, Any]:
     """Warm up with one step of each stage, then generate `runs` times; the figures."""
+    import torch
+
+    from megatron_fsvideo.training.machine import describe_measurement, device_name
+
     base = random_model(job, pgs)
     models = [base, random_model(job, pgs) if job.benchmark.two_models else base]
     work = stages(job)
@@ -250,9 +271,12 @@ def show(result: dict[str, Any]) -> None:
         print(f"not the sizes of Table 4, whose {PAPER_SECONDS[1]} s (one H100) are therefore no comparison")
 
 
-def main() -> None:
-    """Parse, measure, show, write."""
-    job = parse_job(BenchmarkJob, presets_for(BenchmarkJob, DIT_PRESETS))
+def run(job: BenchmarkJob) -> None:
+    """Measure, show, write."""
+    import torch
+
+    from megatron_fsvideo.parallel import groups
+
     check_outputs([job.benchmark.json] if job.benchmark.json else [], overwrite=job.benchmark.overwrite)
     if job.benchmark.num_threads:
         torch.set_num_threads(job.benchmark.num_threads)
@@ -264,6 +288,11 @@ def main() -> None:
         if job.benchmark.json:
             write_json(job.benchmark.json, result)
     groups.shutdown()
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    run(parse_job(BenchmarkJob, presets_for(BenchmarkJob, DIT_PRESETS)))
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ machine that slows down slows down all. All have equal sizes, batches and loss, 
 gradient clipping, and no moving average. docs/benchmarks.md says how to read the figures.
 """
 
+from __future__ import annotations
+
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from megatron_fsvideo.config import (
     DIT_PRESETS,
@@ -38,7 +37,10 @@ from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
 from megatron_fsvideo.training.contenders import Contender, answer, ratio
 from megatron_fsvideo.training.flops import Rows, hardware_flops, peak_tflops, total, training_flops
-from megatron_fsvideo.training.machine import describe_measurement, device_name
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 ContenderName = Literal["ours", "ours_without_memory", "diffusers"]
 CONTENDERS = OURS, WITHOUT_MEMORY, DIFFUSERS = get_args(ContenderName)
@@ -106,6 +108,8 @@ class BenchmarkJob:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights in forward and backward."""
+        import torch
+
         return torch.bfloat16 if self.training.bf16 else torch.float32
 
     @property
@@ -122,6 +126,8 @@ class BenchmarkJob:
 
 def synthetic_batch(job: BenchmarkJob, device: torch.device) -> dict[str, Tensor]:
     """One micro-batch of random inputs, and a target [b, c, t, h, w]."""
+    import torch
+
     model, flags, batch = job.model, job.benchmark, job.training.micro_batch_size
     shapes = {
         "model_input": (batch, model.in_channels, *flags.latent_grid),
@@ -136,6 +142,8 @@ def synthetic_batch(job: BenchmarkJob, device: torch.device) -> dict[str, Tensor
 
 def our_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
     """Our model and one optimizer step of it: Megatron's schedule, DDP buffers, clipping and AdamW."""
+    import torch
+
     from megatron_fsvideo.models.dit import patchify
     from megatron_fsvideo.parallel import groups
     from megatron_fsvideo.tasks.dit.network import build_dit_network
@@ -166,6 +174,9 @@ def our_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
 
 def diffusers_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
     """diffusers' Wan and one optimizer step of it: gradients copied to fp32 master weights, clipping, torch's AdamW."""
+    import torch
+    from torch import nn
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_wan(job, device)
     parameters = list(model.parameters())
@@ -234,6 +245,8 @@ def build_wan(job: BenchmarkJob, device: torch.device) -> nn.Module:
 
 def work(job: BenchmarkJob) -> None:
     """A contender's process: warm up, then do what the lines on stdin ask for until they end."""
+    import torch
+
     flags = job.benchmark
     if flags.num_threads:
         torch.set_num_threads(flags.num_threads)
@@ -260,11 +273,15 @@ def _timed(step: Step) -> float:
 
 
 def _wait_for_device() -> None:
+    import torch
+
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _peak_memory() -> int:
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -272,6 +289,10 @@ def _peak_memory() -> int:
 
 def measure(job: BenchmarkJob) -> dict[str, Any]:
     """Let the contenders take turns; the figures."""
+    import torch
+
+    from megatron_fsvideo.training.machine import describe_measurement
+
     flags = job.benchmark
     if flags.num_threads:
         torch.set_num_threads(flags.num_threads)  # for the record; the contenders' processes set theirs
@@ -298,6 +319,8 @@ def measure(job: BenchmarkJob) -> dict[str, Any]:
 
 def figures(job: BenchmarkJob, name: str, seconds: list[list[float]]) -> dict[str, Any]:
     """Speed of one contender from its seconds, by round."""
+    from megatron_fsvideo.training.machine import device_name
+
     model = replace(job.model, layer_memory=job.model.layer_memory and name == OURS)
     median = statistics.median(second for turn in seconds for second in turn)
     batch = job.training.global_batch_size

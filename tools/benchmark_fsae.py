@@ -10,31 +10,28 @@ that slows down slows down all. Each encodes the clip and decodes latents of its
 docs/benchmarks.md says how to read the figures.
 """
 
+from __future__ import annotations
+
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
-
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job, parse_job, require, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.models.fsae import FSAE
-from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, encode_frames
 from megatron_fsvideo.training.contenders import Contender, answer, ratio
-from megatron_fsvideo.training.machine import describe_measurement
-from megatron_fsvideo.training.peak_memory import peak_allocation, process_peak, reset_process_peak
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 ContenderName = Literal["standard", "standard_tiled", "lite", "lite_streamed", "lite_tiled", "wan", "ltx"]
 PhaseName = Literal["encode", "first_frame", "decode"]
 CONTENDERS, PHASES = get_args(ContenderName), get_args(PhaseName)
 *OURS, WAN, LTX = CONTENDERS
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # The classes' defaults are the published sizes: Wan 2.1's VAE, and LTX-Video 0.9.0's.
 PAPER_SIZES: dict[str, dict[str, Any]] = {WAN: {}, LTX: {}}
@@ -94,16 +91,11 @@ class BenchmarkFlags(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        frames, height, width = self.clip_shape
+        frames, height, width = self.clip or (1, 64, 64)
         if frames % 8 != 1 or height % 64 or width % 64:
             raise ValueError(
                 f"a clip for all contenders has 8k+1 frames and sides that are multiples of 64, got {self.clip}"
             )
-
-    @property
-    def clip_shape(self) -> tuple[int, int, int]:
-        """Frames, height and width of the clip on this machine."""
-        return self.clip or ((121, 768, 1280) if torch.cuda.is_available() else (17, 256, 256))
 
 
 @dataclass(frozen=True)
@@ -139,6 +131,13 @@ class Subject:
         return 1, self.latent_channels, (clip[0] - 1) // frames + 1, clip[1] // side, clip[2] // side
 
 
+def clip_shape(flags: BenchmarkFlags) -> tuple[int, int, int]:
+    """Frames, height and width of the clip on this machine."""
+    import torch
+
+    return flags.clip or ((121, 768, 1280) if torch.cuda.is_available() else (17, 256, 256))
+
+
 def contender_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subject:
     """One of CONTENDERS with random weights on `device`."""
     return (our_subject if name in OURS else foreign_subject)(flags, name, device)
@@ -146,6 +145,11 @@ def contender_subject(flags: BenchmarkFlags, name: str, device: torch.device) ->
 
 def our_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subject:
     """FSAE-Standard or FSAE-Lite, whole, streamed or tiled."""
+    import torch
+
+    from megatron_fsvideo.models.fsae import FSAE
+    from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, encode_frames
+
     kind, _, way = name.partition("_")
     preset = FSAE_PRESETS[f"fsae_{kind}" + ("_debug" if flags.size == "debug" else "")]
     with torch.device("meta"):
@@ -170,6 +174,8 @@ def our_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subje
 
 def foreign_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subject:
     """A VAE of diffusers as it is called there: Wan goes through time in slices by itself, LTX-Video does not."""
+    import torch
+
     diffusers = require("diffusers", "eval")
     sizes = (PAPER_SIZES if flags.size == "paper" else DEBUG_SIZES)[name]
     with torch.device("meta"):
@@ -190,9 +196,10 @@ def foreign_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> S
     )
 
 
-@torch.no_grad()
 def fill(model: nn.Module, flags: BenchmarkFlags, device: torch.device) -> None:
     """Random weights for a model on the meta device, which keep the size of signals."""
+    from megatron_fsvideo.parallel.dtypes import DTYPES
+
     model.to(DTYPES[flags.dtype]).to_empty(device=device).eval().requires_grad_(False)
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim > 1:
@@ -201,18 +208,22 @@ def fill(model: nn.Module, flags: BenchmarkFlags, device: torch.device) -> None:
             tensor.fill_(0.5)
 
 
-@torch.no_grad()
 def work(flags: BenchmarkFlags) -> None:
     """A contender's process: warm up and count, then take the turns that the lines on stdin ask for."""
+    import torch
+
+    from megatron_fsvideo.parallel.dtypes import DTYPES
+
+    torch.set_grad_enabled(False)
     if flags.num_threads:
         torch.set_num_threads(flags.num_threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(flags.seed)
     device, dtype = torch.device("cuda" if torch.cuda.is_available() else "cpu"), DTYPES[flags.dtype]
     subject = contender_subject(flags, flags.worker, device)
-    clip = (torch.rand(1, 3, *flags.clip_shape, device=device) * 2 - 1).to(dtype)
+    clip = (torch.rand(1, 3, *clip_shape(flags), device=device) * 2 - 1).to(dtype)
     features = None if subject.first_frame is None else subject.first_frame(clip[:, :, :1])
-    latents = torch.randn(subject.latent_shape(flags.clip_shape), device=device).to(dtype)
+    latents = torch.randn(subject.latent_shape(clip_shape(flags)), device=device).to(dtype)
     calls = {
         "encode": lambda: subject.encode(clip),
         "first_frame": lambda: subject.first_frame(clip[:, :, :1]),
@@ -237,6 +248,11 @@ def count(call: Callable[[], Any], device: torch.device, shape: Sequence[int] | 
     Raises:
         ValueError: a result of another shape than `shape`, or one that is not finite.
     """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from megatron_fsvideo.training.peak_memory import peak_allocation
+
     try:
         with FlopCounterMode(display=False) as counter:
             result, allocated = peak_allocation(call, device)
@@ -250,6 +266,10 @@ def count(call: Callable[[], Any], device: torch.device, shape: Sequence[int] | 
 
 def turn(call: Callable[[], Any], iterations: int, device: torch.device) -> dict[str, Any]:
     """Seconds of each call, on the clock and of this process's threads, and the most memory it held meanwhile."""
+    import torch
+
+    from megatron_fsvideo.training.peak_memory import process_peak, reset_process_peak
+
     seconds, cpu_seconds = [], []
     reset_process_peak()
     if device.type == "cuda":
@@ -268,12 +288,18 @@ def turn(call: Callable[[], Any], iterations: int, device: torch.device) -> dict
 
 
 def _wait_for(device: torch.device) -> None:
+    import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def measure(flags: BenchmarkFlags) -> dict[str, Any]:
     """Let the contenders take turns; the figures."""
+    import torch
+
+    from megatron_fsvideo.training.machine import describe_measurement
+
     if flags.num_threads:
         torch.set_num_threads(flags.num_threads)  # for the record; the contenders' processes set theirs
     resident = {name: Contender(name) for name in flags.contenders} if flags.resident else {}
@@ -293,7 +319,7 @@ def measure(flags: BenchmarkFlags) -> dict[str, Any]:
     results = {name: figures(flags, facts[name], turns[name]) for name in flags.contenders}
     return {
         "measurement": describe_measurement(),
-        "clip": list(flags.clip_shape),
+        "clip": list(clip_shape(flags)),
         "dtype": flags.dtype,
         "size": flags.size,
         "results": results,
@@ -315,7 +341,7 @@ def figures(flags: BenchmarkFlags, facts: dict[str, Any], turns: Sequence[dict[s
             "seconds": seconds,
             "seconds_by_round": by_round,
             "cpu_seconds_by_round": [turn[phase]["cpu_seconds"] for turn in turns],
-            "frames_per_second": (1 if phase == "first_frame" else flags.clip_shape[0]) / seconds,
+            "frames_per_second": (1 if phase == "first_frame" else clip_shape(flags)[0]) / seconds,
             "flops": counted["flops"],
             "tflops": counted["flops"] / seconds / 1e12,
             "weight_bytes": weights,

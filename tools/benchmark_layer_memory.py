@@ -10,6 +10,8 @@ those of the states. Bandwidth is the least number of bytes that must move by th
 implementation moves. docs/benchmarks.md says how to read the figures.
 """
 
+from __future__ import annotations
+
 import statistics
 import time
 from collections import defaultdict
@@ -17,22 +19,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-import torch
-import torch.nn.functional as F
 from msgspec import Meta
-from torch import Tensor
 
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.kernels import Mixer, MixSettings, mixer_for
-from megatron_fsvideo.training.machine import describe_measurement
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from megatron_fsvideo.kernels import Mixer, MixSettings
 
 Implementation = Literal["triton", "torch", "einsum"]
 TRITON, TORCH, EINSUM = get_args(Implementation)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERATIONS = {"forward": ("mix",), "backward": ("mix_backward", "pull")}
 EPSILON = 1e-6
 
@@ -64,28 +66,33 @@ class BenchmarkFlags(Checked):
     overwrite: bool = False
     """Replace the JSON file of an earlier run."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if TRITON in self.implementations and not torch.cuda.is_available():
-            raise ValueError("Triton's kernels need a CUDA device, and there is none: leave triton out")
-
-    @property
-    def contenders(self) -> tuple[str, ...]:
-        """The implementations that take part."""
-        has_triton = torch.cuda.is_available() and find_spec("triton") is not None
-        return self.implementations or ((TRITON, TORCH, EINSUM) if has_triton else (TORCH, EINSUM))
-
-    @property
-    def settings(self) -> MixSettings:
-        """As the model's."""
-        return MixSettings(self.layer_memory_norm == "normalized", EPSILON)
-
 
 @dataclass(frozen=True)
 class BenchmarkJob:
     """Time the kernels of layer memory."""
 
     benchmark: BenchmarkFlags = field(default_factory=BenchmarkFlags)
+
+
+def implementations_of(flags: BenchmarkFlags) -> tuple[str, ...]:
+    """The implementations that take part on this machine.
+
+    Raises:
+        ValueError: Triton's kernels without a CUDA device.
+    """
+    import torch
+
+    if TRITON in flags.implementations and not torch.cuda.is_available():
+        raise ValueError("Triton's kernels need a CUDA device, and there is none: leave triton out")
+    has_triton = torch.cuda.is_available() and find_spec("triton") is not None
+    return flags.implementations or ((TRITON, TORCH, EINSUM) if has_triton else (TORCH, EINSUM))
+
+
+def settings_of(flags: BenchmarkFlags) -> MixSettings:
+    """The settings of layer memory, as the model has them."""
+    from megatron_fsvideo.kernels import MixSettings
+
+    return MixSettings(flags.layer_memory_norm == "normalized", EPSILON)
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,8 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """The sum of each name's spans."""
+        import torch
+
         if self._on_gpu:
             torch.cuda.synchronize()
         sums: dict[str, float] = defaultdict(float)
@@ -132,6 +141,8 @@ class Stopwatch:
     def _now(self) -> Any:
         if not self._on_gpu:
             return time.perf_counter()
+        import torch
+
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -139,6 +150,10 @@ class Stopwatch:
 
 def make_case(flags: BenchmarkFlags, device: torch.device) -> Case:
     """Random states, logits and gradients."""
+    import torch
+
+    from megatron_fsvideo.parallel.dtypes import DTYPES
+
     shape = (flags.tokens, flags.micro_batch_size, flags.hidden_size)
     generator = torch.Generator(device).manual_seed(0)
 
@@ -178,6 +193,8 @@ def run_mixer(mixer: Mixer, case: Case, settings: MixSettings, watch: Stopwatch)
 
 def run_einsum(case: Case, settings: MixSettings, watch: Stopwatch) -> tuple[Tensor, list[Tensor]]:
     """The same without kernels."""
+    import torch
+
     outputs, leaves = [], []
     with watch("forward"):
         for number, logits in case.logits.items():
@@ -197,6 +214,9 @@ def run_einsum(case: Case, settings: MixSettings, watch: Stopwatch) -> tuple[Ten
 
 def mix_by_einsum(logits: Tensor, shift: Tensor, scale: Tensor, states: list[Tensor], settings: MixSettings) -> Tensor:
     """See `Mixer.mix`; in the states' dtype but for softmax, norm and modulation."""
+    import torch
+    import torch.nn.functional as F
+
     stacked = torch.stack(states)  # (l, s, b, h)
     channels = stacked.shape[-1:]
     if settings.norms_states:
@@ -208,10 +228,12 @@ def mix_by_einsum(logits: Tensor, shift: Tensor, scale: Tensor, states: list[Ten
 
 def least_bytes(flags: BenchmarkFlags) -> dict[str, int]:
     """Bytes that each operation must read and write in a pass over all layers when nothing is recomputed."""
+    from megatron_fsvideo.parallel.dtypes import DTYPES
+
     rows, fp32 = flags.tokens * flags.micro_batch_size, 4
     channels = flags.micro_batch_size * flags.hidden_size * fp32  # shift, scale or a gradient of them
     state = rows * flags.hidden_size * DTYPES[flags.dtype].itemsize
-    norms_states = flags.settings.norms_states
+    norms_states = settings_of(flags).norms_states
     # The mix is kept for the backward pass: raw in the states' dtype with mean and rstd, normed in fp32.
     memory = rows * flags.hidden_size * fp32 if norms_states else state + 2 * rows * fp32
     sums = {"mix": 0, "mix_backward": 0, "pull": 0}
@@ -234,11 +256,15 @@ def copy_once(states: list[Tensor], targets: list[Tensor], watch: Stopwatch) -> 
 
 def measure(flags: BenchmarkFlags, device: torch.device) -> dict[str, Any]:
     """Let the implementations take turns; the figures."""
+    import torch
+
+    from megatron_fsvideo.training.machine import describe_measurement
+
     case = make_case(flags, device)
     targets = [torch.empty_like(state) for state in case.states]
     programs: dict[str, Callable[[Stopwatch], Any]] = {"copy": lambda watch: copy_once(case.states, targets, watch)}
-    for name in flags.contenders:
-        programs[name] = _program(name, case, flags.settings)
+    for name in implementations_of(flags):
+        programs[name] = _program(name, case, settings_of(flags))
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
     for index in range(flags.rounds + 1):  # the first compiles and warms up
         for name, program in programs.items():
@@ -255,6 +281,8 @@ def measure(flags: BenchmarkFlags, device: torch.device) -> dict[str, Any]:
 
 
 def _program(name: str, case: Case, settings: MixSettings) -> Callable[[Stopwatch], Any]:
+    from megatron_fsvideo.kernels import mixer_for
+
     if name == EINSUM:
         return lambda watch: run_einsum(case, settings, watch)
     mixer = mixer_for(name, case.gradient.device)
@@ -292,9 +320,10 @@ def show(result: dict[str, Any]) -> None:
         )
 
 
-def main() -> None:
-    """Parse, measure, show, write."""
-    flags = parse_job(BenchmarkJob).benchmark
+def run(flags: BenchmarkFlags) -> None:
+    """Measure, show, write."""
+    import torch
+
     check_outputs([flags.json] if flags.json else [], overwrite=flags.overwrite)
     if flags.num_threads:
         torch.set_num_threads(flags.num_threads)
@@ -302,6 +331,11 @@ def main() -> None:
     show(result)
     if flags.json:
         write_json(flags.json, result)
+
+
+def main() -> None:
+    """Parse the command line and measure."""
+    run(parse_job(BenchmarkJob).benchmark)
 
 
 if __name__ == "__main__":

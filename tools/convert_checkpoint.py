@@ -10,23 +10,20 @@ starts from the weights: another patch embedding and head for its latents, route
 weight that starts fresh is listed. docs/conversion.md has the details.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from msgspec import Meta
-from tqdm import tqdm
 
-from megatron_fsvideo.checkpoint.conversion import Conversion, plan_conversion, write_target
-from megatron_fsvideo.checkpoint.conversion_source import open_source
-from megatron_fsvideo.checkpoint.safetensors_shards import parse_size
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText
 from megatron_fsvideo.data.outputs import try_output
-from megatron_fsvideo.parallel import groups
 
-DTYPES = {"keep": None, "bf16": torch.bfloat16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    from megatron_fsvideo.checkpoint.conversion import Conversion
 
 
 @dataclass(frozen=True)
@@ -94,11 +91,19 @@ def report(conversion: Conversion, flags: ConvertFlags) -> None:
 
 def convert(flags: ConvertFlags) -> None:
     """Check everything, write, report."""
+    from tqdm import tqdm
+
+    from megatron_fsvideo.checkpoint.conversion import plan_conversion, write_target
+    from megatron_fsvideo.checkpoint.conversion_source import open_source
+    from megatron_fsvideo.checkpoint.safetensors_shards import parse_size
+    from megatron_fsvideo.parallel import groups
+    from megatron_fsvideo.parallel.dtypes import DTYPES
+
     try_output(flags.output)
     start, max_shard_size = start_job(flags), parse_size(flags.max_shard_size)
     source = open_source(Path(flags.input), flags.input_format, flags.use_ema)
     pgs = groups.initialize(DiTParallelConfig())
-    conversion = plan_conversion(source, start, DTYPES[flags.dtype], pgs, flags.seed)
+    conversion = plan_conversion(source, start, None if flags.dtype == "keep" else DTYPES[flags.dtype], pgs, flags.seed)
     with tqdm(total=len(conversion.infos), desc="converting", unit="weight", disable=None) as bar:
         write_target(conversion, flags.output_format, Path(flags.output), max_shard_size, bar.update)
     groups.shutdown()

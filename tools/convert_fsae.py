@@ -11,30 +11,21 @@ Writes a release folder (for pretrain_fsae.py --init-from) and prints every tens
 `--match-dc-ae` makes the FSAE of a DC-AE's own sizes instead: its images, frame by frame.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from megatron_fsvideo.checkpoint.dcae_names import dcae_config, start_from_dcae, to_diffusers_names
-from megatron_fsvideo.checkpoint.dit_release import read_config
-from megatron_fsvideo.checkpoint.release import (
-    CONFIG_FILE,
-    FSAE_FORMAT,
-    check_release_folder,
-    check_weights,
-    load_release,
-    resolve_release,
-    save_fsae,
-)
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEConfig, differences, from_dict, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, Share
 from megatron_fsvideo.data.listing import files_in
-from megatron_fsvideo.evaluation.weight_files import read_weight_file
-from megatron_fsvideo.models.fsae import FSAE
-from megatron_fsvideo.models.fsae.phases import inherit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_fsvideo.models.fsae import FSAE
 
 
 @dataclass(frozen=True)
@@ -64,14 +55,10 @@ class ConvertJob:
     model: FSAEConfig = field(default_factory=FSAEConfig)
 
 
-def main() -> None:
-    """Parse, convert, write, list."""
-    names = {f.name for f in dataclasses.fields(FSAEConfig)}
-    presets = {
-        preset: {name: value for name, value in values.items() if name in names}
-        for preset, values in FSAE_PRESETS.items()
-    }
-    job = parse_job(ConvertJob, presets)
+def run(job: ConvertJob) -> None:
+    """Convert, write, and list what is new."""
+    from megatron_fsvideo.checkpoint.release import check_release_folder, save_fsae
+
     check_release_folder(job.convert.save, overwrite=job.convert.overwrite)
     fsae, fresh, unused = convert(job)
     total = len(fsae.state_dict())
@@ -85,12 +72,29 @@ def main() -> None:
     print("\n".join([f"fresh: {name}" for name in fresh] + [f"not used: {name}" for name in unused]))
 
 
+def main() -> None:
+    """Parse the command line and convert."""
+    names = {f.name for f in dataclasses.fields(FSAEConfig)}
+    presets = {
+        preset: {name: value for name, value in values.items() if name in names}
+        for preset, values in FSAE_PRESETS.items()
+    }
+    run(parse_job(ConvertJob, presets))
+
+
 def convert(job: ConvertJob) -> tuple[FSAE, list[str], list[str]]:
     """(the autoencoder, its tensors that start fresh, source tensors without use).
 
     Raises:
         ValueError: nothing that can be read there, or an FSAE that cannot become the one asked for.
     """
+    import torch
+
+    from megatron_fsvideo.checkpoint.dcae_names import dcae_config, start_from_dcae, to_diffusers_names
+    from megatron_fsvideo.checkpoint.release import check_weights, load_release, resolve_release
+    from megatron_fsvideo.models.fsae import FSAE
+    from megatron_fsvideo.models.fsae.phases import inherit
+
     source = resolve_release(job.convert.load)
     torch.manual_seed(job.convert.seed)
     if _is_fsae(source):
@@ -118,6 +122,8 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: none there, a damaged one, or a torch file with more than tensors in it.
     """
+    from megatron_fsvideo.evaluation.weight_files import read_weight_file
+
     files = files_in(source, ".safetensors") if source.is_dir() else [source]
     if not files or not files[0].is_file():
         raise ValueError(f"{source} is neither a file of tensors nor a folder with safetensors files")
@@ -128,6 +134,9 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
 
 
 def _is_fsae(source: Path) -> bool:
+    from megatron_fsvideo.checkpoint.dit_release import read_config
+    from megatron_fsvideo.checkpoint.release import CONFIG_FILE, FSAE_FORMAT
+
     config = source / CONFIG_FILE
     return config.is_file() and read_config(source).get("format") == FSAE_FORMAT
 

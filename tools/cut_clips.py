@@ -8,19 +8,23 @@ column `caption` of --manifest), which may be changed clip by clip. Shots of few
 by tools/index_shots.py is used where there is one.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText, PositiveInt
-from megatron_fsvideo.data.manifest import VideoEntry, folder_entries, read_manifest_lines
 from megatron_fsvideo.data.outputs import check_outputs, write_text
-from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex, find_all_shots
-from megatron_fsvideo.data.shots import Shot, split_shots
+
+if TYPE_CHECKING:
+    from megatron_fsvideo.data.manifest import VideoEntry
+    from megatron_fsvideo.data.shots import Shot
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,12 @@ class CutJob:
     cut: CutFlags
 
 
-def main() -> None:
+def cut_films(flags: CutFlags) -> None:
     """Find the shots, cut them, write the manifest."""
-    flags = parse_job(CutJob).cut
+    from megatron_fsvideo.data.manifest import folder_entries, read_manifest_lines
+    from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex, find_all_shots
+    from megatron_fsvideo.data.shots import split_shots
+
     if (flags.video_dir is None) == (flags.manifest is None):
         raise ValueError("give --video-dir or --manifest")
     check_outputs([flags.output], [flags.manifest] if flags.manifest else [], overwrite=flags.overwrite)
@@ -79,6 +86,11 @@ def main() -> None:
     write_text(flags.output, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     valid = sum(line["split"] == "valid" for line in lines)
     print(f"{flags.output}: {len(lines)} clips ({valid} of them valid) of {len(shots)} shots of {len(films)} films")
+
+
+def main() -> None:
+    """Parse the command line and cut."""
+    cut_films(parse_job(CutJob).cut)
 
 
 def cut(shots: Sequence[Shot], films: dict[str, VideoEntry], folder: Path, flags: CutFlags) -> list[dict]:

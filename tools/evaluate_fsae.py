@@ -11,45 +11,27 @@ channel, and a PNG of originals and reconstructions. Shots that training held ou
 videos that were not trained on, `--holdout-every 0` judges every shot. Any number of processes, one result.
 """
 
+from __future__ import annotations
+
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
-
-from megatron_fsvideo.checkpoint.release import load_fsae, resolve_release
-from megatron_fsvideo.checkpoint.save_folder import JOB_FILE
 from megatron_fsvideo.config import VideoDataConfig, from_dict, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.data.shots import Shot
 from megatron_fsvideo.data.text_files import read_json
-from megatron_fsvideo.evaluation.autoencoders import (
-    Autoencoder,
-    ForeignAutoencoder,
-    OurAutoencoder,
-    check_names,
-    parse_comparison,
-)
-from megatron_fsvideo.evaluation.clips import ClipList, list_clips
-from megatron_fsvideo.evaluation.i3d import MIN_FRAMES, load_i3d
-from megatron_fsvideo.evaluation.perceptual import load_perceptual_loss
-from megatron_fsvideo.evaluation.reconstruction import (
-    ORIGINAL,
-    Judges,
-    Reconstructed,
-    latent_statistics,
-    reconstruct_clips,
-    summarize,
-)
-from megatron_fsvideo.evaluation.report import Row, format_table, notes
-from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
-from megatron_fsvideo.models.codecs.identity import fingerprint
-from megatron_fsvideo.parallel.team import join_team, leave_team
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from megatron_fsvideo.data.shots import Shot
+    from megatron_fsvideo.evaluation.autoencoders import Autoencoder
+    from megatron_fsvideo.evaluation.clips import ClipList
+    from megatron_fsvideo.evaluation.reconstruction import Judges, Reconstructed
+    from megatron_fsvideo.evaluation.report import Row
 
 
 @dataclass(frozen=True)
@@ -119,9 +101,16 @@ class EvaluateJob:
     measure: MeasureFlags = field(default_factory=MeasureFlags)
 
 
-def main() -> None:
-    """Parse, reconstruct, write."""
-    job = parse_job(EvaluateJob)
+def evaluate(job: EvaluateJob) -> None:
+    """Reconstruct, measure, write."""
+    from megatron_fsvideo.evaluation.autoencoders import check_names
+    from megatron_fsvideo.evaluation.clips import list_clips
+    from megatron_fsvideo.evaluation.reconstruction import reconstruct_clips
+    from megatron_fsvideo.evaluation.report import format_table, notes
+    from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
+    from megatron_fsvideo.parallel.dtypes import DTYPES
+    from megatron_fsvideo.parallel.team import join_team, leave_team
+
     flags, team = job.evaluate, join_team()
     device = team.device(job.measure.device)
     # Everything that can be refused is refused before the videos are looked at.
@@ -157,6 +146,11 @@ def main() -> None:
     leave_team(team)
 
 
+def main() -> None:
+    """Parse the command line and evaluate."""
+    evaluate(parse_job(EvaluateJob))
+
+
 def output_files(flags: EvaluateFlags) -> tuple[Path, Path, Path]:
     """The report, the latents' statistics and the contact sheet."""
     out = Path(flags.out)
@@ -166,6 +160,9 @@ def output_files(flags: EvaluateFlags) -> tuple[Path, Path, Path]:
 
 def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
     """The clips to judge: what the flags say, else what the training run held out, else the paper's 17x256x256."""
+    from megatron_fsvideo.checkpoint.release import resolve_release
+    from megatron_fsvideo.checkpoint.save_folder import JOB_FILE
+
     job_file = resolve_release(flags.load).parent / JOB_FILE
     trained = VideoDataConfig()
     if job_file.is_file():
@@ -190,6 +187,10 @@ def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
 
 def load_judges(flags: MeasureFlags, data: VideoDataConfig, device: torch.device) -> Judges:
     """The networks that the flags name."""
+    from megatron_fsvideo.evaluation.i3d import MIN_FRAMES, load_i3d
+    from megatron_fsvideo.evaluation.perceptual import load_perceptual_loss
+    from megatron_fsvideo.evaluation.reconstruction import Judges
+
     perceptual = None
     if flags.lpips_path is not None:
         perceptual = load_perceptual_loss("vgg16", flags.lpips_path, device, flags.lpips_linear_path)
@@ -202,6 +203,11 @@ def load_judges(flags: MeasureFlags, data: VideoDataConfig, device: torch.device
 
 def load_autoencoders(flags: EvaluateFlags, measure: MeasureFlags, device: torch.device) -> list[Autoencoder]:
     """The one of --load, then those of --compare."""
+    from megatron_fsvideo.checkpoint.release import load_fsae, resolve_release
+    from megatron_fsvideo.evaluation.autoencoders import ForeignAutoencoder, OurAutoencoder, parse_comparison
+    from megatron_fsvideo.models.codecs.identity import fingerprint
+    from megatron_fsvideo.parallel.dtypes import DTYPES
+
     dtype = DTYPES[measure.dtype]
     loaded: list[Autoencoder] = []
     for kind, folder in [("fsae", flags.load), *map(parse_comparison, flags.compare)]:
@@ -218,6 +224,8 @@ def load_autoencoders(flags: EvaluateFlags, measure: MeasureFlags, device: torch
 
 def spread(count: int, wanted: int) -> list[int]:
     """`wanted` of the indices below `count`, evenly spread."""
+    import torch
+
     return torch.linspace(0, count - 1, max(1, min(wanted, count))).round().int().tolist()
 
 
@@ -241,6 +249,9 @@ def readable_clips(listed: ClipList, found: list[dict[int, Reconstructed | str]]
 
 def table_rows(names: list[str], autoencoders: list[Autoencoder], results: list[list[Reconstructed]]) -> list[Row]:
     """One line for each way to decode."""
+    from megatron_fsvideo.evaluation.reconstruction import summarize
+    from megatron_fsvideo.evaluation.report import Row
+
     ways = [(a.facts, part, row) for a, part in zip(autoencoders, results, strict=True) for row in a.rows]
     return [
         Row(
@@ -272,6 +283,8 @@ def about_clips(
 
 def statistics_entry(autoencoder: Autoencoder, results: list[Reconstructed]) -> dict[str, Any]:
     """Mean and standard deviation per channel, named as in a latent dataset's dataset.json."""
+    from megatron_fsvideo.evaluation.reconstruction import latent_statistics
+
     facts, sums = autoencoder.facts, latent_statistics(results)
     mean, std = sums.mean_std()
     return {
@@ -291,6 +304,8 @@ def sheet_rows(
     Args:
         names: of the rows of all autoencoders, as in the table.
     """
+    from megatron_fsvideo.evaluation.reconstruction import ORIGINAL
+
     ways = [(part, row) for a, part in zip(autoencoders, results, strict=True) for row in a.rows]
     sheet = []
     for k, first in enumerate(results[0]):

@@ -11,25 +11,24 @@ once: `--requests requests.jsonl` with an object with image, prompt, out and opt
 it are relative to its folder.
 """
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from tqdm import tqdm
-
-from megatron_fsvideo.config import DiTParallelConfig, parse_job, run_script
+from megatron_fsvideo.config import DiTParallelConfig, PipelineParts, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, Positive, PositiveInt
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.images import read_image
 from megatron_fsvideo.data.outputs import write_json
-from megatron_fsvideo.data.video import write_video
-from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
-from megatron_fsvideo.inference.pipeline import ImageToVideoPipeline, PipelineParts, Sampling
-from megatron_fsvideo.inference.requests import Request, batches_of, check_request_files, read_requests
-from megatron_fsvideo.parallel import groups
+
+if TYPE_CHECKING:
+    import torch
+
+    from megatron_fsvideo.inference.pipeline import ImageToVideoPipeline, Sampling
+    from megatron_fsvideo.inference.requests import Request
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,8 @@ def requests_of(flags: GenerateFlags) -> list[Request]:
     Raises:
         ValueError: neither or both are given, a request cannot be read, or its files would destroy something.
     """
+    from megatron_fsvideo.inference.requests import Request, check_request_files, read_requests
+
     single = flags.image is not None and flags.out is not None
     if single == (flags.requests is not None):
         raise ValueError("give --image, --prompt and --out, or --requests")
@@ -95,6 +96,9 @@ def requests_of(flags: GenerateFlags) -> list[Request]:
 
 def write_result(request: Request, clip: torch.Tensor, fps: float, record: dict[str, Any]) -> None:
     """The mp4, the contact sheet and the record beside it, with what is the same for all requests."""
+    from megatron_fsvideo.data.video import write_video
+    from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
+
     write_video(request.out, clip, fps)
     write_contact_sheet(request.sheet, [(request.prompt, clip)])
     write_json(request.record, {"request": asdict(request), "shape": list(clip.shape), **record})
@@ -116,6 +120,13 @@ def record_of(job: GenerateJob, pipeline: ImageToVideoPipeline, sampling: Sampli
 
 def generate(job: GenerateJob) -> None:
     """Load once, generate every request, write on rank 0."""
+    from tqdm import tqdm
+
+    from megatron_fsvideo.data.images import read_image
+    from megatron_fsvideo.inference.pipeline import ImageToVideoPipeline
+    from megatron_fsvideo.inference.requests import batches_of
+    from megatron_fsvideo.parallel import groups
+
     flags = job.generate
     requests = requests_of(flags)
     images = [read_image(request.image) for request in requests]

@@ -12,12 +12,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText
-from megatron_fsvideo.data.frame_files import list_clip_files
-from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex
 
 
 @dataclass(frozen=True)
@@ -37,9 +33,13 @@ class IndexJob:
     index: IndexFlags
 
 
-def main() -> None:
-    """Parse, decode this process's share of the videos that are not known, report."""
-    flags = parse_job(IndexJob).index
+def index_shots(flags: IndexFlags) -> None:
+    """Decode this process's share of the videos that the index does not know, and report."""
+    from tqdm import tqdm
+
+    from megatron_fsvideo.data.frame_files import list_clip_files
+    from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex
+
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder = Path(flags.shot_index or Path(flags.video_dir) / INDEX_FOLDER)
     paths = list_clip_files(flags.video_dir)
@@ -54,6 +54,11 @@ def main() -> None:
         f"{len(todo) - readable} of the decoded cannot be read",
         flush=True,
     )
+
+
+def main() -> None:
+    """Parse the command line and index."""
+    index_shots(parse_job(IndexJob).index)
 
 
 if __name__ == "__main__":

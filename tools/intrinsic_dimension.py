@@ -9,33 +9,24 @@ Gride with 2, 4, ..., 64 neighbours (evaluation/gride.py); one point is one clip
 videos: a line for clips and one for images. The relative standard error at the finest scale is 1 / sqrt(points).
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from msgspec import Meta
-from torch import Tensor
 
-from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import VideoDataConfig, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.evaluation.autoencoders import Facts
-from megatron_fsvideo.evaluation.clips import list_clips
-from megatron_fsvideo.evaluation.gride import (
-    TABLE_1_NEIGHBORS,
-    check_number,
-    drop_duplicates,
-    intrinsic_dimension,
-    table_row,
-)
-from megatron_fsvideo.evaluation.latent_points import encode_clips, read_points
-from megatron_fsvideo.models.codecs import FSAECodec
-from megatron_fsvideo.parallel.team import Team, join_team, leave_team
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_fsvideo.models.codecs import FSAECodec
+    from megatron_fsvideo.parallel.team import Team
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,7 @@ class DimensionFlags(Checked):
     """Replace the JSON file of an earlier run."""
     num_points: Annotated[int, Meta(ge=2)] = 5000
     """Number of clips or samples, spread evenly."""
-    max_neighbors: Annotated[int, Meta(ge=2)] = TABLE_1_NEIGHBORS
+    max_neighbors: Annotated[int, Meta(ge=2)] = 64
     """Largest number of neighbours, a power of two. Scales begin at 2 neighbours."""
 
 
@@ -87,9 +78,10 @@ class DimensionJob:
     clips: ClipFlags = field(default_factory=ClipFlags)
 
 
-def main() -> None:
-    """Parse, encode or read, estimate, write."""
-    job = parse_job(DimensionJob)
+def run(job: DimensionJob) -> None:
+    """Encode or read, estimate, write."""
+    from megatron_fsvideo.parallel.team import join_team, leave_team
+
     flags, team = job.dimension, join_team()
     from_videos = flags.load is not None and flags.video_dir is not None
     if from_videos == bool(flags.latents) or (flags.load is None) != (flags.video_dir is None):
@@ -105,8 +97,18 @@ def main() -> None:
     leave_team(team)
 
 
+def main() -> None:
+    """Parse the command line and measure."""
+    run(parse_job(DimensionJob))
+
+
 def encoded(job: DimensionJob, team: Team) -> Iterator[tuple[str, Tensor, dict[str, str]]]:
     """(name, points, skipped clips) for each length of clips."""
+    from megatron_fsvideo.checkpoint.release import load_fsae
+    from megatron_fsvideo.evaluation.autoencoders import Facts
+    from megatron_fsvideo.models.codecs import FSAECodec
+    from megatron_fsvideo.parallel.dtypes import DTYPES
+
     clips, device = job.clips, team.device(job.clips.device)
     assert job.dimension.load is not None
     codec = FSAECodec(load_fsae(job.dimension.load, device, DTYPES[clips.dtype]))
@@ -120,6 +122,10 @@ def encoded(job: DimensionJob, team: Team) -> Iterator[tuple[str, Tensor, dict[s
 
 def of_length(codec: FSAECodec, num_frames: int, job: DimensionJob, team: Team) -> tuple[str, Tensor, dict[str, str]]:
     """(name, points, skipped files and clips) of clips of one length."""
+    from megatron_fsvideo.evaluation.clips import list_clips
+    from megatron_fsvideo.evaluation.gride import check_number
+    from megatron_fsvideo.evaluation.latent_points import encode_clips
+
     clips = job.clips
     data = VideoDataConfig(
         video_dir=job.dimension.video_dir,
@@ -135,12 +141,16 @@ def of_length(codec: FSAECodec, num_frames: int, job: DimensionJob, team: Team) 
 
 def stored(flags: DimensionFlags, team: Team) -> Iterator[tuple[str, Tensor, dict[str, str]]]:
     """(path, points, nothing skipped); reading is quick, so one process does it."""
+    from megatron_fsvideo.evaluation.latent_points import read_points
+
     for path in flags.latents if team.leads else ():
         yield path, read_points(path, flags.bucket, flags.num_points), {}
 
 
 def estimate(name: str, points: Tensor, skipped: dict[str, str], max_neighbors: int) -> dict[str, Any]:
     """What the JSON says of a set of points, and the line to print."""
+    from megatron_fsvideo.evaluation.gride import drop_duplicates, intrinsic_dimension, table_row
+
     for clip, reason in skipped.items():
         print(f"skipped {clip}: {reason}", file=sys.stderr, flush=True)
     distinct = drop_duplicates(points)

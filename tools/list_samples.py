@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText
-from megatron_fsvideo.data.latent_dataset import LatentDataset
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,17 @@ class ListJob:
     datasets: ListFlags
 
 
-def main() -> None:
+def list_samples(flags: ListFlags) -> None:
     """Print one line per sample."""
-    for record in LatentDataset(parse_job(ListJob).datasets.data_path).records():
+    from megatron_fsvideo.data.latent_dataset import LatentDataset
+
+    for record in LatentDataset(flags.data_path).records():
         print(record["key"], json.dumps(record, ensure_ascii=False))
+
+
+def main() -> None:
+    """Parse the command line and list."""
+    list_samples(parse_job(ListJob).datasets)
 
 
 if __name__ == "__main__":

@@ -8,28 +8,22 @@ Two heat maps, for the tokens of the first frame and for the others. Beside rout
 numbers. Samples are taken in stored order, at noise levels as in training.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_fsvideo.config import DiTParallelConfig, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
-from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.data.sampler import SampleRef
-from megatron_fsvideo.data.stored_batch import read_batch
-from megatron_fsvideo.evaluation.router_figure import write_router_figure
-from megatron_fsvideo.inference.loading import LoadedDiT, load_dit
-from megatron_fsvideo.models.codecs import LatentScale, is_same_encoder, spell_autoencoder
-from megatron_fsvideo.models.dit import Denoiser
-from megatron_fsvideo.models.dit.router_weights import KINDS, RouterWeights
-from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.parallel.groups import ProcessGroups
-from megatron_fsvideo.tasks.dit.batches import check_data_fits_model
-from megatron_fsvideo.tasks.dit.objective import make_noisy, pad_rows, validation_draws
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_fsvideo.data.latent_dataset import LatentDataset
+    from megatron_fsvideo.inference.loading import LoadedDiT
+    from megatron_fsvideo.parallel.groups import ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -62,9 +56,11 @@ class PlotJob:
     parallel: DiTParallelConfig = field(default_factory=DiTParallelConfig)
 
 
-def main() -> None:
+def plot(job: PlotJob) -> None:
     """Load, look, write."""
-    job = parse_job(PlotJob)
+    from megatron_fsvideo.inference.loading import load_dit
+    from megatron_fsvideo.parallel import groups
+
     out = Path(job.plot.out)
     check_outputs([out, out.with_suffix(".json")], overwrite=job.plot.overwrite)
     pgs = groups.initialize(job.parallel)
@@ -76,12 +72,21 @@ def main() -> None:
     groups.shutdown()
 
 
+def main() -> None:
+    """Parse the command line and plot."""
+    plot(parse_job(PlotJob))
+
+
 def open_dataset(job: PlotJob, dit: LoadedDiT) -> LatentDataset:
     """The dataset, normalised as the model was trained.
 
     Raises:
         ValueError: another autoencoder's latents, or other sizes.
     """
+    from megatron_fsvideo.data.latent_dataset import LatentDataset
+    from megatron_fsvideo.models.codecs import LatentScale, is_same_encoder, spell_autoencoder
+    from megatron_fsvideo.tasks.dit.batches import check_data_fits_model
+
     dataset = LatentDataset(job.plot.data_path, scale=LatentScale(dit.data["latent_mean"], dit.data["latent_std"]))
     check_data_fits_model(dataset, dit.network.model, job.parallel)
     found, expected = dataset.description()["autoencoder"], dit.data["autoencoder"]
@@ -93,9 +98,14 @@ def open_dataset(job: PlotJob, dit: LoadedDiT) -> LatentDataset:
     return dataset
 
 
-@torch.no_grad()
 def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGroups) -> tuple[dict[str, Tensor], int]:
     """Maxima and means over all tokens, as `RouterWeights` returns them, and the number of samples seen."""
+    from megatron_fsvideo.data.sampler import SampleRef
+    from megatron_fsvideo.data.stored_batch import read_batch
+    from megatron_fsvideo.models.dit import Denoiser
+    from megatron_fsvideo.models.dit.router_weights import RouterWeights
+    from megatron_fsvideo.tasks.dit.objective import make_noisy, pad_rows, validation_draws
+
     flags, model, diffusion = job.plot, dit.network.model, dit.network.diffusion
     router = RouterWeights(model, job.parallel, pgs)
     denoiser = Denoiser(dit.model, diffusion.prediction_type)
@@ -117,6 +127,9 @@ def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGr
 
 def write(flags: PlotFlags, dit: LoadedDiT, weights: dict[str, Tensor], num_samples: int) -> None:
     """The picture of the maxima, that of the means beside it, and the JSON of both."""
+    from megatron_fsvideo.evaluation.router_figure import write_router_figure
+    from megatron_fsvideo.models.dit.router_weights import KINDS
+
     out = Path(flags.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     title = f"{flags.load}, iteration {dit.iteration}"

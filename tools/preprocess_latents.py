@@ -10,25 +10,22 @@
 Any number of processes; run it again after a stop, and it goes on. A second run with new captions encodes only text.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from megatron_fsvideo.checkpoint.release import load_codec
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText, Positive, PositiveInt, Share
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.clips import ClipOptions
-from megatron_fsvideo.data.manifest import VideoEntry, folder_entries, read_manifest_lines, require_captions
 from megatron_fsvideo.data.outputs import try_folder
-from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions, check_cache, preprocess
-from megatron_fsvideo.models.encoders import load_image_encoder, load_text_encoder
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+if TYPE_CHECKING:
+    from megatron_fsvideo.data.manifest import VideoEntry
+    from megatron_fsvideo.data.preprocessing import Encoders
 
 
 @dataclass(frozen=True)
@@ -96,9 +93,12 @@ class PreprocessJob:
     work: WorkFlags = field(default_factory=WorkFlags)
 
 
-def main() -> None:
-    """Parse, load the encoders, encode this process's share."""
-    job = parse_job(PreprocessJob)
+def run(job: PreprocessJob) -> None:
+    """Load the encoders and encode this process's share."""
+    from megatron_fsvideo.data.clips import ClipOptions
+    from megatron_fsvideo.data.manifest import require_captions
+    from megatron_fsvideo.data.preprocessing import PreprocessOptions, preprocess
+
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO, format=f"[rank {rank}] %(message)s")
     # Everything that can be refused without a model is refused before one is loaded.
@@ -120,7 +120,14 @@ def main() -> None:
     logging.info("%s: %s", job.encode.output, "complete" if done else "this process is done, others still work")
 
 
+def main() -> None:
+    """Parse the command line and encode."""
+    run(parse_job(PreprocessJob))
+
+
 def _entries(source: SourceFlags) -> list[VideoEntry]:
+    from megatron_fsvideo.data.manifest import folder_entries, read_manifest_lines
+
     if source.manifest is None and source.video_dir is None:
         raise ValueError("nothing to encode: give --manifest or --video-dir")
     entries = [] if source.manifest is None else read_manifest_lines(source.manifest, source.split)
@@ -128,6 +135,13 @@ def _entries(source: SourceFlags) -> list[VideoEntry]:
 
 
 def _load_encoders(job: PreprocessJob) -> Encoders:
+    import torch
+
+    from megatron_fsvideo.checkpoint.release import load_codec
+    from megatron_fsvideo.data.preprocessing import Encoders, check_cache
+    from megatron_fsvideo.models.encoders import load_image_encoder, load_text_encoder
+    from megatron_fsvideo.parallel.dtypes import DTYPES
+
     name = job.work.device
     if name is None:
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"

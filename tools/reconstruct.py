@@ -8,27 +8,27 @@ the latents. Videos of any size: the last row and column are repeated up to the 
 Prints the mean PSNR of the frames.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-import torch
 from msgspec import Meta
-from torch import Tensor
-from tqdm import tqdm
 
-from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, Positive, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs
-from megatron_fsvideo.data.video import FrameTable, VideoReader, from_unit, measure, to_unit, write_frames
-from megatron_fsvideo.evaluation.psnr import psnr_per_frame
-from megatron_fsvideo.models.codecs import FSAECodec
-from megatron_fsvideo.models.fsae.tiling import Tiling, decode_frames, pad_to_grid
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from megatron_fsvideo.data.video import FrameTable
+    from megatron_fsvideo.models.codecs import FSAECodec
 
 USAGE = "usage: reconstruct.py IN.mp4 OUT.mp4 [--load RELEASE] [--side-by-side] ... (--help lists the flags)"
 
@@ -88,24 +88,39 @@ def main() -> None:
     if "--help" not in arguments and (len(paths) < 2 or arguments[:2] != paths):
         raise ValueError(USAGE)
     job = parse_job(ReconstructJob, argv=arguments[2:] if paths else arguments)
+    check_outputs([paths[1]], [paths[0]], overwrite=job.reconstruct.overwrite)
+    run(job, paths[0], paths[1])
+
+
+def run(job: ReconstructJob, source: str, target: str) -> None:
+    """Reconstruct and write."""
+    import torch
+
+    from megatron_fsvideo.checkpoint.release import load_fsae
+    from megatron_fsvideo.models.codecs import FSAECodec
+    from megatron_fsvideo.models.fsae.tiling import Tiling
+
     flags, tiling = job.reconstruct, job.tiling
-    check_outputs([paths[1]], [paths[0]], overwrite=flags.overwrite)
     dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
     fsae = load_fsae(flags.load, flags.device, dtype)
     # Slices of a decoder that streams do not overlap, and may be one latent.
     overlap = 0 if fsae.decoder.streams else tiling.overlap_frames
     tiles = Tiling(tiling.slice_frames, overlap, tiling.tile_rows, tiling.tile_columns, tiling.tile_overlap)
-    psnr = reconstruct(FSAECodec(fsae, tiling=tiles), paths[0], paths[1], flags)
-    print(f"{paths[1]}: PSNR {psnr:.2f} dB in the mean of its frames")
+    psnr = reconstruct(FSAECodec(fsae, tiling=tiles), source, target, flags)
+    print(f"{target}: PSNR {psnr:.2f} dB in the mean of its frames")
 
 
-@torch.no_grad()
 def reconstruct(codec: FSAECodec, source: str, target: str, flags: ReconstructFlags) -> float:
     """Write the reconstruction of a file; returns the mean PSNR in dB.
 
     Raises:
         ValueError: a damaged file, or an fps of nothing.
     """
+    import numpy as np
+    import torch
+
+    from megatron_fsvideo.data.video import measure, write_frames
+
     if flags.fps is not None and flags.fps <= 0:
         raise ValueError(f"fps must be positive, got {flags.fps}")
     table = measure(source)
@@ -118,7 +133,8 @@ def reconstruct(codec: FSAECodec, source: str, target: str, flags: ReconstructFl
     width = info.width * (2 if flags.side_by_side else 1)
     # H.264 stores colour at half resolution.
     size = (info.height + info.height % 2, width + width % 2)
-    write_frames(target, (_padded(frame, 2) for frame in frames), size, fps, flags.quality)
+    with torch.no_grad():
+        write_frames(target, (_padded(frame, 2) for frame in frames), size, fps, flags.quality)
     return float(np.mean(psnrs))
 
 
@@ -134,6 +150,13 @@ def _reconstructed(
     Args:
         source: begins a pass over the `count` frames to take.
     """
+    import torch
+    from tqdm import tqdm
+
+    from megatron_fsvideo.data.video import from_unit, to_unit
+    from megatron_fsvideo.evaluation.psnr import psnr_per_frame
+    from megatron_fsvideo.models.fsae.tiling import decode_frames
+
     factor = codec.compression.spatial
     latents = codec.encode_stream(_chunks(source(), codec.compression.temporal, factor))
     if flags.first_frame:
@@ -157,6 +180,12 @@ def _reconstructed(
 
 def _chunks(frames: Iterator[np.ndarray], size: int, factor: int) -> Iterator[Tensor]:
     """The frames as [1, 3, size or fewer, h, w] in [-1, 1], sides padded to multiples of `factor`."""
+    import numpy as np
+    import torch
+
+    from megatron_fsvideo.data.video import to_unit
+    from megatron_fsvideo.models.fsae.tiling import pad_to_grid
+
     while taken := list(islice(frames, size)):
         video = to_unit(torch.from_numpy(np.stack(taken))).unsqueeze(0)
         yield pad_to_grid(video, factor)
@@ -164,11 +193,15 @@ def _chunks(frames: Iterator[np.ndarray], size: int, factor: int) -> Iterator[Te
 
 def _padded(frame: Tensor, factor: int) -> Tensor:
     """[h, w, 3] with its last row and column repeated to multiples of `factor`."""
+    from megatron_fsvideo.models.fsae.tiling import pad_to_grid
+
     return pad_to_grid(frame.movedim(-1, 0)[:, None], factor)[:, 0].movedim(0, -1)
 
 
 def _frames(source: str, table: FrameTable, numbers: list[int]) -> Iterator[np.ndarray]:
     """Each numbered frame of the file, as often as it is named."""
+    from megatron_fsvideo.data.video import VideoReader
+
     with VideoReader(source, table) as reader:
         yield from reader.frames(numbers, allow_damaged=True)
 

@@ -21,6 +21,7 @@ from megatron_fsvideo.config.fsae_losses import (
     PerceptualLossConfig,
     ReconstructionLossConfig,
 )
+from megatron_fsvideo.config.generation import PipelineParts
 from megatron_fsvideo.config.jobs import DiTJob, FSAEJob, check_layout, check_token_count
 from megatron_fsvideo.config.latent_upsampler import LatentUpsamplerConfig, LatentUpsamplingLossConfig
 from megatron_fsvideo.config.parallel import DiTParallelConfig, GroupSizes, ParallelConfig
@@ -60,6 +61,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PerceptualLossConfig",
+    "PipelineParts",
     "ProfilingConfig",
     "ReconstructionLossConfig",
     "StageConfig",

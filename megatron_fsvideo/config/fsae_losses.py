@@ -65,7 +65,7 @@ class AdversaryConfig(Checked):
 
 @dataclass(frozen=True)
 class AlignmentConfig(Checked):
-    """alignment of the latents in phase 4 (Video VF), and the regularisations that the paper compares with it"""
+    """alignment of the latents in phase 4 (Video VF), and other regularisations of the paper"""
 
     vf_weight: NonNegative = 0.5
     """Weight of both Video VF losses in phase 4 (paper: 0.5). 0 trains without them."""

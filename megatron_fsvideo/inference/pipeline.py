@@ -9,13 +9,11 @@ Dimension letters: b requests, c latent channels, t h w latent frames, rows and 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_fsvideo.config import DiTParallelConfig
-from megatron_fsvideo.config.rules import Checked, PathText
+from megatron_fsvideo.config import DiTParallelConfig, PipelineParts
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.data.video import from_unit, resize_and_crop, to_unit
 from megatron_fsvideo.diffusion.conditions import first_frame_condition
@@ -33,33 +31,14 @@ from megatron_fsvideo.models.encoders import (
     load_text_encoder,
 )
 from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.parallel.dtypes import DTYPES
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.parallel.seeds import sample_generator
 
 DEFAULT_GUIDANCE_SCALE = 5.0
 DEFAULT_FPS = 24.0
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 Progress = Callable[[Iterable[int]], Iterable[int]]
-
-
-@dataclass(frozen=True)
-class PipelineParts(Checked):
-    """where the parts of the pipeline are, and in which format they run"""
-
-    use_ema: bool = True
-    """Use the moving average of the weights."""
-    fsae: PathText | None = None
-    """Folder of the autoencoder, if it has moved since training; or one with another decoder for the same encoder."""
-    autoencoder_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Number format of the autoencoder. bf16 is several times faster, on CPUs too."""
-    text_encoder: PathText | None = None
-    """Text encoder, as umt5:PATH_OR_HUB_ID. Required unless it comes as a package: no file is loaded from a place that
-    only the checkpoint names."""
-    image_encoder: PathText | None = None
-    """Image encoder, as clip:PATH_OR_HUB_ID. Required unless it comes as a package."""
-    allow_download: bool = False
-    """Take encoders from the Hugging Face hub if no folder has their name."""
 
 
 @dataclass(frozen=True)

@@ -208,7 +208,7 @@ def test_lpips_and_fvd_columns(checkpoint, films, tmp_path, monkeypatch, capsys)
     weights = VGG16Trunk().state_dict()
     weights |= {f"lin{k}.model.1.weight": torch.rand(1, w, 1, 1) for k, w in enumerate((64, 128, 256, 512, 512))}
     safetensors.torch.save_file(weights, tmp_path / "vgg.safetensors")
-    monkeypatch.setattr("tools.evaluate_fsae.load_i3d", lambda path, device: QuickLogits())
+    monkeypatch.setattr("megatron_fsvideo.evaluation.i3d.load_i3d", lambda path, device: QuickLogits())
     out = tmp_path / "evaluation.json"
     argv = ["--load", checkpoint, "--video-dir", films, "--out", out, "--sampling", "videos", "--num-clips", "2"]
     argv += ["--num-frames", "9", "--resolution", "32", "--device", "cpu"]

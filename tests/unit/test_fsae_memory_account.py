@@ -7,7 +7,7 @@ from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
 from megatron_fsvideo.data.buckets import Bucket
 from megatron_fsvideo.training.peak_memory import peak_allocation
 from tests.unit.fsae_large_clips import CUTS, large_job
-from tools.account_fsae_memory import ByteCounter, CountedStep, account
+from tools.counted_step import ByteCounter, CountedStep, account
 
 
 def test_the_counter_follows_tensors() -> None:

@@ -11,7 +11,7 @@ from megatron_fsvideo.models.codecs import CodecIdentity, FSAECodec
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.tiling import Tiling
 from megatron_fsvideo.training.peak_memory import peak_allocation
-from tools.account_fsae_memory import ByteCounter
+from tools.counted_step import ByteCounter
 
 
 def streamed_peak(fsae: FSAE, num_frames: int, side: int) -> int:

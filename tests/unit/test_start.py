@@ -98,3 +98,42 @@ def test_torchrun_gets_the_traceback_of_a_defect(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run_script(lambda: 1 // 0)
     assert "ZeroDivisionError" in json.loads((tmp_path / "error.json").read_text())["message"]
+
+
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]
+    if "run_script(main)" in path.read_text()
+)
+HELP = """
+import contextlib, io, json, runpy, sys, time
+found = {}
+for script in sys.argv[1:]:
+    for flag in ("--help", "--no-such-flag"):
+        files = ["in.mp4", "out.mp4"] if "reconstruct" in script and flag != "--help" else []
+        sys.argv = [script, *files, flag]
+        out, err, code = io.StringIO(), io.StringIO(), None
+        began = time.process_time()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                runpy.run_path(script, run_name="__main__")
+            except SystemExit as left:
+                code = left.code
+        seconds = time.process_time() - began
+        found[f"{script} {flag}"] = [code, out.getvalue(), err.getvalue(), seconds, "torch" in sys.modules]
+print(json.dumps(found))
+"""
+
+
+def test_help_and_a_mistyped_flag_need_no_torch_and_half_a_second():
+    assert {"pretrain_dit.py", "pretrain_fsae.py", "tools/generate.py"} <= set(SCRIPTS) and len(SCRIPTS) > 15
+    command = [sys.executable, "-c", HELP, *SCRIPTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for call, (code, out, err, seconds, has_torch) in json.loads(done.stdout).items():
+        assert not has_torch, f"{call} imports torch"
+        assert seconds < 0.5, f"{call} takes {seconds:.2f} s of CPU"
+        if call.endswith("--help"):
+            assert code == 0 and max(map(len, out.splitlines())) < 120, call
+        else:
+            assert code == 2 and err.count("\n") == 1 and "--no-such-flag" in err, call
