@@ -7,7 +7,6 @@ the files are torch's distributed checkpoints, whose index says where in which f
 import dataclasses
 import io
 import os
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,10 +46,20 @@ class DistributedWeights:
         metadata = read_metadata(folder / METADATA_FILE)
         self.folder, self.prefix = folder, prefix
         self.infos: dict[str, TensorInfo] = {}
+        self._parts: dict[str, list[tuple[MetadataIndex, Any]]] = {}
+        try:
+            self._index(metadata)
+        except ValueError:
+            raise
+        # The classes are allowed, what they hold may be anything.
+        except Exception as error:
+            raise ValueError(f"{folder / METADATA_FILE} is damaged: {error!r}") from error
+
+    def _index(self, metadata: Any) -> None:
+        folder, prefix = self.folder, self.prefix
         for key, entry in metadata.state_dict_metadata.items():
             if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata):
                 self.infos[key.removeprefix(prefix)] = TensorInfo(tuple(entry.size), entry.properties.dtype)
-        self._parts: dict[str, list[tuple[MetadataIndex, Any]]] = {}
         for index, place in metadata.storage_data.items():
             if Path(place.relative_path).name != place.relative_path or place.transform_descriptors:
                 raise ValueError(f"{folder / METADATA_FILE} is refused: {index.fqn} is in {place.relative_path!r}")
@@ -63,7 +72,19 @@ class DistributedWeights:
             UnsafeCheckpointError: a slice holds something other than a tensor. ValueError: the slices do not fill it.
         """
         info, key = self.infos[name], self.prefix + name
-        parts = self._parts.get(key, [])
+        try:
+            whole, filled = self._put_together(name, info, self._parts.get(key, []))
+        except ValueError:
+            raise
+        # Of the places where slices belong, nothing is sure.
+        except Exception as error:
+            raise ValueError(f"{self.folder}: {key} is damaged: {str(error).splitlines()[0]}") from error
+        if tuple(whole.shape) != info.shape or filled != whole.numel():
+            raise ValueError(f"{self.folder}: {filled} of the elements of {key} {list(info.shape)} are stored")
+        return whole
+
+    def _put_together(self, name: str, info: TensorInfo, parts: list[tuple[MetadataIndex, Any]]) -> tuple[Tensor, int]:
+        """The tensor, and how many of its elements were stored."""
         if len(parts) == 1:
             whole = self._load(name, parts[0][1])
             filled = whole.numel()
@@ -74,16 +95,15 @@ class DistributedWeights:
                 slices = tuple(slice(start, start + size) for start, size in zip(index.offset, part.shape, strict=True))
                 whole[slices] = part
                 filled += part.numel()
-        if tuple(whole.shape) != info.shape or filled != whole.numel():
-            raise ValueError(f"{self.folder}: {filled} of the elements of {key} {list(info.shape)} are stored")
-        return whole
+        return whole, filled
 
     def _load(self, name: str, place: Any) -> Tensor:
         path = self.folder / place.relative_path
         with path.open("rb") as file:
             try:
                 return torch.load(_FilePart(file, place.offset, place.length), map_location="cpu", weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            # torch raises whatever its parser stumbles over.
+            except Exception as error:
                 reason = str(error).strip().split("\n")[0]
                 raise UnsafeCheckpointError(
                     f"{name} in {path} is refused: not a plain tensor, or damaged ({reason})"

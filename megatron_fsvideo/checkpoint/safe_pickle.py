@@ -56,14 +56,10 @@ def read_metadata(path: Path) -> Any:
             return _AllowListUnpickler(file).load()
     except UnsafeCheckpointError as error:
         raise UnsafeCheckpointError(f"{path} is refused: {error}, which no checkpoint index needs") from None
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        AttributeError,
-        IndexError,
-        TypeError,
-        KeyError,
-    ) as error:
+    except FileNotFoundError:
+        raise
+    # An unpickler raises whatever it stumbles over in a damaged file.
+    except Exception as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
@@ -75,7 +71,9 @@ def read_common(path: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UnsafeCheckpointError(f"{path} is refused: not plain data, or damaged ({reason})") from None
 

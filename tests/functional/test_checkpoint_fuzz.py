@@ -2,6 +2,7 @@
 
 import random
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def forge_and_load(folder: Path, number: int) -> None:
             continue
         for where in flipped(path, number, seed=1):
             write_checksums(checkpoint, original | checksums_of(checkpoint, [str(path.relative_to(checkpoint))]))
+            started = time.monotonic()
             try:
                 if (checkpoint / "model").is_dir():
                     load_fsae(folder)
@@ -87,6 +89,7 @@ def forge_and_load(folder: Path, number: int) -> None:
                         stored.read(name)
             except ValueError as error:
                 assert "\n" not in str(error), (where, error)
+            assert time.monotonic() - started < 10, where
     write_checksums(checkpoint, original)
 
 
@@ -96,6 +99,6 @@ def test_a_forged_checkpoint_is_one_line_or_loads(folders):
 
 
 @pytest.mark.slow
-def test_thousands_of_forged_checkpoints_are_one_line_or_load(folders):
+def test_a_thousand_forged_checkpoints_are_one_line_or_load(folders):
     for folder in folders.values():
-        forge_and_load(folder, 500)
+        forge_and_load(folder, 150)
