@@ -4,15 +4,15 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_fsvideo.benchmarking.peak_memory import profiled_allocation
 from megatron_fsvideo.config import OptimizerConfig
 from megatron_fsvideo.models.dit import build_dit, patchify
 from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
 from megatron_fsvideo.optim.optimizer import build_optimizer, step_if_finite, wrap_ddp
 from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.parallel.pipeline import run_schedule
+from megatron_fsvideo.parallel.schedule import run_schedule
 from megatron_fsvideo.parallel.sequence import local_slice
 from megatron_fsvideo.planning.case import Case
-from megatron_fsvideo.training.peak_memory import profiled_allocation
 
 
 class CountMessages(TorchDispatchMode):

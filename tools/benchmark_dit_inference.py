@@ -31,7 +31,7 @@ from megatron_fsvideo.config import (
 )
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.training.flops import Rows, forward_flops, peak_tflops, total
+from megatron_fsvideo.models.dit.flops import Rows, forward_flops, peak_tflops, total
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -204,7 +204,7 @@ def measure(job: BenchmarkJob, pgs: ProcessGroups) -> dict[str, Any]:
     """Warm up with one step of each stage, then generate `runs` times; the figures."""
     import torch
 
-    from megatron_fsvideo.training.machine import describe_measurement, device_name
+    from megatron_fsvideo.parallel.machine import describe_measurement, device_name
 
     base = random_model(job, pgs)
     models = [base, random_model(job, pgs) if job.benchmark.two_models else base]

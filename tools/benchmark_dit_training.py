@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from megatron_fsvideo.benchmarking.contenders import Contender, answer, ratio
 from megatron_fsvideo.config import (
     DIT_PRESETS,
     DiffusionConfig,
@@ -35,8 +36,7 @@ from megatron_fsvideo.config import (
 )
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.training.contenders import Contender, answer, ratio
-from megatron_fsvideo.training.flops import Rows, hardware_flops, peak_tflops, total, training_flops
+from megatron_fsvideo.models.dit.flops import Rows, hardware_flops, peak_tflops, total, training_flops
 
 if TYPE_CHECKING:
     import torch
@@ -291,7 +291,7 @@ def measure(job: BenchmarkJob) -> dict[str, Any]:
     """Let the contenders take turns; the figures."""
     import torch
 
-    from megatron_fsvideo.training.machine import describe_measurement
+    from megatron_fsvideo.parallel.machine import describe_measurement
 
     flags = job.benchmark
     if flags.num_threads:
@@ -319,7 +319,7 @@ def measure(job: BenchmarkJob) -> dict[str, Any]:
 
 def figures(job: BenchmarkJob, name: str, seconds: list[list[float]]) -> dict[str, Any]:
     """Speed of one contender from its seconds, by round."""
-    from megatron_fsvideo.training.machine import device_name
+    from megatron_fsvideo.parallel.machine import device_name
 
     model = replace(job.model, layer_memory=job.model.layer_memory and name == OURS)
     median = statistics.median(second for turn in seconds for second in turn)

@@ -19,10 +19,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from megatron_fsvideo.benchmarking.contenders import Contender, answer, ratio
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job, parse_job, require, run_script
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.training.contenders import Contender, answer, ratio
 
 if TYPE_CHECKING:
     import torch
@@ -251,7 +251,7 @@ def count(call: Callable[[], Any], device: torch.device, shape: Sequence[int] | 
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from megatron_fsvideo.training.peak_memory import peak_allocation
+    from megatron_fsvideo.benchmarking.peak_memory import peak_allocation
 
     try:
         with FlopCounterMode(display=False) as counter:
@@ -268,7 +268,7 @@ def turn(call: Callable[[], Any], iterations: int, device: torch.device) -> dict
     """Seconds of each call, on the clock and of this process's threads, and the most memory it held meanwhile."""
     import torch
 
-    from megatron_fsvideo.training.peak_memory import process_peak, reset_process_peak
+    from megatron_fsvideo.benchmarking.peak_memory import process_peak, reset_process_peak
 
     seconds, cpu_seconds = [], []
     reset_process_peak()
@@ -298,7 +298,7 @@ def measure(flags: BenchmarkFlags) -> dict[str, Any]:
     """Let the contenders take turns; the figures."""
     import torch
 
-    from megatron_fsvideo.training.machine import describe_measurement
+    from megatron_fsvideo.parallel.machine import describe_measurement
 
     if flags.num_threads:
         torch.set_num_threads(flags.num_threads)  # for the record; the contenders' processes set theirs

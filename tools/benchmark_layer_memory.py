@@ -258,7 +258,7 @@ def measure(flags: BenchmarkFlags, device: torch.device) -> dict[str, Any]:
     """Let the implementations take turns; the figures."""
     import torch
 
-    from megatron_fsvideo.training.machine import describe_measurement
+    from megatron_fsvideo.parallel.machine import describe_measurement
 
     case = make_case(flags, device)
     targets = [torch.empty_like(state) for state in case.states]

@@ -23,7 +23,7 @@ from megatron_fsvideo.config.rules import Checked, Count, PathText
 from megatron_fsvideo.data.outputs import try_output
 
 if TYPE_CHECKING:
-    from megatron_fsvideo.checkpoint.conversion import Conversion
+    from megatron_fsvideo.conversion.convert import Conversion
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def convert(flags: ConvertFlags) -> None:
     """Check everything, write, report."""
     from tqdm import tqdm
 
-    from megatron_fsvideo.checkpoint.conversion import plan_conversion, write_target
-    from megatron_fsvideo.checkpoint.conversion_source import open_source
     from megatron_fsvideo.checkpoint.safetensors_shards import parse_size
+    from megatron_fsvideo.conversion.convert import plan_conversion, write_target
+    from megatron_fsvideo.conversion.source import open_source
     from megatron_fsvideo.parallel import groups
     from megatron_fsvideo.parallel.dtypes import DTYPES
 

@@ -90,8 +90,8 @@ def convert(job: ConvertJob) -> tuple[FSAE, list[str], list[str]]:
     """
     import torch
 
-    from megatron_fsvideo.checkpoint.dcae_names import dcae_config, start_from_dcae, to_diffusers_names
     from megatron_fsvideo.checkpoint.release import check_weights, load_release, resolve_release
+    from megatron_fsvideo.conversion.dcae_names import dcae_config, start_from_dcae, to_diffusers_names
     from megatron_fsvideo.models.fsae import FSAE
     from megatron_fsvideo.models.fsae.phases import inherit
 
@@ -122,7 +122,7 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: none there, a damaged one, or a torch file with more than tensors in it.
     """
-    from megatron_fsvideo.evaluation.weight_files import read_weight_file
+    from megatron_fsvideo.models.frozen.weight_files import read_weight_file
 
     files = files_in(source, ".safetensors") if source.is_dir() else [source]
     if not files or not files[0].is_file():

@@ -24,7 +24,7 @@ from megatron_fsvideo.config import (
     TrainingConfig,
 )
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, VGG16Trunk
+from megatron_fsvideo.models.frozen.perceptual import PerceptualLoss, VGG16Trunk
 from megatron_fsvideo.models.fsae.frame_shards import FrameShards
 from megatron_fsvideo.models.parameter_rules import ParameterRules
 from megatron_fsvideo.tasks.fsae.learner import FSAELearner, MicroBatch

@@ -103,11 +103,11 @@ class EvaluateJob:
 
 def evaluate(job: EvaluateJob) -> None:
     """Reconstruct, measure, write."""
+    from megatron_fsvideo.data.contact_sheet import write_contact_sheet
     from megatron_fsvideo.evaluation.autoencoders import check_names
     from megatron_fsvideo.evaluation.clips import list_clips
     from megatron_fsvideo.evaluation.reconstruction import reconstruct_clips
     from megatron_fsvideo.evaluation.report import format_table, notes
-    from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
     from megatron_fsvideo.parallel.dtypes import DTYPES
     from megatron_fsvideo.parallel.team import join_team, leave_team
 
@@ -187,9 +187,9 @@ def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
 
 def load_judges(flags: MeasureFlags, data: VideoDataConfig, device: torch.device) -> Judges:
     """The networks that the flags name."""
-    from megatron_fsvideo.evaluation.i3d import MIN_FRAMES, load_i3d
-    from megatron_fsvideo.evaluation.perceptual import load_perceptual_loss
     from megatron_fsvideo.evaluation.reconstruction import Judges
+    from megatron_fsvideo.models.frozen.i3d import MIN_FRAMES, load_i3d
+    from megatron_fsvideo.models.frozen.perceptual import load_perceptual_loss
 
     perceptual = None
     if flags.lpips_path is not None:

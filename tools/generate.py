@@ -96,8 +96,8 @@ def requests_of(flags: GenerateFlags) -> list[Request]:
 
 def write_result(request: Request, clip: torch.Tensor, fps: float, record: dict[str, Any]) -> None:
     """The mp4, the contact sheet and the record beside it, with what is the same for all requests."""
+    from megatron_fsvideo.data.contact_sheet import write_contact_sheet
     from megatron_fsvideo.data.video import write_video
-    from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
 
     write_video(request.out, clip, fps)
     write_contact_sheet(request.sheet, [(request.prompt, clip)])

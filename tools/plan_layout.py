@@ -24,12 +24,12 @@ from megatron_fsvideo.config import (
     run_script,
     spell_flags,
 )
+from megatron_fsvideo.models.dit.flops import forward_flops, hardware_flops, total, training_flops
 from megatron_fsvideo.planning.communication import step_traffic
 from megatron_fsvideo.planning.layouts import Plan, PlanConfig, Search, search
 from megatron_fsvideo.planning.rates import RateConfig
 from megatron_fsvideo.planning.timing import step_seconds
 from megatron_fsvideo.planning.weights import stage_parameters
-from megatron_fsvideo.training.flops import forward_flops, hardware_flops, total, training_flops
 
 
 @dataclass(frozen=True)

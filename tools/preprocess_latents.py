@@ -139,7 +139,7 @@ def _load_encoders(job: PreprocessJob) -> Encoders:
 
     from megatron_fsvideo.checkpoint.release import load_codec
     from megatron_fsvideo.data.preprocessing import Encoders, check_cache
-    from megatron_fsvideo.models.encoders import load_image_encoder, load_text_encoder
+    from megatron_fsvideo.models.frozen.encoders import load_image_encoder, load_text_encoder
     from megatron_fsvideo.parallel.dtypes import DTYPES
 
     name = job.work.device

@@ -16,12 +16,12 @@ from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import FSAE_PRESETS, VideoDataConfig, parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText, PositiveInt
 from megatron_fsvideo.data.clip_dataset import open_clips
+from megatron_fsvideo.data.contact_sheet import write_contact_sheet
 from megatron_fsvideo.data.outputs import write_json, write_text
 from megatron_fsvideo.data.video import from_unit
-from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, load_perceptual_loss
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
-from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
+from megatron_fsvideo.models.frozen.perceptual import PerceptualLoss, load_perceptual_loss
 from megatron_fsvideo.models.fsae import FSAE
 
 PRESET = "fsae_quickstart"

@@ -16,13 +16,13 @@ from PIL import Image
 from megatron_fsvideo.checkpoint.release import load_fsae
 from megatron_fsvideo.config import parse_job, run_script
 from megatron_fsvideo.config.rules import Checked, PathText
+from megatron_fsvideo.data.contact_sheet import write_contact_sheet
 from megatron_fsvideo.data.outputs import write_json, write_text
 from megatron_fsvideo.data.phases import read_seconds
 from megatron_fsvideo.data.text_files import read_jsonl, read_object
 from megatron_fsvideo.data.video import from_unit, read_video, to_unit, write_video
 from megatron_fsvideo.evaluation.motion import pan_direction
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
-from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
 
 MAX_SHIFT = 34
 SAMPLE_SCALE = 2

@@ -14,8 +14,8 @@ from megatron_fsvideo.config import require
 from megatron_fsvideo.data.listing import files_in
 from megatron_fsvideo.data.text_files import read_object
 from megatron_fsvideo.models.codecs import FSAECodec
+from megatron_fsvideo.models.frozen.pretrained import check_loading_info
 from megatron_fsvideo.models.fsae import FSAE
-from megatron_fsvideo.models.pretrained import check_loading_info
 
 FOREIGN_CLASSES = {
     "wan": "AutoencoderKLWan",

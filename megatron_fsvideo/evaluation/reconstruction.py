@@ -20,10 +20,10 @@ from megatron_fsvideo.data.video import VideoError, from_unit
 from megatron_fsvideo.evaluation.autoencoders import Autoencoder
 from megatron_fsvideo.evaluation.clips import read_clip
 from megatron_fsvideo.evaluation.frechet import frechet_distance
-from megatron_fsvideo.evaluation.i3d import I3D
-from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
 from megatron_fsvideo.evaluation.psnr import psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
+from megatron_fsvideo.models.frozen.i3d import I3D
+from megatron_fsvideo.models.frozen.perceptual import PerceptualLoss
 from megatron_fsvideo.parallel.team import Team
 
 _PERCEPTUAL_FRAMES = 4

@@ -23,7 +23,7 @@ from megatron_fsvideo.inference.loading import LoadedDiT, load_autoencoder, load
 from megatron_fsvideo.inference.requests import nearest_bucket
 from megatron_fsvideo.models.codecs import FSAECodec, LatentScale
 from megatron_fsvideo.models.dit import Denoiser
-from megatron_fsvideo.models.encoders import (
+from megatron_fsvideo.models.frozen.encoders import (
     ImageEncoder,
     TextEncoder,
     confirmed_name,

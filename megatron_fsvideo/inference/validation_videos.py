@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megatron_fsvideo.config import DiTJob
 from megatron_fsvideo.data.batch import Batch
+from megatron_fsvideo.data.contact_sheet import write_contact_sheet
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.stored_batch import stack
 from megatron_fsvideo.data.video import from_unit, write_video
 from megatron_fsvideo.diffusion.conditions import first_frame_condition
 from megatron_fsvideo.diffusion.guidance import guided
 from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
-from megatron_fsvideo.inference.contact_sheet import write_contact_sheet
 from megatron_fsvideo.inference.loading import load_autoencoder
 from megatron_fsvideo.models.codecs import FSAECodec
 from megatron_fsvideo.models.dit import Denoiser, DiTModel

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fsvideo.config import LatentUpsamplingLossConfig
-from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
 from megatron_fsvideo.losses.lpips import sliced_perceptual_loss
 from megatron_fsvideo.models.codecs import LatentScale
+from megatron_fsvideo.models.frozen.perceptual import PerceptualLoss
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.latent_upsampler import FACTOR
 

@@ -8,7 +8,7 @@ waits for the backward pass.
 import torch
 from torch import Tensor
 
-from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
+from megatron_fsvideo.models.frozen.perceptual import PerceptualLoss
 
 
 def sliced_perceptual_loss(

@@ -1,11 +1,11 @@
 """An estimate of the time of an optimizer step from stated rates. It ranks layouts; it is not a measurement."""
 
+from megatron_fsvideo.models.dit.flops import LAYER_PARTS, hardware_flops, recomputed_share, total, training_flops
 from megatron_fsvideo.planning.activations import state_bytes
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.communication import step_traffic
 from megatron_fsvideo.planning.rates import RateConfig
 from megatron_fsvideo.planning.weights import stage_parameters
-from megatron_fsvideo.training.flops import LAYER_PARTS, hardware_flops, recomputed_share, total, training_flops
 
 ATTENTION_PARTS = ("self_attention", "cross_attention")
 

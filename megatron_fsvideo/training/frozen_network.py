@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fsvideo.parallel.groups import ProcessGroups
-from megatron_fsvideo.parallel.pipeline import run_schedule, share_from_last_stage
+from megatron_fsvideo.parallel.schedule import run_schedule, share_from_last_stage
 
 
 class FrozenNetwork:

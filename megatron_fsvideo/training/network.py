@@ -27,7 +27,7 @@ from megatron_fsvideo.optim.optimizer import build_optimizer, forget_moments, re
 from megatron_fsvideo.optim.schedule import learning_rate, set_learning_rates
 from megatron_fsvideo.optim.state import load_optimizer_state, sharded_optimizer_state, sharded_weights
 from megatron_fsvideo.parallel.groups import ProcessGroups, gather_objects
-from megatron_fsvideo.parallel.pipeline import finalize_gradients, run_schedule
+from megatron_fsvideo.parallel.schedule import finalize_gradients, run_schedule
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_fsvideo.benchmarking.peak_memory import peak_allocation
 from megatron_fsvideo.kernels import torch_mixing
-from megatron_fsvideo.training.peak_memory import peak_allocation
 from tests.functional.cli import ROOT, run_cli
 from tools.benchmark_fsae import CONTENDERS, BenchmarkFlags, contender_subject, count
 

@@ -64,7 +64,7 @@ def test_two_processes_make_the_report_of_one(workplace):
 
 def test_two_processes_make_the_frechet_distance_of_one(workplace, monkeypatch):
     # The processes are forked from this one, and find it there.
-    monkeypatch.setattr("megatron_fsvideo.evaluation.i3d.load_i3d", lambda path, device: QuickLogits())
+    monkeypatch.setattr("megatron_fsvideo.models.frozen.i3d.load_i3d", lambda path, device: QuickLogits())
     flags = ("--i3d-path", "i3d.safetensors", "--noise", "on", "--num-clips", "2")
     report = compare_one_and_two(workplace, "frechet", *flags)
     assert report["fvd"] > 1

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from megatron_fsvideo.checkpoint.release import save_fsae
 from megatron_fsvideo.config import DIT_PRESETS, FSAE_PRESETS, DiTJob, FSAEJob, build_job
 from megatron_fsvideo.data.video import write_video
-from megatron_fsvideo.evaluation.perceptual import VGG_WIDTHS, VGG16Trunk
+from megatron_fsvideo.models.frozen.perceptual import VGG_WIDTHS, VGG16Trunk
 from megatron_fsvideo.models.fsae import FSAE
 from tests.parity.test_foreign_autoencoders import TINY, tiny
 from tests.unit.judge_fixtures import random_i3d
@@ -115,10 +115,11 @@ def test_the_autoencoder_goes_through_its_phases_and_is_judged(checkout: Path, d
 def test_videos_are_encoded_and_a_dit_trains_on_them(checkout: Path) -> None:
     torch.manual_seed(0)
     save_fsae(checkout / "runs" / "fsae", FSAE(build_job(FSAEJob, FSAE_PRESETS["fsae_debug"]).model))
-    small = ["--text-encoder", "none", "--image-encoder", "none", "--buckets", "9x32x32", "--fps", "8"]
+    small = ["--text-encoder", "minilm", "--text-max-length", "8", "--image-encoder", "none"]
+    small += ["--buckets", "9x32x32", "--fps", "8"]
     run(checkout, "preprocess/preprocess_local.sh", *small)
     run(checkout, "preprocess/preprocess_local.sh", *small, OUTPUT="data/latents-valid")
-    debug = ["--preset", "dit_debug", "--text-embed-dim", "0", "--image-embed-dim", "0", "--train-iters", "2"]
+    debug = ["--preset", "dit_debug", "--text-embed-dim", "384", "--image-embed-dim", "0", "--train-iters", "2"]
     debug += [
         "--latent-channels",
         str(build_job(FSAEJob, FSAE_PRESETS["fsae_debug"]).model.latent_channels),

@@ -20,7 +20,7 @@ import pretrain_dit
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, FSAEJob, parse_job
 from megatron_fsvideo.evaluation.router_figure import router_pixels
 from megatron_fsvideo.kernels import torch_mixing
-from megatron_fsvideo.training.router_images import IMAGE_NAMES
+from megatron_fsvideo.tasks.dit.router_images import IMAGE_NAMES
 from tests.functional.cli import ROOT
 from tests.functional.runs import debug_arguments, losses, run_to_end
 from tests.latent_fixtures import write_latent_dataset

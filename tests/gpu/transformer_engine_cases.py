@@ -19,7 +19,7 @@ from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
 from megatron_fsvideo.models.dot_product_attention import choose_kernel, dot_product_attention
 from megatron_fsvideo.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_fsvideo.parallel import groups
-from megatron_fsvideo.parallel.pipeline import run_schedule
+from megatron_fsvideo.parallel.schedule import run_schedule
 from tests.parallel.test_layouts import FULL, SELECTIVE, forward_step, randomize, relative
 
 MODEL = DiTConfig(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from megatron_fsvideo.config import FSAEJob
-from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
+from megatron_fsvideo.models.frozen.perceptual import PerceptualLoss
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.tasks.fsae.task import FSAETask
 from megatron_fsvideo.training.network import StepOutcome, TrainedNetwork

@@ -18,7 +18,7 @@ from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_o
 from megatron_fsvideo.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
-from megatron_fsvideo.parallel.pipeline import run_schedule
+from megatron_fsvideo.parallel.schedule import run_schedule
 from megatron_fsvideo.parallel.seeds import weight_generator
 from megatron_fsvideo.parallel.sequence import all_gather_slices, local_slice, sum_for_same_loss
 from tests.parallel.harness import run_workers

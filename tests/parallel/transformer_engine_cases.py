@@ -23,7 +23,7 @@ from megatron_fsvideo.models.dit.parameter_rules import dit_parameter_rules
 from megatron_fsvideo.optim.optimizer import build_optimizer, wrap_ddp
 from megatron_fsvideo.parallel import groups
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
-from megatron_fsvideo.parallel.pipeline import run_schedule
+from megatron_fsvideo.parallel.schedule import run_schedule
 from tests.functional.runs import debug_arguments, losses, run_to_end
 from tests.latent_fixtures import write_latent_dataset
 from tests.parallel import test_layouts

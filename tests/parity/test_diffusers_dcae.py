@@ -10,8 +10,8 @@ from diffusers import AutoencoderDC
 from diffusers.loaders.single_file_utils import convert_autoencoder_dc_checkpoint_to_diffusers
 from torch import Tensor
 
-from megatron_fsvideo.checkpoint.dcae_names import dcae_config, start_from_dcae, to_diffusers_names
 from megatron_fsvideo.config import FSAEConfig
+from megatron_fsvideo.conversion.dcae_names import dcae_config, start_from_dcae, to_diffusers_names
 from megatron_fsvideo.models.fsae import FSAE, resampling
 from tools.convert_fsae import ConvertFlags, ConvertJob, convert
 

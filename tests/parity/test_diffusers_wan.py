@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 
-from megatron_fsvideo.checkpoint.wan_names import from_diffusers, to_diffusers_name
 from megatron_fsvideo.config import DiTConfig, DiTParallelConfig
+from megatron_fsvideo.conversion.wan_names import from_diffusers, to_diffusers_name
 from megatron_fsvideo.models.dit import build_dit, unpatchify
 from megatron_fsvideo.models.dit.weights import named_global_parameters, slice_of_whole
 from megatron_fsvideo.parallel import groups

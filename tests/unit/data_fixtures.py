@@ -17,7 +17,7 @@ from megatron_fsvideo.data.manifest import VideoEntry
 from megatron_fsvideo.data.preprocessing import Encoders, PreprocessOptions
 from megatron_fsvideo.data.video import write_video
 from megatron_fsvideo.models.codecs import CodecIdentity
-from megatron_fsvideo.models.encoders import NoImage
+from megatron_fsvideo.models.frozen.encoders import NoImage
 
 
 class TinyAutoencoder(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from megatron_fsvideo.evaluation.i3d import I3D
+from megatron_fsvideo.models.frozen.i3d import I3D
 
 
 def random_i3d() -> I3D:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFont
 
-from megatron_fsvideo.inference.contact_sheet import GAP, LINE_HEIGHT, wrap_label, write_contact_sheet
+from megatron_fsvideo.data.contact_sheet import GAP, LINE_HEIGHT, wrap_label, write_contact_sheet
 
 FONT = ImageFont.load_default(11)
 

@@ -11,8 +11,6 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_fsvideo.checkpoint.conversion import check_output
-from megatron_fsvideo.checkpoint.conversion_source import Source, open_source, recognise
 from megatron_fsvideo.checkpoint.distributed_weights import DistributedWeights, write_distributed_weights
 from megatron_fsvideo.checkpoint.dit_release import DIT_FORMAT, DiTRecord
 from megatron_fsvideo.checkpoint.safe_pickle import UnsafeCheckpointError
@@ -23,13 +21,15 @@ from megatron_fsvideo.checkpoint.safetensors_shards import (
     split_into_shards,
     write_shards,
 )
-from megatron_fsvideo.checkpoint.wan_config import (
+from megatron_fsvideo.config import DiTConfig, DiTJob
+from megatron_fsvideo.conversion.convert import check_output
+from megatron_fsvideo.conversion.source import Source, open_source, recognise
+from megatron_fsvideo.conversion.wan_config import (
     config_from_diffusers,
     config_from_wan,
     config_to_diffusers,
     config_to_wan,
 )
-from megatron_fsvideo.config import DiTConfig, DiTJob
 from tools.convert_checkpoint import ConvertFlags, start_job
 
 WAN_14B = DiTConfig(latent_channels=16, patch_size=(1, 2, 2), layer_memory=False)

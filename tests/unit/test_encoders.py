@@ -7,7 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from megatron_fsvideo.models.encoders import confirmed_name, load_image_encoder, load_text_encoder
+from megatron_fsvideo.models.frozen.encoders import confirmed_name, load_image_encoder, load_text_encoder
 
 transformers = pytest.importorskip("transformers")
 

@@ -14,11 +14,11 @@ from megatron_fsvideo.data.video import read_video, resize_and_crop, to_unit, wr
 from megatron_fsvideo.evaluation.autoencoders import OurAutoencoder, check_names
 from megatron_fsvideo.evaluation.clips import list_clips, read_clip
 from megatron_fsvideo.evaluation.frechet import frechet_distance
-from megatron_fsvideo.evaluation.i3d import I3D
-from megatron_fsvideo.evaluation.perceptual import VGG16Trunk, load_perceptual_loss
 from megatron_fsvideo.evaluation.psnr import psnr
 from megatron_fsvideo.evaluation.reconstruction import Judges, measure
 from megatron_fsvideo.evaluation.report import Row, format_table, notes
+from megatron_fsvideo.models.frozen.i3d import I3D
+from megatron_fsvideo.models.frozen.perceptual import VGG16Trunk, load_perceptual_loss
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.parallel.team import Team
 from tests.unit.fsae_fixtures import build, config, count_attention
@@ -208,7 +208,7 @@ def test_lpips_and_fvd_columns(checkpoint, films, tmp_path, monkeypatch, capsys)
     weights = VGG16Trunk().state_dict()
     weights |= {f"lin{k}.model.1.weight": torch.rand(1, w, 1, 1) for k, w in enumerate((64, 128, 256, 512, 512))}
     safetensors.torch.save_file(weights, tmp_path / "vgg.safetensors")
-    monkeypatch.setattr("megatron_fsvideo.evaluation.i3d.load_i3d", lambda path, device: QuickLogits())
+    monkeypatch.setattr("megatron_fsvideo.models.frozen.i3d.load_i3d", lambda path, device: QuickLogits())
     out = tmp_path / "evaluation.json"
     argv = ["--load", checkpoint, "--video-dir", films, "--out", out, "--sampling", "videos", "--num-clips", "2"]
     argv += ["--num-frames", "9", "--resolution", "32", "--device", "cpu"]

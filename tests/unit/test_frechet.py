@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fsvideo.evaluation.frechet import frechet_distance
-from megatron_fsvideo.evaluation.i3d import I3D, MIXED, load_i3d, max_pool_same, pad_same, resize_frames
+from megatron_fsvideo.models.frozen.i3d import I3D, MIXED, load_i3d, max_pool_same, pad_same, resize_frames
 from tests.unit.judge_fixtures import random_i3d
 
 

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
-from megatron_fsvideo.evaluation.perceptual import VGG_WIDTHS, PerceptualLoss, VGG16Trunk, load_perceptual_loss
 from megatron_fsvideo.losses.adversarial import discriminator_loss, generator_loss, r1_penalty
-from megatron_fsvideo.losses.dinov2 import load_dinov2
 from megatron_fsvideo.losses.latent_regularizers import LatentTransform, draw_transform
 from megatron_fsvideo.losses.lpips import sliced_perceptual_loss
 from megatron_fsvideo.losses.video_vf import LatentProjection, adaptive_weight, pool_features, video_vf_losses
+from megatron_fsvideo.models.frozen.dinov2 import load_dinov2
+from megatron_fsvideo.models.frozen.perceptual import VGG_WIDTHS, PerceptualLoss, VGG16Trunk, load_perceptual_loss
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.discriminator import Discriminator, shrink
 

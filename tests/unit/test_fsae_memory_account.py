@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megatron_fsvideo.benchmarking.peak_memory import peak_allocation
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.training.peak_memory import peak_allocation
 from tests.unit.fsae_large_clips import CUTS, large_job
 from tools.counted_step import ByteCounter, CountedStep, account
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import OptimizerConfig, ParallelConfig, ReconstructionLossConfig, TrainingConfig
-from megatron_fsvideo.evaluation.perceptual import VGG16Trunk, load_perceptual_loss
 from megatron_fsvideo.evaluation.psnr import psnr, psnr_per_frame
 from megatron_fsvideo.evaluation.ssim import ssim
+from megatron_fsvideo.models.frozen.perceptual import VGG16Trunk, load_perceptual_loss
 from megatron_fsvideo.models.fsae.parameter_rules import fsae_parameter_rules
 from megatron_fsvideo.optim.muon import Muon, orthogonalize
 from megatron_fsvideo.parallel import groups

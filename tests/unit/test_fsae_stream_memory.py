@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megatron_fsvideo.benchmarking.peak_memory import peak_allocation
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
 from megatron_fsvideo.models.codecs import CodecIdentity, FSAECodec
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.tiling import Tiling
-from megatron_fsvideo.training.peak_memory import peak_allocation
 from tools.counted_step import ByteCounter
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from megatron_fsvideo.checkpoint.release import load_fsae, save_fsae
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
 from megatron_fsvideo.losses.video_vf import LatentProjection
+from megatron_fsvideo.models.frozen.perceptual import PerceptualLoss
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.discriminator import Discriminator
 from megatron_fsvideo.parallel import groups

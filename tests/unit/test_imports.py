@@ -19,13 +19,15 @@ RANK = {
     "models": 2,
     "data": 3,
     "checkpoint": 4,
-    "evaluation": 4,
+    "conversion": 5,
+    "evaluation": 5,
     "losses": 5,
     "optim": 6,
     "training": 7,
     "inference": 7,
     "tasks": 8,
     "planning": 8,
+    "benchmarking": 8,
 }
 # torch.distributed modules that are no communication.
 HARMLESS = ("torch.distributed.checkpoint",)
@@ -111,3 +113,23 @@ def message_of(extra: str) -> str:
     with pytest.raises(ImportError) as error:
         require("a_library_that_is_not_there", extra)
     return str(error.value)
+
+
+def direct_imports(path: Path, ours: set[str]) -> set[str]:
+    """Our modules that a file names; `from package import module` names the module, not the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= full & ours or {node.module} & ours
+    return found
+
+
+def test_modules_do_not_import_each_other_in_circles():
+    """Imports inside functions count too: a circle that is hidden in a function is one all the same."""
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+    imports = {name: direct_imports(path, set(names)) for name, path in names.items()}
+    done: set[str] = set()
+    while leaves := [name for name in names if name not in done and imports[name] <= done | {name}]:
+        done.update(leaves)
+    assert not sorted(set(names) - done), "these modules import each other, or modules that do"

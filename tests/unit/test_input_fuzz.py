@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from megatron_fsvideo.checkpoint.conversion_source import open_source
 from megatron_fsvideo.checkpoint.release import load_fsae, save_fsae
 from megatron_fsvideo.config import FSAE_PRESETS, FSAEJob, build_job
+from megatron_fsvideo.conversion.source import open_source
 from megatron_fsvideo.data.images import read_image
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.data.manifest import read_manifest_lines

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import LatentUpsamplerConfig, LatentUpsamplingLossConfig
-from megatron_fsvideo.evaluation.perceptual import PerceptualLoss
 from megatron_fsvideo.losses.latent_upsampling import (
     decode_upsampled,
     encode_pair,
@@ -16,6 +15,7 @@ from megatron_fsvideo.losses.latent_upsampling import (
     upsampling_loss,
 )
 from megatron_fsvideo.models.codecs import LatentScale
+from megatron_fsvideo.models.frozen.perceptual import PerceptualLoss
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.latent_upsampler import LatentUpsampler
 from tests.unit import fsae_fixtures

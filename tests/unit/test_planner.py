@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, DiTParallelConfig, parse_job
+from megatron_fsvideo.models.dit.flops import Rows
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.communication import step_traffic
 from megatron_fsvideo.planning.layouts import PlanConfig, search
@@ -17,7 +18,6 @@ from megatron_fsvideo.planning.memory import activation_memory, chunks_in_flight
 from megatron_fsvideo.planning.rates import RateConfig
 from megatron_fsvideo.planning.timing import speed, step_seconds
 from megatron_fsvideo.planning.weights import stage_parameters, weight_bytes
-from megatron_fsvideo.training.flops import Rows
 
 ROOT = Path(__file__).parents[2]
 PAPER = DiTConfig()

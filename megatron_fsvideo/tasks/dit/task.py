@@ -10,6 +10,7 @@ from megatron_fsvideo.config import DiTJob, to_dict
 from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.inference.validation_videos import ValidationVideos
 from megatron_fsvideo.models.codecs import LatentScale
+from megatron_fsvideo.models.dit.flops import dit_training_flops
 from megatron_fsvideo.models.dit.layer_memory import count_frozen_routers
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
 from megatron_fsvideo.tasks.dit.batches import (
@@ -23,8 +24,7 @@ from megatron_fsvideo.tasks.dit.batches import (
 )
 from megatron_fsvideo.tasks.dit.network import build_dit_network
 from megatron_fsvideo.tasks.dit.objective import NUM_SIGMA_BINS, DiTObjective, pad_rows
-from megatron_fsvideo.training.flops import dit_training_flops
-from megatron_fsvideo.training.router_images import RouterImages
+from megatron_fsvideo.tasks.dit.router_images import RouterImages
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.task import Generated, Task
 

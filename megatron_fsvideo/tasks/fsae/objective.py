@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_fsvideo.config import FSAEJob, ReconstructionLossConfig
-from megatron_fsvideo.evaluation.perceptual import PerceptualLoss, build_perceptual_loss
 from megatron_fsvideo.evaluation.ssim import ssim
-from megatron_fsvideo.losses import efficientnet_features
-from megatron_fsvideo.losses.dinov2 import DINOv2Features, load_dinov2
-from megatron_fsvideo.losses.efficientnet_features import EfficientNetFeatures
 from megatron_fsvideo.losses.latent_regularizers import LatentTransform
 from megatron_fsvideo.losses.lpips import sliced_perceptual_loss
 from megatron_fsvideo.losses.video_vf import adaptive_weight, pool_features, video_vf_losses
+from megatron_fsvideo.models.frozen import efficientnet_features
+from megatron_fsvideo.models.frozen.dinov2 import DINOv2Features, load_dinov2
+from megatron_fsvideo.models.frozen.efficientnet_features import EfficientNetFeatures
+from megatron_fsvideo.models.frozen.perceptual import PerceptualLoss, build_perceptual_loss
 from megatron_fsvideo.models.fsae import FSAE
 from megatron_fsvideo.models.fsae.frame_shards import FrameShards
 from megatron_fsvideo.parallel.seeds import sample_generator

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import require
-from megatron_fsvideo.models.pretrained import PretrainedSource, load_pretrained
+from megatron_fsvideo.models.frozen.pretrained import PretrainedSource, load_pretrained
 
 # The statistics that DINOv2 was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fsvideo.evaluation.weight_files import read_weight_file
+from megatron_fsvideo.models.frozen.weight_files import read_weight_file
 
 NUM_CLASSES = 400
 SIDE = 224

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_fsvideo.evaluation.perceptual import EfficientNetTrunk
+from megatron_fsvideo.models.frozen.perceptual import EfficientNetTrunk
 
 NAME = "efficientnet-lite0"
 STRIDE = 16

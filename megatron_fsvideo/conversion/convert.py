@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from megatron_fsvideo.checkpoint.checksums import checksums_of, write_checksums
-from megatron_fsvideo.checkpoint.conversion_source import Source
 from megatron_fsvideo.checkpoint.distributed_weights import write_distributed_weights
 from megatron_fsvideo.checkpoint.dit_release import DIT_BASENAME, DIT_FORMAT, DIT_KIND, DiTNetwork, DiTRecord
 from megatron_fsvideo.checkpoint.release import CONFIG_FILE
 from megatron_fsvideo.checkpoint.run_record import RunDescription, RunRecord
 from megatron_fsvideo.checkpoint.safetensors_shards import TensorInfo, write_shards
 from megatron_fsvideo.checkpoint.save_folder import JOB_FILE, iteration_folder, name_latest
-from megatron_fsvideo.checkpoint.wan_config import config_to_diffusers, config_to_wan
-from megatron_fsvideo.checkpoint.wan_names import DIFFUSERS, WAN, their_name, their_value
 from megatron_fsvideo.config import DiTConfig, DiTJob, DiTParallelConfig
+from megatron_fsvideo.conversion.source import Source
+from megatron_fsvideo.conversion.wan_config import config_to_diffusers, config_to_wan
+from megatron_fsvideo.conversion.wan_names import DIFFUSERS, WAN, their_name, their_value
 from megatron_fsvideo.models.dit import build_dit
 from megatron_fsvideo.models.dit.weights import initial_value, named_global_parameters
 from megatron_fsvideo.parallel.groups import ProcessGroups

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_fsvideo.config import require
-from megatron_fsvideo.models.pretrained import PretrainedSource, load_pretrained, load_tokenizer
+from megatron_fsvideo.models.frozen.pretrained import PretrainedSource, load_pretrained, load_tokenizer
 
 logger = logging.getLogger(__name__)
 

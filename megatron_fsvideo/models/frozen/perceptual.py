@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_fsvideo.config import PerceptualLossConfig, require
-from megatron_fsvideo.evaluation.weight_files import read_weight_file
+from megatron_fsvideo.models.frozen.weight_files import read_weight_file
 
 VGG_LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 VGG_TAPS = (3, 8, 15, 22, 29)

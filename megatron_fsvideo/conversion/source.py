@@ -21,15 +21,15 @@ from megatron_fsvideo.checkpoint.dit_release import (
 from megatron_fsvideo.checkpoint.release import CONFIG_FILE
 from megatron_fsvideo.checkpoint.safetensors_shards import SafetensorsFolder, TensorInfo
 from megatron_fsvideo.checkpoint.save_folder import LATEST_FILE
-from megatron_fsvideo.checkpoint.wan_config import (
+from megatron_fsvideo.config import DiffusionConfig, DiTConfig
+from megatron_fsvideo.config.rules import shown
+from megatron_fsvideo.conversion.wan_config import (
     DIFFUSERS_CLASS,
     WAN_CLASS,
     config_from_diffusers,
     config_from_wan,
 )
-from megatron_fsvideo.checkpoint.wan_names import DIFFUSERS, WAN, Spelling, our_value, their_name, their_value
-from megatron_fsvideo.config import DiffusionConfig, DiTConfig
-from megatron_fsvideo.config.rules import shown
+from megatron_fsvideo.conversion.wan_names import DIFFUSERS, WAN, Spelling, our_value, their_name, their_value
 
 FORMATS = ("diffusers", "wan", "release", "distributed")
 # Names of the model itself among the moving average and the optimizer's state.
