@@ -1,6 +1,7 @@
 """A training run from its job to its end: the same for every task."""
 
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from typing import Protocol, TypeVar
 
 from megatron_fsvideo.config import (
@@ -44,9 +45,9 @@ def run(job: JobT, build_task: Callable[[JobT, groups.ProcessGroups], Task]) -> 
     """
     pgs = groups.initialize(job.parallel)
     profiler = IterationProfiler(job.profiling, profile_folder(job.logging, job.checkpoint), pgs.rank)
-    with Watchdog(pgs, 60 * job.parallel.distributed_timeout_minutes) as watchdog:
+    with Watchdog(pgs, 60 * job.parallel.distributed_timeout_minutes) as watchdog, ExitStack() as stack:
         task = build_task(job, pgs)
-        checkpoints = checkpoints_of(job, task, pgs)
+        checkpoints = stack.enter_context(closing(checkpoints_of(job, task, pgs)))
         state = watchdog.state = begin(task, checkpoints)
         lines = start_summary(task, state, checkpoints.start, job.training, job.checkpoint, pgs)
         if pgs.is_rank_zero:

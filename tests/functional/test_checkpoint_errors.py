@@ -136,6 +136,15 @@ def _copy(source: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir"])
+def test_an_output_that_cannot_be_written_is_noticed_before_training(data: Path, tmp_path: Path, flag: str) -> None:
+    (tmp_path / "file").touch()
+    argv = debug_arguments(data, tmp_path / "run", "--train-iters", "100000")
+    argv[argv.index(flag) + 1] = str(tmp_path / "file" / "inside")
+    argv[argv.index("--load") + 1] = argv[argv.index("--save") + 1]
+    _expect_one_line(argv, tmp_path / "log", str(tmp_path / "file" / "inside"))
+
+
 def _expect_one_line(argv: list[str], log: Path, *parts: str) -> None:
     """The program ends with an error code and one line that contains all parts."""
     code, text = Run(argv, log).wait()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fsvideo.checkpoint.save_folder import LATEST_FILE, iteration_folder, latest_iteration
+from megatron_fsvideo.data.folder_lock import LOCK_FILE
 from megatron_fsvideo.data.latent_shards import hash_key
 from megatron_fsvideo.training.logging import METRICS_FILE, read_metrics
 from tests.functional.runs import Run, debug_arguments, run_to_end
@@ -100,6 +101,7 @@ def test_two_runs_do_not_save_into_one_folder(data: Path, tmp_path: Path) -> Non
     run.kill()
     run_to_end([*arguments(data, folder), "--exit-interval", "1"], tmp_path / "third", 2)
     assert f"was locked by process {run.ranks[0].pid}" in (tmp_path / "third").read_text()
+    assert not (folder / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize("how", ["--async-save", "--no-async-save"])

@@ -4,18 +4,22 @@ tests/golden/old_dit.tar.xz holds a run's folder and two releases made from it t
 """
 
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_fsvideo.checkpoint.release import load_fsae
-from megatron_fsvideo.config import DIT_PRESETS, DiTJob, DiTParallelConfig, build_job
+from megatron_fsvideo.config import DIT_PRESETS, FSAE_PRESETS, DiTJob, DiTParallelConfig, FSAEJob, build_job
 from megatron_fsvideo.inference.loading import load_dit
 from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.tasks.fsae.task import FSAETask
+from megatron_fsvideo.training.run import begin, checkpoints_of
 from tests.functional.tasks import begin_dit
 from tests.latent_fixtures import write_latent_dataset
 from tests.parallel.harness import run_workers
+from tests.unit.test_fsae_training import make_film
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = {"hidden_size": 12, "ffn_hidden_size": 12, "num_attention_heads": 2, "freq_dim": 8}
@@ -28,6 +32,11 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with tarfile.open(GOLDEN / f"{name}.tar.xz") as archive:
             archive.extractall(folder, filter="data")
     return folder
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_film(tmp_path_factory.mktemp("films"))
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +107,40 @@ def test_a_full_resume_of_an_old_dit_is_refused_in_one_line(new_stage, old, data
         run_workers(load_step, 1, data, old / "dit", 1, False, new_stage)
 
 
-def test_an_old_autoencoder_loads(old):
-    fsae = load_fsae(old / "fsae")
-    assert len(fsae.state_dict()) > 20
+FSAE = {"widths": (2, 2, 4), "latent_channels": 2, "attention_head_dim": 4, "ema_decay": 0.9, "phase": 2}
+FSAE |= {"discriminator_width": 4, "discriminator_scales": 1, "discriminator_layers": 1, "global_batch_size": 1}
+
+
+def load_fsae_task(films: Path, **flags: object) -> dict[str, dict[str, torch.Tensor]]:
+    """The autoencoder's weights and their average in a training run after loading."""
+    job = build_job(FSAEJob, FSAE_PRESETS["fsae_debug"] | FSAE | {"video_dir": str(films)} | flags)
+    pgs = groups.initialize(job.parallel)
+    task = FSAETask(job, pgs)
+    state = begin(task, checkpoints_of(job, task, pgs))
+    assert (state.iteration, state.consumed_samples) == (0, 0)
+    model = task.learner.model
+    found = {"weights": {name: tensor.clone() for name, tensor in model.state_dict().items()}}
+    with task.learner.fsae.averaged():
+        found["ema"] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return found
+
+
+def assert_equal_states(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys() and len(found) > 20
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_weights_and_average_of_an_old_autoencoder_load(old, films):
+    saved = torch.load(old / "fsae" / "iter_0000002" / "training.pt", weights_only=True)
+    average = load_fsae(old / "fsae").state_dict()
+    assert not torch.equal(saved["weights"]["encoder.stem.weight"], average["encoder.stem.weight"])
+    (finetuned,) = run_workers(partial(load_fsae_task, load=str(old / "fsae"), finetune=True), 1, films)
+    assert_equal_states(finetuned["weights"], saved["weights"])
+    assert_equal_states(finetuned["ema"], average)
+    (inherited,) = run_workers(partial(load_fsae_task, init_from=str(old / "fsae")), 1, films)
+    assert_equal_states(inherited["weights"], average)
+
+
+def test_a_full_resume_of_an_old_autoencoder_is_refused_in_one_line(old, films):
+    with pytest.raises(AssertionError, match="written by an earlier version of this program, whose optimizer state"):
+        run_workers(partial(load_fsae_task, load=str(old / "fsae")), 1, films)
