@@ -21,7 +21,7 @@ from torch.distributed import ProcessGroup
 from megatron_fsvideo.config import ParallelConfig
 from megatron_fsvideo.parallel import cpu_backend
 
-# The watchdog (training/watchdog.py) ends a hanging run after the same time and names the missing ranks: it goes first.
+# The watchdog (watchdog.py) ends a hanging run after the same time and names the missing ranks: it goes first.
 _GRACE_MINUTES = 1
 T = TypeVar("T")
 

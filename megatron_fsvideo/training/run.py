@@ -13,6 +13,7 @@ from megatron_fsvideo.config import (
     TrainingConfig,
 )
 from megatron_fsvideo.parallel import groups
+from megatron_fsvideo.parallel.watchdog import Watchdog
 from megatron_fsvideo.training.logging import MetricsLogger
 from megatron_fsvideo.training.loop import train
 from megatron_fsvideo.training.profiling import IterationProfiler, profile_folder
@@ -20,7 +21,6 @@ from megatron_fsvideo.training.run_checkpoints import RunCheckpoints
 from megatron_fsvideo.training.state import TrainState
 from megatron_fsvideo.training.summary import start_summary
 from megatron_fsvideo.training.task import Task
-from megatron_fsvideo.training.watchdog import Watchdog
 
 
 class Job(Protocol):
@@ -48,7 +48,8 @@ def run(job: JobT, build_task: Callable[[JobT, groups.ProcessGroups], Task]) -> 
     with Watchdog(pgs, 60 * job.parallel.distributed_timeout_minutes) as watchdog, ExitStack() as stack:
         task = build_task(job, pgs)
         checkpoints = stack.enter_context(closing(checkpoints_of(job, task, pgs)))
-        state = watchdog.state = begin(task, checkpoints)
+        state = begin(task, checkpoints)
+        watchdog.iteration = lambda: state.iteration
         lines = start_summary(task, state, checkpoints.start, job.training, job.checkpoint, pgs)
         if pgs.is_rank_zero:
             print("\n".join(lines), flush=True)

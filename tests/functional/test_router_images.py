@@ -19,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import pretrain_dit
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, FSAEJob, parse_job
 from megatron_fsvideo.evaluation.router_figure import router_pixels
+from megatron_fsvideo.evaluation.router_images import IMAGE_NAMES
 from megatron_fsvideo.kernels import torch_mixing
-from megatron_fsvideo.tasks.dit.router_images import IMAGE_NAMES
 from tests.functional.cli import ROOT
 from tests.functional.runs import debug_arguments, losses, run_to_end
 from tests.latent_fixtures import write_latent_dataset

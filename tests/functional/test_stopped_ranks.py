@@ -11,8 +11,8 @@ import psutil
 import pytest
 
 from megatron_fsvideo.checkpoint.save_folder import LATEST_FILE, latest_iteration
+from megatron_fsvideo.parallel.watchdog import EXIT_HUNG
 from megatron_fsvideo.training.logging import METRICS_FILE
-from megatron_fsvideo.training.watchdog import EXIT_HUNG
 from tests.functional.runs import Run, debug_arguments, run_to_end
 from tests.functional.test_resume import wait_for_first_line
 from tests.latent_fixtures import write_latent_dataset

@@ -8,6 +8,7 @@ from torch import Tensor
 from megatron_fsvideo.checkpoint.run_record import RunDescription, RunRecord
 from megatron_fsvideo.config import DiTJob, to_dict
 from megatron_fsvideo.data.latent_dataset import LatentDataset
+from megatron_fsvideo.evaluation.router_images import RouterImages
 from megatron_fsvideo.inference.validation_videos import ValidationVideos
 from megatron_fsvideo.models.codecs import LatentScale
 from megatron_fsvideo.models.dit.flops import dit_training_flops
@@ -24,7 +25,6 @@ from megatron_fsvideo.tasks.dit.batches import (
 )
 from megatron_fsvideo.tasks.dit.network import build_dit_network
 from megatron_fsvideo.tasks.dit.objective import NUM_SIGMA_BINS, DiTObjective, pad_rows
-from megatron_fsvideo.tasks.dit.router_images import RouterImages
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.task import Generated, Task
 

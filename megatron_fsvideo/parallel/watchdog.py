@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -18,7 +19,6 @@ import psutil
 
 from megatron_fsvideo.parallel.groups import ProcessGroups
 from megatron_fsvideo.parallel.heartbeat import Heartbeats, is_peer_loss
-from megatron_fsvideo.training.state import TrainState
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong with the command; starting it again is sensible.
 EXIT_HUNG = 75
@@ -58,12 +58,15 @@ class Watchdog:
 
     Nothing is watched in a job of one process: there is nobody to wait for.
 
+    Attributes:
+        iteration: tells how many iterations are done, for messages; the run sets it.
+
     Args:
         limit: seconds; a little less than the process groups' own time-out, whose error names no rank.
     """
 
     def __init__(self, pgs: ProcessGroups, limit: float) -> None:
-        self.state = TrainState()
+        self.iteration: Callable[[], int] = lambda: 0
         self._limit = limit
         self._interval = min(5.0, limit / 10)
         self._board = Heartbeats(pgs, patience=max(3.0, 2 * self._interval)) if pgs.world_size > 1 else None
@@ -104,9 +107,7 @@ class Watchdog:
             except RuntimeError:
                 if stuck_for >= self._limit:
                     where = "rank 0, or the launcher that keeps the job's store, does not answer"
-                    self._end(
-                        f"{_headline(stuck_for, self.state.iteration)}: {where}; this rank is at {_place(frames)}"
-                    )
+                    self._end(f"{_headline(stuck_for, self.iteration())}: {where}; this rank is at {_place(frames)}")
             if self._stop.wait(self._interval):
                 return
 
@@ -117,7 +118,7 @@ class Watchdog:
             stuck_for,
             _place(frames),
             _is_waiting(frames),
-            self.state.iteration,
+            self.iteration(),
             socket.gethostname(),
             os.getpid(),
         )
@@ -148,7 +149,7 @@ class Watchdog:
             # Rank 0 may keep the store, in which the others still look up who has gone.
             time.sleep(min(2.0, 6 * self._interval))
         return (
-            f"{lost} died or left after iteration {self.state.iteration}, as rank {self._board.rank} noticed "
+            f"{lost} died or left after iteration {self.iteration()}, as rank {self._board.rank} noticed "
             f"({words}): look for that rank's own message, and start again from the last checkpoint"
         )
 
