@@ -37,6 +37,7 @@ OWN_JOBS = {
     "examples/fsae/all_phases_report.py": "ReportJob",
     "tools/account_fsae_memory.py": "AccountJob",
     "examples/layer_memory/compare.py": "CompareJob",
+    "examples/layer_memory/router_rate.py": "RateJob",
     "examples/preprocess/own_latents.py": "OwnLatentsJob",
 }
 PRESETS_OF_TOOLS = {"tools/account_fsae_memory.py": FSAE_PRESETS}
