@@ -1,7 +1,7 @@
 """Train the base DiT or the refiner on a latent dataset (paper section 3).
 
-    torchrun --nproc-per-node 2 pretrain_dit.py --preset dit_debug --tensor-model-parallel-size 2 \
-        --data-path runs/latents --save runs/dit --load runs/dit --tensorboard-dir runs/dit/logs
+    torchrun --nproc-per-node 2 pretrain_dit.py --preset dit_quickstart --tensor-model-parallel-size 2 \
+        --data-path runs/quickstart/latents/train --save runs/dit --load runs/dit --tensorboard-dir runs/dit/logs
 
 The dataset is made by tools/preprocess_latents.py. Flags: --help; presets: megatron_fsvideo/config/presets.py.
 """

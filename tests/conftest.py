@@ -6,6 +6,12 @@ import pytest
 import torch
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests of a GPU are skipped where there is none, so that tools/gpu_session.sh runs anywhere."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def fixed_random_numbers():
     """A test that draws without a generator of its own draws the same numbers every time."""

@@ -58,8 +58,9 @@ class CutJob:
 
 def cut_films(flags: CutFlags) -> None:
     """Find the shots, cut them, write the manifest."""
+    from megatron_fsvideo.data.listing import INDEX_FOLDER
     from megatron_fsvideo.data.manifest import folder_entries, read_manifest_lines
-    from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex, find_all_shots
+    from megatron_fsvideo.data.shot_index import ShotIndex, find_all_shots
     from megatron_fsvideo.data.shots import split_shots
 
     if (flags.video_dir is None) == (flags.manifest is None):

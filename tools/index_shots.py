@@ -38,7 +38,8 @@ def index_shots(flags: IndexFlags) -> None:
     from tqdm import tqdm
 
     from megatron_fsvideo.data.frame_files import list_clip_files
-    from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex
+    from megatron_fsvideo.data.listing import INDEX_FOLDER
+    from megatron_fsvideo.data.shot_index import ShotIndex
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     folder = Path(flags.shot_index or Path(flags.video_dir) / INDEX_FOLDER)

@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_fsvideo.config import VideoDataConfig
 from megatron_fsvideo.data.draws import WeightedDraw, draw
 from megatron_fsvideo.data.frame_files import is_image, list_clip_files
-from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex, find_all_shots
+from megatron_fsvideo.data.listing import INDEX_FOLDER
+from megatron_fsvideo.data.shot_index import ShotIndex, find_all_shots
 from megatron_fsvideo.data.shots import Shot, split_shots
 from megatron_fsvideo.data.video import resize_short_side, to_unit
 from megatron_fsvideo.data.video.pixels import scaled_size

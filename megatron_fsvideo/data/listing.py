@@ -25,6 +25,8 @@ IMAGE_SUFFIXES = (
 WEIGHT_SUFFIXES = (".safetensors",)
 # Files that stand beside others on purpose are not worth a word.
 _COMPANIONS = (".txt", ".json", ".jsonl", ".csv", ".parquet", ".md", ".srt", ".vtt")
+INDEX_FOLDER = ".shots"
+"""The shot index of a folder of videos, if no other is named (shot_index.py): nothing that was left out."""
 _SHOWN = 3
 
 
@@ -118,6 +120,8 @@ def _walk(folder: Path, root: Path, visited: set[tuple[int, int]], ignored: _Ign
         raise ValueError(f"{folder}: cannot be listed: {error.strerror}") from error
     for entry in entries:
         path = folder / entry.name
+        if entry.name == INDEX_FOLDER:
+            continue
         if is_hidden(entry.name):
             ignored.add("hidden or an editor's copies", path)
         elif entry.is_symlink() and not path.exists():

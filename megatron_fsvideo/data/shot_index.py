@@ -25,8 +25,6 @@ from megatron_fsvideo.data.shots import MIN_SHOT_FRAMES, Shot, scan_shots
 from megatron_fsvideo.data.video import FrameTable, VideoError, VideoInfo, VideoReader
 from megatron_fsvideo.data.video.frame_table import PROGRESS_AFTER
 
-INDEX_FOLDER = ".shots"
-"""The index of a folder of videos, if no other is named."""
 VERSION = 1
 WORTH_INDEXING = 200
 """Files from which on a user is told of the tool."""

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from megatron_fsvideo.config import VideoDataConfig
 from megatron_fsvideo.data.frame_files import list_clip_files, open_frames
-from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex
+from megatron_fsvideo.data.listing import INDEX_FOLDER
+from megatron_fsvideo.data.shot_index import ShotIndex
 from megatron_fsvideo.data.shots import Shot, split_shots
 from megatron_fsvideo.data.video import VideoError, resize_short_side, to_unit
 from megatron_fsvideo.data.video.frame_table import PROGRESS_AFTER

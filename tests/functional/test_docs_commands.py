@@ -10,13 +10,21 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_fsvideo.data.dataset_json import AutoencoderRecord, ImageRecord, LatentSpace, TextRecord
+from megatron_fsvideo.data.latent_writer import LatentShardWriter, OwnClip
 from megatron_fsvideo.data.video import write_video
+from tests.functional.runs import losses
 
 ROOT = Path(__file__).parents[2]
 # Training of minutes becomes training of seconds; nothing else of a command is changed.
 SHORTENED = {
     "pretrain_fsae.py": "pretrain_fsae.py --train-iters 2 --image-warmup-iters 0",
     "pretrain_dit.py": "pretrain_dit.py --train-iters 3",
+}
+ENVIRONMENT = os.environ | {
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
 }
 
 
@@ -52,12 +60,42 @@ def run_page(place: Path, page: str, leave_out: str = "no such command") -> None
     script = "set -e\n" + "\n".join(blocks)
     for name, replacement in SHORTENED.items():
         script = script.replace(name, replacement)
-    paths = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": paths, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        ["bash", "-c", script], cwd=place, env=environment, capture_output=True, text=True, timeout=1200
+        ["bash", "-c", script], cwd=place, env=ENVIRONMENT, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+
+
+def write_quickstart_latents(folder: Path) -> None:
+    """Random latents of the quickstart's widths."""
+    autoencoder = AutoencoderRecord("random", "random", 8, 4, 32)
+    writer = LatentShardWriter(folder, LatentSpace(autoencoder, TextRecord("random", 384, 8), ImageRecord()))
+    writer.write(OwnClip(torch.randn(32, 3, 10, 10), 8.0, text=torch.randn(1 + k % 8, 384)) for k in range(16))
+    writer.finish(torch.randn(1, 384))
+
+
+@pytest.mark.slow
+def test_the_debugging_page(place):
+    write_quickstart_latents(place / "runs/quickstart/latents/train")
+    run_page(place, "debugging.md")
+    one, two = (losses(place / "runs" / name) for name in ("one", "two"))
+    assert len(one) == 10 and one == pytest.approx(two, rel=1e-4)
+    assert list((place / "runs/profile/profile").iterdir())
+
+
+@pytest.mark.slow
+def test_the_gpu_session_without_a_gpu(place):
+    environment = ENVIRONMENT | {"SIZES": "debug", "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        ["bash", "tools/gpu_session.sh", place / "figures"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert {path.suffix for path in (place / "figures").iterdir()} == {".json", ".log"}
 
 
 @pytest.mark.slow

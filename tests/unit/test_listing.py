@@ -19,6 +19,7 @@ def names(root, found):
 
 def test_hidden_files_and_editors_copies_do_not_count_and_it_is_said(tmp_path, caplog):
     touch(tmp_path, "b.mp4", "._b.mp4", ".DS_Store", "b.mp4~", "#b.mp4#", ".hidden/c.mp4", "b.txt", "notes.doc")
+    touch(tmp_path, ".shots/0.jsonl")  # our own index
     assert names(tmp_path, list_videos(tmp_path)) == ["b.mp4"]
     (line,) = caplog.messages
     assert "1 video files; left out: 5 hidden or an editor's copies (" in line and "1 of other types (1 .doc)" in line

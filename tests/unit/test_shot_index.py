@@ -16,7 +16,8 @@ from megatron_fsvideo.config import VideoDataConfig
 from megatron_fsvideo.data import shot_index
 from megatron_fsvideo.data.clip_dataset import open_clips
 from megatron_fsvideo.data.draws import MULTINOMIAL_UP_TO, WeightedDraw
-from megatron_fsvideo.data.shot_index import INDEX_FOLDER, ShotIndex
+from megatron_fsvideo.data.listing import INDEX_FOLDER
+from megatron_fsvideo.data.shot_index import ShotIndex
 from megatron_fsvideo.data.shots import find_shots
 from megatron_fsvideo.data.video import measure, write_video
 

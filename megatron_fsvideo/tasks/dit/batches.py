@@ -174,7 +174,8 @@ def check_data_fits_model(dataset: LatentDataset, model: DiTConfig, parallel: Di
         ("image_embed_dim", dataset.image_embed_dim, model.image_embed_dim),
     ):
         if wants != has and not (wants == 0 and name != "latent_channels"):
-            raise ValueError(f"{name} of the model is {wants}, of the dataset {dataset.folders[0]} {has}")
+            flag = f"--{name.replace('_', '-')} {has}"
+            raise ValueError(f"{name} of the model is {wants}, of the dataset {dataset.folders[0]} {has}: give {flag}")
     for bucket, num_tokens in dataset.bucket_tokens(model.patch_size).items():
         check_token_count(num_tokens, f"bucket {bucket} of {dataset.folders[0]}", parallel)
 
