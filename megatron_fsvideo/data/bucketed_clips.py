@@ -67,6 +67,10 @@ class BucketedClips:
         for bucket in sorted(set(buckets) - set(self.buckets)):
             print(f"no shot serves the bucket {bucket}: it is left out", file=sys.stderr, flush=True)
 
+    def num_shots(self, bucket: Bucket) -> int:
+        """Shots that serve a bucket."""
+        return len(self._shots[bucket])
+
     def choose_bucket(self, batch: int, is_image: bool) -> Bucket:
         """The bucket of batch `batch`, among those of one frame or among the others.
 

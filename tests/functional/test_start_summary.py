@@ -62,3 +62,6 @@ def test_an_autoencoder(tmp_path):
     assert re.search(r"^fsae: [\d,]+ parameters; adam, ", text, re.M), text
     assert f"data: 1 shots of 1 files in {tmp_path / 'videos'}; batches of " in text
     assert "iterations 1 to 1; nothing is saved (no --save)" in lines
+    buckets = ["--buckets", "5x32x32", "9x32x32", "--image-fraction", "0"]
+    text = "\n".join(printed([*argv, *buckets], tmp_path / "log2", 1, fsae_main))
+    assert re.search(r"batches of \d+ of 5x32x32 \(1 shots\), \d+ of 9x32x32 \(1 shots\)$", text, re.M), text

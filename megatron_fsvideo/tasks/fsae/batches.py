@@ -97,7 +97,8 @@ class FSAEBatches:
         shots = f"{len(clips.shots):,} shots of {len({shot.path for shot in clips.shots}):,} files"
         whole = Bucket(data.num_frames, data.resolution, data.resolution)
         sizes = self.batch_sizes or {whole: training.global_batch_size}
-        batches = [f"{size:,} of {bucket}" for bucket, size in sorted(sizes.items())]
+        serving = {} if self._bucketed is None else {b: f" ({self._bucketed.num_shots(b):,} shots)" for b in sizes}
+        batches = [f"{size:,} of {bucket}{serving.get(bucket, '')}" for bucket, size in sorted(sizes.items())]
         if phase.image_fraction or phase.image_warmup_iters:
             batches.append(f"{phase.image_batch_size:,} images")
         lines = [f"data: {shots} in {data.video_dir}; batches of {', '.join(batches)}"]
