@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import psutil
@@ -34,14 +35,16 @@ class FolderLock:
 
     Args:
         purpose: what the holder does, for the message to others.
+        rank: of the processes that share the folder; each has a lock of its own. The same rank of another job is
+            refused, and every job has a rank 0.
         beat: seconds between two touches of the file.
 
     Attributes:
         was_abandoned: the holder before was gone without letting the folder go: it was killed.
     """
 
-    def __init__(self, folder: Path, purpose: str, beat: float = _BEAT_SECONDS) -> None:
-        self.path = folder / LOCK_FILE
+    def __init__(self, folder: Path, purpose: str, rank: int = 0, *, beat: float = _BEAT_SECONDS) -> None:
+        self.path = folder / (f".lock.{rank}.json" if rank else LOCK_FILE)
         self._beat = beat
         self.was_abandoned = False
         self._stop = threading.Event()
@@ -75,6 +78,15 @@ class FolderLock:
         threading.Thread(target=self._keep_alive, name="folder lock", daemon=True).start()
         atexit.register(self.release)
 
+    def __enter__(self) -> "FolderLock":
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.release()
+
     def check(self) -> None:
         """Make sure that the lock is still this process's, before something is overwritten.
 
@@ -104,7 +116,7 @@ class FolderLock:
         return True
 
     def _take_over(self, holder: dict[str, Any]) -> None:
-        temporary = self.path.with_name(f"{LOCK_FILE}.{self._mine['token']}")
+        temporary = self.path.with_name(f"{self.path.name}.{self._mine['token']}")
         temporary.write_text(json.dumps(self._mine), encoding="utf-8")
         temporary.replace(self.path)
         time.sleep(0.05)  # two may have seen that the holder is gone: the last to write has the lock

@@ -99,3 +99,11 @@ def test_a_process_that_lost_its_lock_stops_writing(tmp_path):
         lock.check()
     lock.release()
     assert (tmp_path / LOCK_FILE).exists()
+
+
+def test_ranks_of_one_job_share_a_folder_and_those_of_another_do_not(holder, tmp_path):
+    with FolderLock(tmp_path / "run", "encoding", rank=3) as other:
+        assert other.path.name == ".lock.3.json"
+        with pytest.raises(FolderLockedError):
+            FolderLock(tmp_path / "run", "encoding", rank=0).acquire()
+    assert not other.path.exists()
