@@ -1,8 +1,8 @@
 """The base DiT's training in stages (paper section 3): images, video, larger video, at steps 1 : 2 : 2; then SFT.
 
 The paper gives resolutions, frames, the ratio of the steps and 300,000 clips for SFT. Rates, shifts, batches and the
-number of steps are choices (dit_spec 3.1, 3.4); an optimizer step of the two video stages has about half a million
-tokens. Each stage has a seed of its own: a sample that several stages see gets other noise.
+number of steps are our choices (docs/pretraining.md). An optimizer step of the two video stages has about half a
+million tokens. Each stage has a seed of its own: a sample that several stages see gets other noise.
 """
 
 from typing import Any

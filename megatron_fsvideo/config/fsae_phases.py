@@ -1,6 +1,6 @@
-"""The autoencoder's six training phases at the paper's sizes (paper section 2.2; fsae_spec section 5), as presets.
+"""The autoencoder's six training phases at the paper's sizes (paper section 2.2), as presets.
 
-Lengths of finetunes, learning rates, the share of images and the moving average are not in the paper: fsae_spec A29.
+Lengths of finetunes, learning rates, the share of images and the moving average are our choices, not the paper's.
 Sides are multiples of 64; "average resolution" means that shapes of about as many pixels stand for one number.
 """
 

@@ -182,7 +182,7 @@ def count_virtual_stages(model: DiTConfig, parallel: DiTParallelConfig) -> DiTPa
 
 
 def check_layout(model: DiTConfig, parallel: DiTParallelConfig) -> None:
-    """Refuse a parallel layout that the model's sizes do not allow (dit_spec 1.7's table).
+    """Refuse a parallel layout that the model's sizes do not allow.
 
     Raises:
         ValueError: naming both numbers.

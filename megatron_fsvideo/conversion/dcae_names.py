@@ -1,4 +1,4 @@
-"""DC-AE weights as the start of an FSAE (fsae_spec sections 1, 3): names, layouts, what fits.
+"""DC-AE weights (Chen et al. 2024, arXiv:2410.10733) as the start of an FSAE: names, layouts, what fits.
 
 Two spellings of one network: diffusers' `AutoencoderDC`, and MIT's own (mit-han-lab/efficientvit), which is renamed to
 the former first. Stages count from the pixel side in all of them. dc-ae-f32c32-sana-1.0 fits in every tensor of its six

@@ -1,4 +1,4 @@
-"""Parameter names of other implementations of Wan2.1's transformer and ours, one to one (dit_spec 1.3).
+"""Parameter names of other implementations of Wan2.1's transformer and ours, one to one.
 
 Two spellings: diffusers' WanTransformer3DModel and the original Wan2.1. Linears are separate in all three; our patch
 embedding is the linear layer that theirs spells as a convolution, their modulation tables have a leading axis of one,

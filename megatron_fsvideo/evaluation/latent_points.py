@@ -1,4 +1,4 @@
-"""Latents as points, one flattened clip each: from an autoencoder and videos, or from files (fsae_spec section 4).
+"""Latents as points, one flattened clip each: from an autoencoder and videos, or from files (paper Table 1).
 
 A point is a whole clip's latents: the dimensions that the paper reports exceed the channels of one position.
 """

@@ -1,6 +1,6 @@
 """The non-saturating logistic GAN loss with R1 (paper section 2.2.1; Goodfellow et al. 2014, Mescheder et al. 2018).
 
-All are means, so that their weights do not depend on the size of the video (fsae_spec section 4).
+All are means, so that their weights do not depend on the size of the video.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The latent regularisations that the paper compares Video VF with (Table 1; fsae_spec section 4).
+"""The latent regularisations that the paper compares Video VF with (paper Table 1).
 
 A change of the latents' grid must do to the video what it does to an image: `d(D(tau(z)), tau(x))`.
 

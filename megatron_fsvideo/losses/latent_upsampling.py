@@ -1,4 +1,4 @@
-"""What the latent upsampler learns from (paper section 2.4.1; fsae_spec section 7); training itself is still to come.
+"""The latent upsampler's loss and its inputs (paper section 2.4.1). There is no training job for it yet.
 
 A clip and its half-sized copy are encoded; the upsampler makes the clip's latents of the copy's:
 

@@ -1,6 +1,6 @@
 """The latent upsampler: latents of twice the rows and columns, between base model and refiner (paper section 2.4.1).
 
-A projection, a pixel shuffle, 16 residual blocks; what the paper leaves open is LTX-Video's (fsae_spec section 7). It
+A projection, a pixel shuffle, 16 residual blocks; what the paper leaves open follows LTX-Video's `LatentUpsampler`. It
 works on normalised latents (mean 0, deviation 1 per channel) and sees both ways in time.
 """
 

@@ -1,4 +1,4 @@
-"""Messages of one rank in one optimizer step, by kind (dit_spec 2.5; read off parallel/ and megatron-core).
+"""Messages of one rank in one optimizer step, by kind, as parallel/ and megatron-core send them.
 
 Bytes are those that a rank sends: a share (p - 1) / p of the whole tensor for a gather, a scatter or an all-to-all over
 p ranks, twice that for an all-reduce.

@@ -171,7 +171,7 @@ def search(model: DiTConfig, plan: PlanConfig, rates: RateConfig) -> Search:
 
 
 def refuse_sizes(model: DiTConfig, plan: PlanConfig, rates: RateConfig, tp: int, cp: int, pp: int) -> str | None:
-    """Why these sizes are no layout whatever else is chosen (dit_spec 1.7), or None."""
+    """Why these sizes form no valid layout, whatever else is chosen; None if they may."""
     if plan.num_gpus % (tp * cp * pp):
         return f"TP {tp} x CP {cp} x PP {pp} = {tp * cp * pp} does not divide num_gpus {plan.num_gpus}"
     if tp > rates.gpus_per_node:

@@ -67,7 +67,7 @@ def _compute_seconds(case: Case, stage: int, rates: RateConfig) -> dict[str, flo
     again = recomputed_share("layer_memory_mix", model, case.parallel)
     state = state_bytes(case) * case.num_microbatches
     reads = sum(number for number in layers if number > 1) if model.layer_memory else 0
-    # Forward reads l states and writes one (dit_spec 2.4); backward reads them twice, for the weights and for the pull.
+    # Forward reads l states and writes one; backward reads them twice, for the weights and for the pull.
     moved = (reads + len(layers)) * (1 + again) + 2 * reads + 4 * len(layers) if reads else 0.0
     elementwise = rates.elementwise_passes * len(layers) * (3 + again)
     bandwidth = rates.memory_gbs * 1e9

@@ -1,4 +1,4 @@
-"""Parameters of one rank, and the bytes that weights, gradients and optimizer hold (dit_spec 1.2; docs/planning.md)."""
+"""Parameters of one rank, and the bytes that weights, gradients and optimizer hold (docs/planning.md)."""
 
 from typing import NamedTuple
 

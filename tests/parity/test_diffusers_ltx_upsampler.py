@@ -1,4 +1,4 @@
-"""The latent upsampler with LTX-Video's options equals diffusers' LTXLatentUpsamplerModel (fsae_spec section 7)."""
+"""The latent upsampler with LTX-Video's options equals diffusers' LTXLatentUpsamplerModel."""
 
 import pytest
 import torch

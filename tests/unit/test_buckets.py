@@ -32,7 +32,7 @@ def test_size_must_be_a_multiple_of_the_factor():
 
 
 def test_latent_shape_and_tokens():
-    # dit_spec 1.1: 704x1280x121 is 31x11x20 = 6820 tokens.
+    # 704x1280x121 is 31x11x20 = 6820 tokens.
     assert Bucket(121, 704, 1280).latent_shape(64) == (31, 11, 20)
     assert Bucket(121, 704, 1280).num_tokens(64) == 6820
     assert Bucket(9, 96, 96).num_tokens(8) == 432

@@ -1,4 +1,4 @@
-"""FLOP counts: the numbers of dit_spec section 8, and torch's own counter on a real model."""
+"""FLOP counts: those behind the paper's Table 4, and torch's own counter on a real model."""
 
 import dataclasses
 

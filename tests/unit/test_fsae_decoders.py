@@ -1,4 +1,4 @@
-"""The Standard and Lite decoders (fsae_spec section 10: properties 1, 3, 5, 6, 11, 12, 16, 34)."""
+"""The Standard and Lite decoders (paper section 2.2.3)."""
 
 import pytest
 import torch

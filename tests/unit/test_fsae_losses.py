@@ -1,4 +1,4 @@
-"""The autoencoder's losses against formulas written out, finite differences and invariances (fsae_spec section 10)."""
+"""The autoencoder's losses against formulas written out, finite differences and invariances."""
 
 import math
 from pathlib import Path

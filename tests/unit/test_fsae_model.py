@@ -1,4 +1,4 @@
-"""The causal autoencoder's properties (fsae_spec section 10: 1-6, 8, 9, 13-15, 34). Weights random, fp64, so exact."""
+"""The causal autoencoder's properties (paper section 2.2). Weights are random and in fp64, so results are exact."""
 
 import pytest
 import torch

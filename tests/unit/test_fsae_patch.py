@@ -1,4 +1,4 @@
-"""Training with less memory gives the same numbers (fsae_spec section 10: properties 17, 18, 29)."""
+"""Training with less memory gives the same numbers."""
 
 import pytest
 import torch

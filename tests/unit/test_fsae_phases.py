@@ -1,4 +1,4 @@
-"""Moves between decoder kinds, and the tool that makes them (fsae_spec section 10: properties 10, 12)."""
+"""Moves between decoder kinds, and the tool that makes them."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Slices and tiles (fsae_spec section 10: properties 4, 5, 19, 20)."""
+"""Slices and tiles."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The latent upsampler and its losses (fsae_spec sections 7 and 10)."""
+"""The latent upsampler and its losses (paper section 2.4.1)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The layout planner: its memory is the allocator's, its messages are those sent, its refusals are dit_spec 1.7's."""
+"""The layout planner: its memory is the allocator's, its messages are those sent, its refusals are tested."""
 
 import dataclasses
 import functools
@@ -116,28 +116,28 @@ def test_messages_are_those_sent(name):
         assert planned == pytest.approx(measured["messages"], rel=0.01)
 
 
-def test_parameters_of_the_specification():
+def test_parameters_at_the_papers_sizes():
     whole = Case(PAPER, DiTParallelConfig(), Rows(1984))
     assert stage_parameters(whole, 0).total == 16_399_993_728 + 819
     plain = dataclasses.replace(whole, model=dataclasses.replace(PAPER, layer_memory=False))
     assert stage_parameters(plain, 0).total == 16_395_800_448
-    # 18 bytes a parameter (dit_spec 1.2), less where the model is fp32 and has no master copy.
+    # 18 bytes a parameter, less where the model is fp32 and has no master copy.
     assert sum(weight_bytes(dataclasses.replace(whole, has_ema=False), 0).values()) / 1e9 == pytest.approx(
         295, rel=0.01
     )
 
 
-def test_bank_and_packs_of_the_specification():
+def test_bank_and_packs_at_the_papers_sizes():
     whole = Case(PAPER, DiTParallelConfig(recompute_granularity="full"), Rows(1984))
     memory = activation_memory(whole, 0)
-    assert memory["layer-memory bank"] / 1e9 == pytest.approx(0.81, rel=0.01)  # dit_spec 2.3
+    assert memory["layer-memory bank"] / 1e9 == pytest.approx(0.81, rel=0.01)
     assert memory["activations"] == 0
     stages = Case(PAPER, DiTParallelConfig(pipeline_model_parallel_size=4), Rows(1984))
     sent = []
     for stage in range(4):
         kinds = {traffic.kind: traffic for traffic in step_traffic(stages, stage)}
         sent.append(kinds["PP states and their gradients"].num_bytes / 1e6)
-    # dit_spec 2.5: boundaries of 224, 427 and 630 MB; a stage sends states forward and gradients backward.
+    # Boundaries of 224, 427 and 630 MB; a stage sends states forward and gradients backward.
     assert sent == pytest.approx([224, 224 + 427, 427 + 630, 630], rel=0.005)
 
 

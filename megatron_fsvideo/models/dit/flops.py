@@ -1,4 +1,4 @@
-"""Floating-point operations of the DiT, 2 per multiply-add of its matrix products (dit_spec section 8).
+"""Floating-point operations of the DiT, 2 per multiply-add of its matrix products.
 
     forward_flops      one forward pass of one sample
     training_flops     what forward and backward must compute: the model FLOPs of which MFU is a share

@@ -5,7 +5,8 @@
     x = x + CrossAttention(LN(x), text, image)
     x = x + gate2 * FFN(LN(x) (1 + scale2) + shift2)
 
-Wan2.1's block (dit_spec 1.4) with the paper's layer memory (section 2.3). Modulation is in fp32.
+This is Wan2.1's block (wan/modules/model.py, `WanAttentionBlock`) with the paper's layer memory (section 2.3).
+Modulation is in fp32.
 """
 
 import torch

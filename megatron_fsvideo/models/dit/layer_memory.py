@@ -8,7 +8,7 @@ token, for all heads alike:
     m = sum_i w_i X_i                        eq. 7
     keys' and values' source = LN(m) (1 + scale) + shift
 
-Queries and the residual still come from X_{l-1} (eq. 8). Decisions that the paper leaves open (dit_spec 2.2): what keys
+Queries and the residual still come from X_{l-1} (eq. 8). Our choices where the paper leaves them open: what keys
 and values get is normed and modulated as queries are; the variant `normalized` norms each X_i instead of m; logits,
 softmax and sum are in fp32; the bias makes X_{l-1} weigh `layer_memory_init` at the start, and W starts at zero.
 

@@ -35,7 +35,7 @@ def slice_of_whole(whole: Tensor, parameter: nn.Parameter, tp_rank: int, tp_size
 
 @torch.no_grad()
 def initialize_weights(model: DiTModel, seed: int) -> None:
-    """Wan2.1's initial weights (dit_spec 1.1), and the router's identity-leaning start."""
+    """Set Wan2.1's initial weights (wan/modules/model.py, `init_weights`); routers start near the identity."""
     tp_rank, tp_size = model.pgs.tp_rank, model.pgs.tp_size
     for name, parameter in named_global_parameters(model):
         whole = initial_value(name, _whole_shape(parameter, tp_size), model.model_config, seed)

@@ -1,4 +1,4 @@
-"""DINOv2's patch tokens, frame by frame: what the latents are aligned with (paper section 2.2.2; fsae_spec A14)."""
+"""DINOv2's patch tokens, frame by frame. Video VF aligns the latents with them (paper section 2.2.2)."""
 
 from math import sqrt
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Perceptual distance in the feature space of a frozen network (paper section 2.2.3; fsae_spec section 4).
+"""Perceptual distance in the feature space of a frozen network (paper section 2.2.3).
 
 LPIPS (Zhang et al. 2018, arXiv:1801.03924): features of each frame, unit length at every position, squared difference,
 weighted per channel, averaged over positions, summed over layers. Trunks:

@@ -1,4 +1,4 @@
-"""3x3x3 convolutions that differ in the frames they see (paper sections 2.2.1, 2.2.3; fsae_spec 2.3, 2.5, 2.6).
+"""3x3x3 convolutions that differ in the frames they see (paper sections 2.2.1, 2.2.3).
 
 |  | sees | used by |
 |---|---|---|

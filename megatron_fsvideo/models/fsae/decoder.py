@@ -1,4 +1,4 @@
-"""The decoder in its three kinds (paper sections 2.2.1, 2.2.3; fsae_spec 2.2, 2.5, 2.6).
+"""The decoder in its three kinds (paper sections 2.2.1, 2.2.3).
 
 | kind | a frame sees | streams | first frame, noise | widths |
 |---|---|---|---|---|

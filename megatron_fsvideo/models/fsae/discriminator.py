@@ -1,4 +1,4 @@
-"""The 3D multiscale discriminator (paper section 2.2.1; fsae_spec section 4 and A11): PatchGANs on shrunken videos.
+"""The 3D multiscale discriminator (paper section 2.2.1): PatchGANs on shrunken videos.
 
 pix2pixHD's scheme with 3D kernels: every scale has a network of its own and sees the video averaged to 1, 1/2, 1/4 of
 its frames and sides. There is no normalisation, because R1 asks for the gradient of each sample alone, and no

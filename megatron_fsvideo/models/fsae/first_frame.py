@@ -1,4 +1,4 @@
-"""Decoder attention to the encoder's features of the first frame (paper section 2.2.3, Figure 3; fsae_spec 2.5).
+"""Decoder attention to the encoder's features of the first frame (paper section 2.2.3, Figure 3).
 
 The image that a video is generated from is known in full detail; the latents are not. In five stages (6 to 2 of the
 paper's sizes) every frame's positions look up the first frame's features of the same resolution. Large frames are cut

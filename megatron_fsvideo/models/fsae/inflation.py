@@ -1,4 +1,4 @@
-"""From images to video: 2D kernels become 3D ones, and image-trained temporal taps begin video (fsae_spec section 3).
+"""From images to video: 2D kernels become 3D ones, and image-trained temporal taps begin video.
 
 An image kernel goes to the tap of the present frame: the network is then the image network applied frame by frame.
 """

@@ -40,7 +40,7 @@ class PixelNorm(nn.Module):
 def space_to_channels(x: Tensor, factor: Factor) -> Tensor:
     """[b, c, t*pt, h*ph, w*pw] -> [b, c*ph*pw*pt, t, h, w], pt fastest.
 
-    Time is fastest so that group means over an image or a static clip equal DC-AE's 2D ones (fsae_spec section 0).
+    Time is fastest so that group means over an image or a static clip equal DC-AE's 2D ones.
     """
     b, c, frames, height, width = x.shape
     pt, ph, pw = factor

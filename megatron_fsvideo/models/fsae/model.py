@@ -1,4 +1,4 @@
-"""The video autoencoder (paper section 2.2, fsae_spec 2): causal encoder; causal, Standard or Lite decoder; streaming.
+"""The video autoencoder (paper section 2.2): causal encoder; causal, Standard or Lite decoder; streaming.
 
 Shapes: video [b, 3, f, h, w] in [-1, 1] with f = 4k+1; latents [b, c, k+1, h/s, w/s]. Latent 0 is frame 0, latent i
 is frames 4i-3 .. 4i. A video may be encoded in chunks with equal results, and decoded unless the decoder is Standard:

@@ -1,4 +1,4 @@
-"""Decoding a patch for training (paper section 2.2.1 "we randomly extract a small 3D patch"; fsae_spec section 3).
+"""Decoding a patch for training (paper section 2.2.1 "we randomly extract a small 3D patch").
 
 The inner decoder runs on everything; its features are cut to a box, and only the box goes through the three outer
 stages, which need nearly all the memory. At edges that are no borders of the frame the convolutions' padding is wrong:

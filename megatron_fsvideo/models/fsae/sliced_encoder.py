@@ -1,4 +1,4 @@
-"""Encoding a long video in training with the memory of a slice (fsae_spec 2.4, section 3).
+"""Encoding a long video in training with the memory of a slice.
 
 The encoder streams, and each slice's inside is computed again in the backward pass. What passes from slice to slice,
 the last input frames of each convolution, is an input and an output of the recomputed function: gradients flow.

@@ -1,4 +1,4 @@
-"""Encoding large frames in training with the memory of a tile, exactly (fsae_spec 2.4, section 3).
+"""Encoding large frames in training with the memory of a tile, exactly.
 
 The encoder's outer stages, before the latents' frame rate, need nearly all its memory. They have no attention, so they
 can run on tiles of the frame with a margin as wide as their convolutions reach, each computed again in the backward

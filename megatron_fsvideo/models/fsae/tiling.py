@@ -1,4 +1,4 @@
-"""Videos of any length and size through an autoencoder, in tiles (paper sections 2.2.1, 2.2.3; fsae_spec section 3).
+"""Videos of any length and size through an autoencoder, in tiles (paper sections 2.2.1, 2.2.3).
 
 Time: the encoder, and causal and Lite decoders, go through a video in slices with the result of one call. A Standard
 decoder sees both ways, so its temporal tiles overlap and are blended. Space: attention sees whole frames, so spatial
