@@ -31,7 +31,7 @@ from megatron_fsvideo.config import (
 )
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.models.dit.flops import Rows, forward_flops, peak_tflops, total
+from megatron_fsvideo.models.flops import Rows, forward_flops, peak_tflops, total
 
 if TYPE_CHECKING:
     from torch import Tensor

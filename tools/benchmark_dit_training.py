@@ -36,7 +36,7 @@ from megatron_fsvideo.config import (
 )
 from megatron_fsvideo.config.rules import Checked, Count, PathText, PositiveInt
 from megatron_fsvideo.data.outputs import check_outputs, write_json
-from megatron_fsvideo.models.dit.flops import Rows, hardware_flops, peak_tflops, total, training_flops
+from megatron_fsvideo.models.flops import Rows, hardware_flops, peak_tflops, total, training_flops
 
 if TYPE_CHECKING:
     import torch

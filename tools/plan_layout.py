@@ -24,7 +24,7 @@ from megatron_fsvideo.config import (
     run_script,
     spell_flags,
 )
-from megatron_fsvideo.models.dit.flops import forward_flops, hardware_flops, total, training_flops
+from megatron_fsvideo.models.flops import forward_flops, hardware_flops, total, training_flops
 from megatron_fsvideo.planning.communication import step_traffic
 from megatron_fsvideo.planning.layouts import Plan, PlanConfig, Search, search
 from megatron_fsvideo.planning.rates import RateConfig

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_fsvideo.config import DiTConfig, DiTParallelConfig
-from megatron_fsvideo.models.dit.flops import Rows
+from megatron_fsvideo.models.flops import Rows
 
 
 @dataclass(frozen=True)

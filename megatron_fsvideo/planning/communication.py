@@ -6,7 +6,7 @@ p ranks, twice that for an all-reduce.
 
 from dataclasses import dataclass
 
-from megatron_fsvideo.models.dit.flops import recomputed_share
+from megatron_fsvideo.models.flops import recomputed_share
 from megatron_fsvideo.planning.activations import FP32, state_bytes
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.weights import embedder_parameters, stage_parameters, weight_bytes

@@ -8,7 +8,7 @@ from typing import Literal
 from megatron_fsvideo.config import Compression, DiTConfig, DiTParallelConfig, check_layout, check_token_count
 from megatron_fsvideo.config.rules import Checked, NonNegative, Positive, PositiveInt
 from megatron_fsvideo.config.training import Decay
-from megatron_fsvideo.models.dit.flops import Rows
+from megatron_fsvideo.models.flops import Rows
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.memory import MemoryByPart, peak_memory
 from megatron_fsvideo.planning.rates import RateConfig

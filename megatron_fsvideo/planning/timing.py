@@ -1,6 +1,6 @@
 """An estimate of the time of an optimizer step from stated rates. It ranks layouts; it is not a measurement."""
 
-from megatron_fsvideo.models.dit.flops import LAYER_PARTS, hardware_flops, recomputed_share, total, training_flops
+from megatron_fsvideo.models.flops import LAYER_PARTS, hardware_flops, recomputed_share, total, training_flops
 from megatron_fsvideo.planning.activations import state_bytes
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.communication import step_traffic

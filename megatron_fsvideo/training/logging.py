@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_fsvideo.config import LoggingConfig, require
 from megatron_fsvideo.data.outputs import try_folder, write_text
 from megatron_fsvideo.data.text_files import read_jsonl, read_lines
-from megatron_fsvideo.models.dit.flops import peak_tflops
+from megatron_fsvideo.models.flops import peak_tflops
 from megatron_fsvideo.parallel.machine import device_name
 from megatron_fsvideo.training.state import StepResult, TrainState
 

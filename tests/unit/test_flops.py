@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from megatron_fsvideo.config import DiTConfig, DiTParallelConfig
-from megatron_fsvideo.models.dit.flops import (
+from megatron_fsvideo.models.flops import (
     Rows,
     forward_flops,
     hardware_flops,

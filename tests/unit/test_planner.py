@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_fsvideo.config import DIT_PRESETS, DiTConfig, DiTJob, DiTParallelConfig, parse_job
-from megatron_fsvideo.models.dit.flops import Rows
+from megatron_fsvideo.models.flops import Rows
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.communication import step_traffic
 from megatron_fsvideo.planning.layouts import PlanConfig, search

@@ -9,7 +9,7 @@ import pytest
 from megatron_fsvideo.config import DIT_PRESETS, DiTJob, check_token_count, parse_job
 from megatron_fsvideo.data.batch_sizes import micro_batch_sizes
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.models.dit.flops import Rows
+from megatron_fsvideo.models.flops import Rows
 from megatron_fsvideo.planning.case import Case
 from megatron_fsvideo.planning.memory import peak_memory
 from megatron_fsvideo.tasks.dit.batches import sharing, step_sizes

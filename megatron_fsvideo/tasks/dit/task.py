@@ -11,8 +11,8 @@ from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.evaluation.router_images import RouterImages
 from megatron_fsvideo.inference.validation_videos import ValidationVideos
 from megatron_fsvideo.models.codecs import LatentScale
-from megatron_fsvideo.models.dit.flops import dit_training_flops
 from megatron_fsvideo.models.dit.layer_memory import count_frozen_routers
+from megatron_fsvideo.models.flops import dit_training_flops
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
 from megatron_fsvideo.tasks.dit.batches import (
     BatchSource,
