@@ -1,4 +1,4 @@
-"""What layer memory asks of a kernel: mix, norm and modulate; the backward of that; and the pulled gradient.
+"""Interface of layer memory's kernels: mix, norm and modulate; the backward of that; and the pulled gradient.
 
 Letters: s tokens of this rank, b samples, h channels, l states that a layer reads.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class MixResult(NamedTuple):
-    """What the forward computes; all but `output` is what its backward needs again.
+    """Results of the forward pass. The backward pass needs all of them except `output`.
 
     Attributes:
         output: keys' and values' source [s, b, h], in the states' dtype.

@@ -10,7 +10,7 @@ from megatron_fsvideo.kernels.mixing import MixResult, MixSettings
 
 
 def mix(logits: Tensor, states: list[Tensor], shift: Tensor, scale: Tensor, settings: MixSettings) -> MixResult:
-    """See `Mixer.mix`."""
+    """Mix, norm and modulate the states (`Mixer.mix` defines arguments and result)."""
     weights = torch.softmax(logits, dim=-1)
     sources = (_layer_norm(state, settings.epsilon)[0] if settings.norms_states else state for state in states)
     memory = torch.zeros_like(states[0], dtype=torch.promote_types(states[0].dtype, torch.float32))
@@ -28,7 +28,7 @@ def mix(logits: Tensor, states: list[Tensor], shift: Tensor, scale: Tensor, sett
 def mix_backward(
     gradient: Tensor, result: MixResult, states: list[Tensor], scale: Tensor, settings: MixSettings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `Mixer.mix_backward`."""
+    """Backward of `mix` up to the mix itself (`Mixer.mix_backward` defines arguments and results)."""
     gradient = gradient.to(result.weights.dtype)
     shift_gradient = gradient.sum(0)
     normed = result.memory
@@ -52,7 +52,7 @@ def mix_backward(
 def pull(
     gradients: list[Tensor], index: int, reads: list[tuple[Tensor, Tensor]], state: Tensor, settings: MixSettings
 ) -> Tensor:
-    """See `Mixer.pull`."""
+    """Whole gradient of one state from all its readers (`Mixer.pull` defines arguments and result)."""
     total = torch.zeros_like(state, dtype=torch.promote_types(state.dtype, torch.float32))
     for weights, mix_gradient in reads:
         total.addcmul_(weights[..., index, None], mix_gradient.to(total.dtype))

@@ -26,7 +26,7 @@ STAGES = 4
 
 
 def mix(logits: Tensor, states: list[Tensor], shift: Tensor, scale: Tensor, settings: MixSettings) -> MixResult:
-    """See `Mixer.mix`."""
+    """Mix, norm and modulate the states (`Mixer.mix` defines arguments and result)."""
     states = _contiguous(states)
     tokens, batch, hidden = states[0].shape
     output = torch.empty_like(states[0])
@@ -61,7 +61,7 @@ def mix(logits: Tensor, states: list[Tensor], shift: Tensor, scale: Tensor, sett
 def mix_backward(
     gradient: Tensor, result: MixResult, states: list[Tensor], scale: Tensor, settings: MixSettings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `Mixer.mix_backward`."""
+    """Backward of `mix` up to the mix itself (`Mixer.mix_backward` defines arguments and results)."""
     states = _contiguous(states)
     tokens, batch, hidden = states[0].shape
     mix_gradient = torch.empty_like(states[0])
@@ -100,7 +100,7 @@ def mix_backward(
 def pull(
     gradients: list[Tensor], index: int, reads: list[tuple[Tensor, Tensor]], state: Tensor, settings: MixSettings
 ) -> Tensor:
-    """See `Mixer.pull`."""
+    """Whole gradient of one state from all its readers (`Mixer.pull` defines arguments and result)."""
     if not reads:  # no addresses to hand over: a stage of one layer, or the first layer's input alone
         return torch_mixing.pull(gradients, index, reads, state, settings)
     tokens, batch, hidden = state.shape

@@ -89,7 +89,7 @@ def training_flops(model: DiTConfig, rows: Rows) -> FlopCount:
 
 
 def hardware_flops(model: DiTConfig, rows: Rows, parallel: DiTParallelConfig) -> FlopCount:
-    """The same with what recomputation repeats."""
+    """Operations of one sample's forward and backward pass, by part, including what recomputation repeats."""
     parts = training_flops(model, rows)
     for name, work in forward_flops(model, rows).items():
         parts[name] += work * recomputed_share(name, model, parallel)

@@ -1,4 +1,4 @@
-"""How the optimizer treats each parameter. Every network says it of every parameter that it has."""
+"""How the optimizer treats each parameter. Every network gives a rule for every parameter it has."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class ParameterRule:
     lr_mult: float = 1.0
 
     def learning(self, lr_mult: float) -> "ParameterRule":
-        """The same rule at another learning rate."""
+        """Return this rule with another multiple of the learning rate."""
         return replace(self, lr_mult=lr_mult)
 
 

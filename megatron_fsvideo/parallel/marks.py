@@ -18,7 +18,7 @@ from megatron_fsvideo.parallel.groups import ProcessGroups
 
 
 def mark_sees_local_tokens(parameters: Iterable[nn.Parameter], sequence_parallel: bool) -> None:
-    """Parameters that are whole on every rank and act on this rank's tokens."""
+    """Mark replicated parameters that are applied only to this rank's tokens."""
     for parameter in parameters:
         parameter.sequence_parallel = sequence_parallel
 

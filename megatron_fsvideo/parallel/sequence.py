@@ -28,7 +28,7 @@ def local_slice(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 
 
 def all_gather_slices(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """The inverse of `local_slice`, without gradient."""
+    """Join the ranks' parts along `dim` in rank order: the whole tensor, on every rank. No gradient flows."""
     if group.size() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
@@ -37,17 +37,17 @@ def all_gather_slices(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 
 
 def scatter_tokens(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """`local_slice` of what every rank holds whole; backward: every rank gets the gradient of the whole tensor."""
+    """This rank's part of a tensor that every rank holds whole. Backward: every rank gets the whole gradient."""
     return local_slice(tensor, dim, group) if group.size() == 1 else _Scatter.apply(tensor, dim, group)
 
 
 def gather_tokens(tensor: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """The inverse of `local_slice` for ranks that all go on to the same loss (backward: each takes its own slice)."""
+    """Join the ranks' parts, where all ranks go on to the same loss. Backward: each rank takes its own slice."""
     return tensor if group.size() == 1 else _GatherForSameLoss.apply(tensor, dim, group)
 
 
 def all_gather_each(tensors: list[Tensor], dims: list[int], group: ProcessGroup) -> list[Tensor]:
-    """`all_gather_slices` of many tensors of one type in one collective."""
+    """Join the ranks' parts of many tensors of one type in one collective. No gradient flows."""
     sizes = [tensor.numel() for tensor in tensors]
     ranks = [flat.split(sizes) for flat in _all_gather_flat(torch.cat([t.flatten() for t in tensors]), group)]
     return [
@@ -123,7 +123,7 @@ def tokens_to_heads(tensor: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def heads_to_tokens(tensor: Tensor, group: ProcessGroup) -> Tensor:
-    """The inverse of `tokens_to_heads`."""
+    """Ulysses all-to-all: some heads of all tokens [s, b, n/p, d] -> all heads of some tokens [s/p, b, n, d]."""
     return tensor if group.size() == 1 else _AllToAll.apply(tensor, 0, 2, group)
 
 

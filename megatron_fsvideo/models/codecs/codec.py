@@ -14,7 +14,7 @@ from megatron_fsvideo.models.codecs.scale import LatentScale
 
 
 class LatentCodec(Protocol):
-    """From video to latents as they are stored, not normalised, and back. Inputs may lie on any device.
+    """Encodes video to latents as they are stored, not normalised, and decodes them. Inputs may lie on any device.
 
     Attributes:
         compression: factors between pixels and latents, legal sizes and the latents' shape.
@@ -27,49 +27,52 @@ class LatentCodec(Protocol):
     identity: CodecIdentity
 
     def encode(self, video: Tensor) -> Tensor:
-        """Video -> latents, with the memory of a slice."""
+        """Encode a whole video to latents, with the memory of a slice."""
 
     def encode_stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        """A video that comes in parts [b, 3, any, H, W] -> its latents in parts.
+        """Encode a video that comes in parts [b, 3, any, H, W]; yields its latents in parts.
 
         The last frame is repeated until there are 4k+1.
         """
 
     def decode(self, latents: Tensor, first_frame: Tensor | None = None, noise_seed: int = 0) -> Tensor:
-        """Latents -> video, with the memory of a slice or tile beside the result."""
+        """Decode latents to a whole video, with the memory of a slice or tile beside the result.
+
+        The arguments are those of `decode_stream`.
+        """
 
     def decode_stream(
         self, latents: Iterable[Tensor], first_frame: Tensor | None = None, noise_seed: int = 0
     ) -> Iterator[Tensor]:
-        """Latents that come in parts [b, c, any, h, w] -> the video in parts.
+        """Decode latents that come in parts [b, c, any, h, w]; yields the video in parts.
 
         Args:
-            first_frame: [b, 3, 1, H, W] in [-1, 1], for decoders that attend to it. Where it is not known, what the
-                first latent decodes to takes its place.
-            noise_seed: which noise a decoder adds.
+            first_frame: [b, 3, 1, H, W] in [-1, 1], for decoders that attend to it. None uses what the first latent
+                decodes to.
+            noise_seed: seed of the noise that a decoder adds.
         """
 
 
 class ScaledCodec:
-    """A codec of normalised latents, fp32: the scale is a dataset's, or that of a checkpoint's data.
+    """A codec of normalised latents in fp32. Their scale is that of a dataset or of a checkpoint's data.
 
     Args:
-        codec: of latents as they are stored.
+        codec: the codec of latents as they are stored.
     """
 
     def __init__(self, codec: LatentCodec, scale: LatentScale) -> None:
         self.codec, self.scale = codec, scale
 
     def encode(self, video: Tensor) -> Tensor:
-        """Video -> normalised latents."""
+        """Encode a whole video to normalised latents."""
         return self.scale.normalize(self.codec.encode(video).float())
 
     def decode(self, latents: Tensor, first_frame: Tensor | None = None, noise_seed: int = 0) -> Tensor:
-        """Normalised latents -> video; arguments as `LatentCodec.decode_stream` has them."""
+        """Decode normalised latents to a whole video. The arguments are those of `LatentCodec.decode_stream`."""
         return self.codec.decode(self.scale.restore(latents), first_frame, noise_seed)
 
     def decode_stream(
         self, latents: Tensor, first_frame: Tensor | None = None, noise_seed: int = 0
     ) -> Iterator[Tensor]:
-        """Normalised latents -> the video in parts; arguments as `LatentCodec.decode_stream` has them."""
+        """Decode normalised latents; yields the video in parts. Arguments: see `LatentCodec.decode_stream`."""
         return self.codec.decode_stream([self.scale.restore(latents)], first_frame, noise_seed)

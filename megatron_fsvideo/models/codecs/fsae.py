@@ -24,7 +24,7 @@ MIN_TILE = 3
 
 
 class FSAECodec:
-    """An autoencoder that is not trained. Gradients flow to its inputs where the caller lets them.
+    """A frozen FSAE behind the interface `LatentCodec`. Gradients flow to its inputs if the caller enables them.
 
     Attributes:
         tiling: how slices and tiles are cut; None cuts at `PIXELS_PER_SLICE`.
@@ -42,13 +42,13 @@ class FSAECodec:
 
     @property
     def identity(self) -> CodecIdentity:
-        """Whose latents they are."""
+        """Fingerprints of the stored weights: the encoder's and those of all weights."""
         if self._identity is None:
             self._identity = CodecIdentity(fingerprint(self.fsae.encoder), fingerprint(self.fsae))
         return self._identity
 
     def with_scale(self, scale: LatentScale) -> ScaledCodec:
-        """The codec of latents normalised with a dataset's, or a checkpoint's, mean and deviation."""
+        """Return a codec of latents that are normalised with this mean and deviation."""
         return ScaledCodec(self, scale)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> "FSAECodec":
@@ -59,7 +59,7 @@ class FSAECodec:
         return self
 
     def encode(self, video: Tensor) -> Tensor:
-        """See `LatentCodec.encode`.
+        """Encode a whole video [b, 3, f, H, W] to latents [b, c, t, h, w], with the memory of a slice.
 
         Raises:
             ValueError: frames not 4k+1, or sides that are not multiples of the spatial factor.
@@ -73,7 +73,7 @@ class FSAECodec:
         return torch.cat([torch.cat(list(self.encode_stream([part])), dim=2) for part in video.split(samples)])
 
     def encode_stream(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        """See `LatentCodec.encode_stream`."""
+        """Encode a video that comes in parts [b, 3, any, H, W]; yields its latents in parts (`LatentCodec`)."""
         first, frames = _peek(frames)
         tiling = self.tiling or Tiling(self._latents_per_slice(len(first), *first.shape[-2:]), 0)
         # Cut before they are moved, so that a long part stays where it is.
@@ -81,7 +81,7 @@ class FSAECodec:
         yield from encode_frames(self.fsae, map(self._place, pieces), tiling)
 
     def decode(self, latents: Tensor, first_frame: Tensor | None = None, noise_seed: int = 0) -> Tensor:
-        """See `LatentCodec.decode`.
+        """Decode latents [b, c, t, h, w] to a whole video [b, 3, f, H, W], with the memory of a slice or tile.
 
         Raises:
             ValueError: another number of channels, or a first frame of another size.
@@ -91,7 +91,7 @@ class FSAECodec:
     def decode_stream(
         self, latents: Iterable[Tensor], first_frame: Tensor | None = None, noise_seed: int = 0
     ) -> Iterator[Tensor]:
-        """See `LatentCodec.decode_stream`."""
+        """Decode latents that come in parts [b, c, any, h, w]; yields the video in parts (`LatentCodec`)."""
         first, latents = _peek(map(self._place, latents))
         features = self._first_frame_features(first[:, :, :1], first_frame, noise_seed)
         tiling = self.tiling or self._decoder_tiling(first)
@@ -100,7 +100,7 @@ class FSAECodec:
     def _first_frame_features(
         self, first_latent: Tensor, first_frame: Tensor | None, noise_seed: int
     ) -> Sequence[Tensor] | None:
-        """What the decoder attends to; None for a causal decoder, which attends to nothing."""
+        """The first frame's encoder features, to which the decoder attends; None for a causal decoder."""
         if self.fsae.config.decoder == "causal":
             return None
         if first_frame is None:
@@ -124,7 +124,7 @@ class FSAECodec:
 
 
 def _peek(parts: Iterable[Tensor]) -> tuple[Tensor, Iterator[Tensor]]:
-    """The first part, and all parts, it included."""
+    """Return the first part, and an iterator over all parts including the first."""
     iterator = iter(parts)
     first = next(iterator)
     return first, chain([first], iterator)

@@ -1,4 +1,4 @@
-"""Whose latents these are: an autoencoder's encoder decides what latents mean, any decoder of it reads them.
+"""Identity of latents. The encoder decides what latents mean; every decoder trained for it reads them.
 
 A dataset's and a checkpoint's record hold the encoder's fingerprint and that of all weights, and in `fingerprint` the
 one that its shards carry. Earlier versions wrote only `fingerprint`, of all weights: such a record agrees with whatever

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LatentScale:
-    """Mean and standard deviation per channel of a latent dataset: a DiT knows latents of mean 0 and deviation 1."""
+    """Mean and standard deviation per channel of a latent dataset. The DiT sees latents of mean 0 and deviation 1."""
 
     mean: Sequence[float]
     std: Sequence[float]

@@ -63,7 +63,7 @@ def build_dit_chunks(
     device: torch.device | None = None,
     token_multiple: int | None = None,
 ) -> list[DiTModel]:
-    """The same with virtual pipeline stages, of which each rank holds several; the chunks share one configuration."""
+    """This rank's model chunks, one for each virtual pipeline stage. The chunks share one configuration."""
     check_layout(model_config, parallel)
     if parallel.fp8_format is not None and params_dtype != torch.bfloat16:
         raise ValueError(f"fp8_format {parallel.fp8_format} needs weights in bfloat16, got {params_dtype}")

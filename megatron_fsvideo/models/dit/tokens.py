@@ -41,7 +41,7 @@ def local_tokens(latents: Tensor, patch_size: Grid, group: ProcessGroup) -> Tens
 
 
 def unpatchify(tokens: Tensor, grid: Grid, patch_size: Grid) -> Tensor:
-    """The inverse of `patchify`: [b, n, c * pt * ph * pw] -> [b, c, t, h, w]; `grid` counts tokens."""
+    """Undo `patchify`: tokens [b, n, c * pt * ph * pw] -> latents [b, c, t, h, w]; `grid` counts tokens."""
     t, h, w = grid
     pt, ph, pw = patch_size
     batch = tokens.shape[0]

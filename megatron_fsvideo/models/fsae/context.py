@@ -25,7 +25,7 @@ class Window:
     frame_width: int
 
     def doubled(self) -> "Window":
-        """The same place at the resolution after an Up."""
+        """This window in positions of twice the resolution, as after an upsampling."""
         return Window(2 * self.top, 2 * self.left, 2 * self.frame_height, 2 * self.frame_width)
 
     def crop(self, frame: Tensor, height: int, width: int) -> Tensor:

@@ -40,7 +40,7 @@ class FrameShards(Stream):
 
     @property
     def first_latent(self) -> int:
-        """As `Stream.first_latent`, which is not known here: `position` is a rank.
+        """Latent frames before those that this process decodes. Only the first process knows it: `position` is a rank.
 
         Raises:
             ValueError: on all processes but the first.
@@ -63,7 +63,7 @@ class FrameShards(Stream):
 
     @property
     def weight(self) -> float:
-        """Of a mean over this process's frames, so that the mean over the processes is that over all frames."""
+        """Weight of a mean over this process's frames. The mean of the weighted means is the mean over all frames."""
         return (self.frames.stop - self.frames.start) * self.group.size() / self.num_frames
 
     def of(self, video: Tensor) -> Tensor:
@@ -80,12 +80,12 @@ class FrameShards(Stream):
         return join_frames(latents, start, self.num_latents, self.group)
 
     def look_back(self, module: nn.Module, frames: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
-        """As `Stream.look_back`; the frames come from the process before."""
+        """Return `frames`, and the `length` frames before them from the previous process (None on the first)."""
         frames, before, _ = exchange_frames(frames, length, 0, self.group)
         return frames, before if self.group.rank() > 0 else None
 
     def look_around(self, frames: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """As `Stream.look_around`; the frames come from the processes before and after."""
+        """Return `frames`, with the frame before and the frame after them from the neighbouring processes."""
         frames, before, after = exchange_frames(frames, 1, 1, self.group)
         rank, last = self.group.rank(), self.group.size() - 1
         return frames, before if rank > 0 else None, after if rank < last else None

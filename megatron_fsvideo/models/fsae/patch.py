@@ -47,7 +47,7 @@ class VideoRegion:
     columns: slice
 
     def of(self, video: Tensor) -> Tensor:
-        """That box of video [b, c, f, h, w]."""
+        """Cut this box out of a video [b, c, f, h, w]."""
         return video[:, :, self.frames, self.rows, self.columns]
 
 

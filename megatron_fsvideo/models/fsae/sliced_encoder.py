@@ -14,10 +14,12 @@ from megatron_fsvideo.models.fsae.streaming import StreamCache
 
 
 def encode_sliced(fsae: FSAE, video: Tensor, latents_per_slice: int) -> Tensor:
-    """As `FSAE.encode`, with the same gradients, for one more forward pass.
+    """Encode a video with the result and gradients of `FSAE.encode`, but the memory of a slice.
+
+    It costs one more forward pass.
 
     Raises:
-        ValueError: as `FSAE.encode`.
+        ValueError: a size that `FSAE.encode` refuses.
     """
     fsae.check_whole_video(video)
     convolutions = [module for module in fsae.encoder.modules() if isinstance(module, CausalConv3d)]

@@ -59,11 +59,11 @@ class StreamCache(Stream):
 
     @property
     def advances(self) -> bool:
-        """As `Stream.advances`: yes."""
+        """True: each call changes the cache, so a call cannot be repeated in a backward pass."""
         return True
 
     def look_back(self, module: nn.Module, frames: Tensor, length: int) -> tuple[Tensor, Tensor | None]:
-        """As `Stream.look_back`; remembers the last of `frames`, and of the older ones if the chunk is short."""
+        """Return `frames` and those before them, and remember the last `length` frames for the next chunk."""
         before = self.tails.get(module)
         joined = frames if before is None else torch.cat([before, frames], dim=2)
         if joined.shape[2] < length:

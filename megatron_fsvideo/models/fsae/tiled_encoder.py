@@ -38,14 +38,17 @@ def tile_halo(config: FSAEConfig) -> int:
 
 
 def encode_tiled(fsae: FSAE, video: Tensor, tile: int, shards: Stream | None = None) -> Tensor:
-    """As `FSAE.encode`, with the same gradients, for one more forward pass of the outer stages and their margins.
+    """Encode a video with the result and gradients of `FSAE.encode`, but the memory of a tile.
+
+    It costs one more forward pass of the outer stages and their margins.
 
     Args:
         tile: side of a tile without its margin, in pixels.
-        shards: as `decode_patch` takes it; then `video` is this process's frames.
+        shards: how this process's frames are joined to the others' (`FrameShards`); `video` then has only these frames.
 
     Raises:
-        ValueError: as `FSAE.encode`; a tile that is no positive multiple of CELL; outer stages with attention.
+        ValueError: a size that `FSAE.encode` refuses; a tile that is no positive multiple of CELL; outer stages with
+            attention.
     """
     if shards is None:
         fsae.check_whole_video(video)
