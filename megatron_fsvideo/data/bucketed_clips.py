@@ -125,10 +125,10 @@ class BucketedClips:
 def open_bucketed_clips(
     data: VideoDataConfig, buckets: Sequence[Bucket], seed: int
 ) -> tuple[BucketedClips, ClipDataset | None]:
-    """As `open_clips`, with training clips in buckets; held-out ones stay square crops.
+    """Open the training clips in buckets, and the held-out clips as square crops.
 
     Raises:
-        ValueError: as `open_clips`, or no shot serves a bucket.
+        ValueError: no folder given, no videos, no shot long enough, or no shot that serves a bucket.
     """
     shortest = min(bucket.num_frames for bucket in buckets)
     clips, held_out = open_clips(replace(data, num_frames=shortest, cache_gib=0.0), seed)

@@ -128,15 +128,15 @@ def expand(entry: VideoEntry, source: Source, options: ClipOptions) -> list[Clip
 
 
 def latent_key(clip: Clip, digest: str, fingerprint: str) -> str:
-    """What the latents depend on: source, clip range, bucket, frames, rate and the autoencoder's weights."""
+    """Hash of what the latents depend on: source, clip range, bucket, frames, rate, the autoencoder's weights."""
     return hash_key("latent", digest, clip.start, clip.bucket, f"{clip.fps:.6f}", fingerprint)
 
 
 def text_key(caption: str, encoder: str, max_length: int) -> str:
-    """What a text embedding depends on."""
+    """Hash of what a text embedding depends on."""
     return hash_key("text", caption, encoder, max_length)
 
 
 def image_key(clip: Clip, digest: str, encoder: str) -> str:
-    """What the first frame's embedding depends on."""
+    """Hash of what the first frame's embedding depends on."""
     return hash_key("image", digest, clip.start, clip.bucket.height, clip.bucket.width, encoder)

@@ -36,14 +36,14 @@ _Factor = Annotated[int, Meta(ge=1, le=4096)]
 
 
 class AutoencoderRecord(msgspec.Struct, omit_defaults=True):
-    """Whose latents a dataset holds.
+    """The autoencoder that made a dataset's latents.
 
     Attributes:
         path: where its weights are; generation looks for them there.
-        fingerprint: of its weights: latents of two fingerprints are never mixed.
+        fingerprint: identifies its weights. Latents of two fingerprints are never mixed.
         spatial_factor, temporal_factor: pixels and frames per latent position.
         latent_channels: c of latents [c, t, h, w].
-        encoder_fingerprint, weights_fingerprint: of the encoder alone and of all weights, where they are known.
+        encoder_fingerprint, weights_fingerprint: of the encoder only and of all weights; None if unknown.
     """
 
     path: str
@@ -56,7 +56,7 @@ class AutoencoderRecord(msgspec.Struct, omit_defaults=True):
 
     @classmethod
     def of(cls, codec: LatentCodec, path: str, fingerprint: str = "") -> "AutoencoderRecord":
-        """Of latents that `codec` makes.
+        """Make the record of an autoencoder whose latents `codec` makes.
 
         Args:
             path: where its weights are.
@@ -75,7 +75,7 @@ class AutoencoderRecord(msgspec.Struct, omit_defaults=True):
 
 
 class TextRecord(msgspec.Struct):
-    """What made the text embeddings [l, embed_dim], l at most `max_length`; `embed_dim` 0 is none."""
+    """The encoder that made the text embeddings [l, embed_dim], l at most `max_length`. `embed_dim` 0 means none."""
 
     name: str = "none"
     embed_dim: _Size = 0
@@ -83,7 +83,7 @@ class TextRecord(msgspec.Struct):
 
 
 class ImageRecord(msgspec.Struct):
-    """What made the first frames' embeddings [num_tokens, embed_dim]; `embed_dim` 0 is none."""
+    """The encoder that made the first frames' embeddings [num_tokens, embed_dim]. `embed_dim` 0 means none."""
 
     name: str = "none"
     embed_dim: _Size = 0
@@ -91,7 +91,7 @@ class ImageRecord(msgspec.Struct):
 
 
 class LatentSpace(msgspec.Struct):
-    """What made a dataset's tensors. Folders of one blend agree on it."""
+    """The autoencoder and encoders that made a dataset's tensors. Folders of one blend agree on them."""
 
     autoencoder: AutoencoderRecord
     text_encoder: TextRecord
@@ -153,7 +153,7 @@ def write_dataset_json(
     negative_text: Tensor,
     negative_prompt: str,
 ) -> None:
-    """Write what makes shards a dataset: `null_text.safetensors`, and then `dataset.json`.
+    """Complete a dataset: write `null_text.safetensors`, and then `dataset.json`.
 
     Args:
         manifests: of the dataset's shards, which hold at least one sample.

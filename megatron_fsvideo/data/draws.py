@@ -18,7 +18,7 @@ class WeightedDraw:
         self._until = np.cumsum(weights, dtype=np.int64)
 
     def __call__(self, generator: torch.Generator) -> int:
-        """An index."""
+        """Draw an index."""
         if self._weights is not None:
             return int(torch.multinomial(self._weights, 1, generator=generator))
         position = int(torch.randint(int(self._until[-1]), (1,), generator=generator))
@@ -26,5 +26,5 @@ class WeightedDraw:
 
 
 def draw(largest: int, generator: torch.Generator) -> int:
-    """A whole number in 0..largest."""
+    """Draw a whole number in 0..largest."""
     return int(torch.randint(largest + 1, (1,), generator=generator))

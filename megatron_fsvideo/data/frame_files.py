@@ -56,13 +56,13 @@ def open_frames(path: str | Path, table: FrameTable | None = None) -> "VideoRead
 
 
 class ImageReader:
-    """An image file, read as `VideoReader` reads a video.
+    """An image file behind the interface of `VideoReader`: a video of one frame.
 
     Args:
         table: its measures, if they are known.
 
     Attributes:
-        table, info, timeline: as those of a video of one frame.
+        table, info, timeline: those of a video of one frame.
     """
 
     def __init__(self, path: str | Path, table: FrameTable | None = None) -> None:
@@ -77,7 +77,7 @@ class ImageReader:
         self.close()
 
     def close(self) -> None:
-        """Nothing is open between calls."""
+        """Do nothing: no file is open between calls."""
 
     def read(
         self,
@@ -88,7 +88,7 @@ class ImageReader:
         fps: float | None = None,
         size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """The image as uint8 [1, h, w, 3]; arguments as those of `VideoReader.read`.
+        """Read the image as uint8 [1, h, w, 3]. The arguments are those of `VideoReader.read`.
 
         Raises:
             VideoError: another frame than the first is asked for, or the file cannot be read.
@@ -99,7 +99,7 @@ class ImageReader:
         return image if size is None else resize_and_crop(image, *size)
 
     def frames(self, indices: Sequence[int], size: tuple[int, int] | None = None) -> Iterator[np.ndarray]:
-        """The image for each index, which is 0, as `VideoReader.frames`."""
+        """Yield the image uint8 [h, w, 3] once for each index; every index is 0."""
         for index in indices:
             yield self.read(index, 1, size=size)[0].numpy()
 

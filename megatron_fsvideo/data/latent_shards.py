@@ -85,7 +85,7 @@ class SampleEntry:
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """Sums over all latent positions, per channel: mean and std of a dataset come from its shards' sums."""
+    """Sums over all latent positions, per channel. A dataset's mean and std follow from its shards' sums."""
 
     count: Count = 0
     total: tuple[float, ...] = ()

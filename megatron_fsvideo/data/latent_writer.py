@@ -28,7 +28,7 @@ from megatron_fsvideo.data.schema import checked
 
 @dataclass(frozen=True)
 class OwnClip:
-    """One clip as its owner has it. Tensors have any floating-point type, and are stored as bf16.
+    """One clip of the user's own tensors. They may have any floating-point type and are stored as bf16.
 
     Attributes:
         latents: [c, t, h, w], not normalised. `latents[:, 0]` is the first frame's alone.
@@ -49,7 +49,7 @@ class OwnClip:
 
 
 class LatentShardWriter:
-    """Writes clips to the shards of a dataset folder, and then what makes them a dataset.
+    """Writes clips to the shards of a dataset folder, and then `dataset.json`.
 
         writer = LatentShardWriter("data/latents", space)
         writer.write(clips)  # a generator: one clip is in memory at a time

@@ -90,7 +90,7 @@ def try_folder(folder: str | Path) -> None:
     """Create a file in an output folder, or where it would be made, and remove it again.
 
     Raises:
-        OutputError: with the cause, as `try_output`.
+        OutputError: nothing can be written there; the message names the cause.
     """
     if Path(folder).exists() and not Path(folder).is_dir():
         raise OutputError(f"{folder}: is a file; name a folder")

@@ -67,7 +67,7 @@ PIXELS_WAITING = 1 << 27
 
 
 class Text(Protocol):
-    """What is needed of a text encoder (models/frozen/encoders.py)."""
+    """Interface of a text encoder (models/frozen/encoders.py)."""
 
     name: str
     embed_dim: int
@@ -78,7 +78,7 @@ class Text(Protocol):
 
 
 class Image(Protocol):
-    """What is needed of an image encoder (models/frozen/encoders.py)."""
+    """Interface of an image encoder (models/frozen/encoders.py)."""
 
     name: str
     embed_dim: int

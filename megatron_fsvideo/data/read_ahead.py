@@ -28,7 +28,7 @@ class ReadAhead(Generic[K, T]):
         self._begun: dict[K, Future[T]] = {}
 
     def expect(self, keys: Iterable[K]) -> None:
-        """What will be taken next, in order, instead of what was expected before."""
+        """Replace the list of keys that will be taken next, in order."""
         if self._pool is None:
             return
         keys = list(dict.fromkeys(keys))
@@ -38,7 +38,7 @@ class ReadAhead(Generic[K, T]):
         self._begin()
 
     def take(self, key: K) -> T:
-        """The result for a key, which raises what `read` raised."""
+        """Return the result for a key; an error of `read` is raised here."""
         future = self._begun.pop(key, None)
         if future is None:
             if key in self._expected:

@@ -36,7 +36,7 @@ def order_record(method: str, settings: Mapping[str, Any], lists: Iterable[dict[
 
 
 def order_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What differs between two records, one phrase each; nothing where a position means the same in both."""
+    """List what differs between two records. The list is empty if a position means the same in both."""
     changes = []
     if saved["method"] != current["method"]:
         changes.append(f"the order is made by {current['method']}, it was by {saved['method']}")

@@ -79,18 +79,18 @@ class ShotIndex:
         self._read(None if folder is None else Path(folder))
 
     def knows(self, path: str | Path) -> bool:
-        """Whether a file need not be decoded."""
+        """Whether the index has a valid line of this file, so that it need not be decoded."""
         line = self._lines.get(self._name(path))
         return line is not None and _is_of(line, Path(path))
 
     def line(self, path: str | Path) -> IndexLine:
-        """All that is known of a file, which is decoded if that is nothing yet."""
+        """Return the line of a file. The file is decoded if the index does not know it."""
         if not self.knows(path):
             self.remember(self._scan(Path(path)))
         return self._lines[self._name(path)]
 
     def remember(self, line: IndexLine) -> None:
-        """Know what another process found out."""
+        """Add a line that another process made."""
         self._lines[line.path] = line
 
     def shots(self, path: str | Path, min_frames: int = MIN_SHOT_FRAMES) -> list[Shot]:

@@ -26,7 +26,7 @@ HISTOGRAM_CUT = 0.35
 DIFFERENCE_FLOOR = 0.06
 """A cut moves the thumbnail's mean absolute difference (of 1) by at least this."""
 DIFFERENCE_CUT = 0.15
-"""With this difference the histogram need not agree."""
+"""A difference this large is a cut without a change of the histogram."""
 STANDS_OUT = 2.0
 """A cut is this many times the median difference of the three steps before and after."""
 MIN_SHOT_FRAMES = 17
@@ -106,7 +106,7 @@ def _without(found: tuple[int, int], damaged: Sequence[int]) -> Iterator[tuple[i
 
 
 def split_shots(shots: Sequence[Shot], holdout_every: int) -> tuple[list[Shot], list[Shot]]:
-    """Deal shots to training and held-out.
+    """Divide shots into training and held-out shots.
 
     Of a file with at least `holdout_every` shots, every `holdout_every`-th shot is held out. Of the files with fewer,
     in order, every `holdout_every`-th file is held out whole.

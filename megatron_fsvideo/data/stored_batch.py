@@ -43,7 +43,7 @@ class StoredBatch:
     text_length: int
 
     def to(self, device: torch.device | str) -> Batch:
-        """What the training step takes, on a device: fp32, normalised, padded."""
+        """Make the batch that the training step takes, on a device: fp32, normalised, padded."""
         lengths = self.text_lengths.tolist()
         rows = self.text.to(device, non_blocking=True).float()
         text = rows.new_zeros(len(lengths), self.text_length, rows.shape[1])  # [b, l, e]

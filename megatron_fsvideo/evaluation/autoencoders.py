@@ -28,7 +28,7 @@ FSAE_NAMES = {"causal": "FSAE (causal)", "standard": "FSAE-Standard", "lite": "F
 
 @dataclass(frozen=True)
 class Facts:
-    """What a table says about an autoencoder.
+    """The properties of an autoencoder that a table lists.
 
     Attributes:
         source: the folder it came from.
@@ -45,7 +45,7 @@ class Facts:
 
     @property
     def downsample(self) -> str:
-        """As in Table 2: 64x64x4."""
+        """The compression in the form of the paper's Table 2, such as 64x64x4."""
         return f"{self.spatial_factor}x{self.spatial_factor}x{self.temporal_factor}"
 
     @property
@@ -75,7 +75,7 @@ class Facts:
 
 
 class Autoencoder(Protocol):
-    """What is judged. `rows` names its ways to decode: one line of a table each."""
+    """An autoencoder that is evaluated. `rows` names its ways to decode; each is one row of the table."""
 
     facts: Facts
     rows: tuple[str, ...]
@@ -119,11 +119,11 @@ class OurAutoencoder:
         self.rows = tuple(self._decoders)
 
     def encode(self, video: Tensor) -> Tensor:
-        """As generation and preprocessing encode."""
+        """Encode a clip through the codec, as generation and preprocessing do."""
         return self._codec.encode(video)
 
     def decode(self, latents: Tensor, video: Tensor, row: str) -> Tensor:
-        """As generation decodes, with the video's first frame; or the whole clip without its attention."""
+        """Decode through the codec with the video's first frame, or the whole clip without first-frame attention."""
         codec = self._decoders[row]
         if self._first_frame:
             return codec.decode(latents, video[:, :, :1], self._noise_seed)
@@ -161,7 +161,7 @@ class ForeignAutoencoder:
         return self._vae.encode(video).latent_dist.mode()
 
     def decode(self, latents: Tensor, video: Tensor, row: str) -> Tensor:
-        """As diffusers decodes; LTX's later decoders at timestep 0, their noise seeded with 0."""
+        """Decode with diffusers. LTX-Video's later decoders run at timestep 0 with noise of seed 0."""
         devices = [] if latents.device.type == "cpu" else [latents.device]
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
@@ -196,7 +196,7 @@ def check_names(autoencoders: list[Autoencoder]) -> list[str]:
 
 
 def _without_noise(fsae: FSAE) -> FSAE:
-    """The same weights (shared) in a decoder that adds no noise."""
+    """Return an FSAE that shares these weights and whose decoder adds no noise."""
     with torch.device("meta"):
         quiet = FSAE(replace(fsae.config, noise_weight=0.0))
     quiet.load_state_dict(fsae.state_dict(), assign=True)

@@ -28,7 +28,7 @@ Sampling = Literal["shots", "videos"]
 
 @dataclass(frozen=True)
 class ClipList:
-    """What is judged.
+    """The clips that are evaluated.
 
     Attributes:
         clips: ranges of frames, in order.

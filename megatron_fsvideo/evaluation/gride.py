@@ -168,5 +168,5 @@ def _standard_error(d: float, logs: Tensor, n1: int, n2: int) -> float:
 
 
 def table_row(name: str, estimates: Sequence[ScaleEstimate]) -> str:
-    """A line as in Table 1: `name | [24.44, 29.60, ...]`."""
+    """A line in the form of the paper's Table 1: `name | [24.44, 29.60, ...]`."""
     return f"{name} | [{', '.join(f'{estimate.dimension:.2f}' for estimate in estimates)}]"

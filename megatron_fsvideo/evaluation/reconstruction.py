@@ -39,14 +39,14 @@ class Judges:
 
     @property
     def perceptual_key(self) -> str:
-        """Its name in reports: `lpips` only if it is that."""
+        """Name of the perceptual distance in reports: `lpips` only if it is LPIPS."""
         assert self.perceptual is not None
         return "lpips" if self.perceptual.label == "LPIPS-VGG16" else "perceptual"
 
 
 @dataclass
 class Reconstructed:
-    """What is kept of one clip.
+    """The results of one clip.
 
     Attributes:
         metrics: row -> name -> value: psnr, ssim, first_frame_psnr, last_frame_psnr and lpips or perceptual.
@@ -75,7 +75,7 @@ def reconstruct_clips(
     shown: Sequence[int] = (),
     index: ShotIndex | None = None,
 ) -> dict[int, Reconstructed | str]:
-    """Clip index -> what its reconstructions are like, or why it could not be read; the same on every process.
+    """Clip index -> results of its reconstructions, or the reason why it could not be read. Equal on every process.
 
     Args:
         place: the autoencoder's device, where also the judges are, and number format.

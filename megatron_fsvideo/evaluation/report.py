@@ -19,7 +19,7 @@ class Row:
         downsample: such as 64x64x4.
         compression: 384 for 1:384.
         values: by name; those of COLUMNS are shown.
-        per_clip: the same, of each clip, without FVD.
+        per_clip: the values of each clip, without FVD.
     """
 
     name: str
@@ -46,7 +46,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def notes(judges: Judges, num_clips: int, skipped: int, num_features: int = 400) -> list[str]:
-    """What a reader of the table must know: columns that are absent, stand-ins, too few clips, files left out."""
+    """Notes for the reader of the table: missing columns, substitutes, too few clips, files left out."""
     lines = []
     if judges.perceptual is None:
         lines.append("LPIPS is not measured: give --lpips-path (docs/evaluation.md)")

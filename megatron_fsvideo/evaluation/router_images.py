@@ -29,7 +29,7 @@ class RouterImages:
 
     @contextmanager
     def watching(self, iteration: int, chunks: nn.Module, latent_shape: tuple[int, int, int]) -> Iterator[None]:
-        """Around the forward and backward passes of an iteration, whose samples are all of one shape.
+        """Context around the forward and backward passes of an iteration, whose samples are all of one shape.
 
         Args:
             latent_shape: their latent frames, rows and columns.

@@ -31,7 +31,7 @@ class Backend(Protocol):
     """The parts of a transformer layer, for module specs.
 
     Attributes:
-        column_parallel_linear, row_parallel_linear: as in Megatron's MLP.
+        column_parallel_linear, row_parallel_linear: the linears of Megatron's MLP.
         entered_linear: column parallel too, for an input that has entered the tensor-parallel region already
             (`parallel.sequence.enter_tensor_parallel`): it exchanges nothing, in either direction.
         layer_norm: without weights, fp32 out.

@@ -46,7 +46,7 @@ def install() -> None:
 
 @contextmanager
 def megatron_on_cpu() -> Iterator[None]:
-    """Around a call into Megatron's schedule, optimizer or checkpointing: `cuda` means `cpu`. With CUDA, nothing."""
+    """Context in which Megatron's schedule, optimizer and checkpointing use `cpu` for `cuda`. No effect with CUDA."""
     if not needed():
         yield
         return

@@ -24,13 +24,13 @@ def mark_sees_local_tokens(parameters: Iterable[nn.Parameter], sequence_parallel
 
 
 def mark_sliced(parameter: nn.Parameter, dim: int) -> None:
-    """A parameter of which each tensor-parallel rank holds a slice along `dim`."""
+    """Mark a parameter of which each tensor-parallel rank holds a slice along `dim`."""
     if not hasattr(parameter, "tensor_model_parallel"):  # Megatron's own linears have marked theirs already
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=dim, stride=1)
 
 
 def mark_on_every_stage(parameters: Iterable[nn.Parameter], pgs: ProcessGroups, is_first_copy: bool) -> None:
-    """Parameters of which every pipeline stage has a copy, and every virtual stage; one of them counts as the first."""
+    """Mark parameters of which every pipeline stage and virtual stage has a copy; one copy counts as the first."""
     if pgs.pp_size == 1:
         return
     for parameter in parameters:

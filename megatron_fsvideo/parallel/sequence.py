@@ -86,7 +86,7 @@ def exchange_parts(sent: list[list[Tensor]], filled: list[list[Tensor]], like: T
 
 
 def enter_tensor_parallel(hidden_states: Tensor, sequence_parallel: bool, group: ProcessGroup) -> Tensor:
-    """The input of column-parallel linears that are built without a reduction of their own.
+    """Prepare the input of column-parallel linears that are built without a reduction of their own.
 
     One collective serves all linears that read `hidden_states` [s, b, h]: with sequence parallelism the tokens are
     gathered (backward: reduce-scatter), without it they are copied (backward: all-reduce).

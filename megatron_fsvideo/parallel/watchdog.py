@@ -54,7 +54,7 @@ class PeerLostError(ValueError):
 
 
 class Watchdog:
-    """Within this context, a rank that is at one place for `limit` seconds ends the run with `EXIT_HUNG`.
+    """Context in which a rank that stays at one place for `limit` seconds ends the run with `EXIT_HUNG`.
 
     Nothing is watched in a job of one process: there is nobody to wait for.
 

@@ -13,7 +13,7 @@ import av
 from megatron_fsvideo.data.video.container import VideoError, open_video, shown_name
 
 MAX_PIXELS = 1 << 26
-"""Of a frame: twice 8K. More is a damaged header, or a file made to exhaust memory."""
+"""Largest number of pixels of a frame: twice 8K. More is a damaged header, or a file made to exhaust memory."""
 
 
 class Decoder:

@@ -94,10 +94,10 @@ def measure(path: str | Path) -> FrameTable:
 
 
 def measure_while(path: str | Path, use: Callable[[Iterator[Any]], T]) -> tuple[FrameTable, T]:
-    """As `measure`, and what `use` makes of PyAV's frames, in the same pass. A damaged file has a second pass.
+    """Measure a file and pass PyAV's frames to `use` in the same pass. A damaged file needs a second pass.
 
     Raises:
-        VideoError: as `measure`.
+        VideoError: not a video, nothing in it decodes, or its frames change their size.
     """
     with _Measuring(path, num_threads=0) as measuring:
         used = use(measuring.frames())

@@ -110,7 +110,10 @@ class VideoReader:
         size: tuple[int, int] | None = None,
         short_side: int | None = None,
     ) -> torch.Tensor:
-        """As `read_video`; `short_side` scales larger videos down while decoding, much faster than afterwards."""
+        """Read a clip as uint8 `[num_frames, h, w, 3]`. The arguments are those of `read_video`.
+
+        `short_side` scales larger videos down while they are decoded, which is much faster than afterwards.
+        """
         if fps is not None and stride != 1:
             raise ValueError(f"read_video takes stride or fps, got stride {stride} and fps {fps}")
         if fps is not None:

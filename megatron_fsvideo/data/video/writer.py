@@ -51,7 +51,10 @@ def write_frames(
     full_color: bool = False,
     keyframe_interval: int | None = None,
 ) -> None:
-    """As `write_video`, for frames uint8 `[h, w, 3]` of `size` (height, width) that come one by one."""
+    """Write frames uint8 `[h, w, 3]` of `size` (height, width), which come one by one, as H.264 mp4.
+
+    The other arguments are those of `write_video`. The file is written whole or not at all.
+    """
     with replacing(path) as temporary:
         with av.open(f"file:{temporary}", "w", format="mp4") as container:
             stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))

@@ -75,7 +75,7 @@ def normalize(norms: list[FullWidthRMSNorm], projected: list[Tensor]) -> list[Te
 
 
 class Attention(MegatronModule):
-    """What self- and cross-attention share: how their linears are built and how heads are cut."""
+    """Base of self- and cross-attention: builds their linears and divides the heads."""
 
     def __init__(
         self, config: TransformerConfig, submodules: AttentionSubmodules, pg_collection: ProcessGroupCollection

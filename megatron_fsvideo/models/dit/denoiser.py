@@ -78,7 +78,7 @@ class Denoiser:
         return to_velocity(prediction, noisy_tokens, sigmas, self.prediction_type)
 
     def embed_conditions(self, condition: Condition) -> EmbeddedCondition:
-        """What does not change from one noise level to the next."""
+        """Embed the part of a condition that is the same at every noise level."""
         return EmbeddedCondition(
             self.local_tokens(condition.channels),
             token_grid(tuple(condition.latents.shape[2:]), self.patch_size),

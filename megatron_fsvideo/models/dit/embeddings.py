@@ -17,7 +17,7 @@ NUM_MODULATIONS = 6  # shift, scale and gate, for self-attention and for the fee
 
 
 class Context(NamedTuple):
-    """What cross-attention attends to.
+    """Rows to which cross-attention attends.
 
     Attributes:
         rows: [l, b, h].
@@ -29,7 +29,7 @@ class Context(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-    """What every layer receives beside the tokens.
+    """Inputs of every layer beside the tokens.
 
     Attributes:
         timestep: embedding [b, h], fp32; the head's.

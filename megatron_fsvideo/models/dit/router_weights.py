@@ -38,7 +38,7 @@ class RouterWeights:
 
     @contextmanager
     def recording(self, modules: nn.Module, latent_shape: tuple[int, int, int]) -> Iterator[None]:
-        """Within this context, count what passes through the routers of `modules`, one model or several chunks.
+        """Context in which the routers' weights of `modules` (one model or several chunks) are counted.
 
         Args:
             latent_shape: latent frames, rows and columns of the samples that pass through.

@@ -16,7 +16,7 @@ FRAMES_AT_ONCE = 16
 
 
 class EfficientNetFeatures(nn.Module):
-    """The frozen trunk's features at stride 16, called as `DINOv2Features` is.
+    """The frozen trunk's features at stride 16, with the interface of `DINOv2Features`.
 
     Args:
         grid: positions per side of a square frame; other shapes get about as many.

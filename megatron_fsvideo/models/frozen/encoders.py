@@ -148,7 +148,7 @@ def confirmed_name(what: str, recorded: str, given: str | None) -> str:
 
 
 class NoText(TextEncoder):
-    """The model gets no text."""
+    """Text encoder `none`: the model gets no text."""
 
     name, embed_dim, max_length = "none", 0, 0
 
@@ -157,11 +157,11 @@ class NoText(TextEncoder):
         return torch.zeros(len(captions), 0, 0), torch.zeros(len(captions), dtype=torch.int64)
 
     def to(self, device: torch.device | str) -> None:
-        """Nothing to move."""
+        """Do nothing: there are no weights."""
 
 
 class NoImage(ImageEncoder):
-    """The model gets no image features (the first frame's latent conditions it all the same)."""
+    """Image encoder `none`. The first frame's latent still conditions the model."""
 
     name, embed_dim, num_tokens = "none", 0, 0
 

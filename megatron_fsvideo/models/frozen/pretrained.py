@@ -19,7 +19,7 @@ from megatron_fsvideo.config.rules import shown
 
 @dataclass(frozen=True)
 class PretrainedSource:
-    """Where a model comes from.
+    """The place of a model's files.
 
     Attributes:
         name: what the user called it, for messages.
@@ -125,7 +125,7 @@ def check_loading_info(name: str, info: dict[str, Any], other_parts: Sequence[st
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's bar and its table of weights, from which `check_loading_info` makes one line."""
+    """Silence the library's progress bar and table of weights. `check_loading_info` reports them in one line."""
     words = require("transformers.utils.logging", "encoders")
     level, shows_bars = words.get_verbosity(), words.is_progress_bar_enabled()
     words.set_verbosity_error()

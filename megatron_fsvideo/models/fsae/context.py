@@ -1,4 +1,4 @@
-"""What a decoder is told beside its latents: where they lie in time and in the frame, the first frame, the noise.
+"""A decoder's inputs beside the latents: their place in time and in the frame, the first frame, the noise.
 
 A tile or patch is decoded with the noise and the attention that it has inside the whole frame.
 """
@@ -50,7 +50,7 @@ class DecodeContext:
     noise_seed: NoiseSeed = 0
 
     def window_of(self, latents: Tensor) -> Window:
-        """Where the latents lie."""
+        """The window of the latents in the whole frame."""
         return self.window or Window(0, 0, latents.shape[-2], latents.shape[-1])
 
     def noise_map(self, site: str, window: Window, like: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ ConvKind = Callable[..., "VideoConv3d"]
 
 
 class VideoConv3d(nn.Module):
-    """What the three kinds share: parameters, their start, and the case of a single frame.
+    """Base of the three kinds: parameters, their initial values, and the case of a single frame.
 
     Args:
         stride: stride in time and in space.

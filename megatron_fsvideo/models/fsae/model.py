@@ -43,7 +43,7 @@ class FSAE(nn.Module):
             latent_noise: like the latents; added before decoding, in units of each channel's standard deviation.
 
         Raises:
-            ValueError: as `encode`.
+            ValueError: a size that `encode` refuses.
         """
         latents = self.encode(video)
         if latent_noise is None:
@@ -76,7 +76,7 @@ class FSAE(nn.Module):
         return self.decoder(latents, DecodeContext(None, first_frame_features, None, noise_seed))
 
     def encode_chunk(self, video: Tensor, cache: StreamCache) -> Tensor:
-        """The next frames of a stream: 4k+1 at its start, then 4k. `cache` is advanced.
+        """Encode the next frames of a stream: 4k+1 at its start, then 4k. `cache` is advanced.
 
         Raises:
             ValueError: a number of frames that does not end on a latent frame.
@@ -98,7 +98,7 @@ class FSAE(nn.Module):
         first_frame_features: Sequence[Tensor] | None = None,
         noise_seed: NoiseSeed = 0,
     ) -> Tensor:
-        """The next latent frames of a stream, any number: k+1 make 4k+1 frames at its start, k make 4k later.
+        """Decode any number of latent frames of a stream: k+1 give 4k+1 frames at its start, k give 4k later.
 
         Raises:
             ValueError: another number of channels, or a Standard decoder.
@@ -137,7 +137,7 @@ class FSAE(nn.Module):
                 stage.recompute = False
 
     def check_whole_video(self, video: Tensor) -> None:
-        """Refuse what `encode` refuses."""
+        """Refuse a video whose size `encode` does not take."""
         self._check_video(video)
         if video.shape[2] % self.temporal_factor != 1:
             raise ValueError(_frames_message(video.shape[2], self.temporal_factor))
