@@ -44,11 +44,6 @@ class DiTJob:
         object.__setattr__(self, "parallel", count_virtual_stages(self.model, self.parallel))
         check_layout(self.model, self.parallel)
         check_stage(self.stage, self.checkpoint)
-        if self.checkpoint.init_from is not None:
-            raise ValueError(
-                f"init_from {self.checkpoint.init_from} is for the autoencoder: give --load with this folder and "
-                "--finetune"
-            )
         self._check_sampling()
         if self.parallel.fp8_format is not None and not self.training.bf16:
             raise ValueError(f"fp8_format {self.parallel.fp8_format} needs bf16: what is not in FP8 is in bfloat16")
