@@ -192,7 +192,7 @@ def run_mixer(mixer: Mixer, case: Case, settings: MixSettings, watch: Stopwatch)
 
 
 def run_einsum(case: Case, settings: MixSettings, watch: Stopwatch) -> tuple[Tensor, list[Tensor]]:
-    """The same without kernels."""
+    """Run the case with einsum and autograd instead of the kernels."""
     import torch
 
     outputs, leaves = [], []
@@ -213,7 +213,7 @@ def run_einsum(case: Case, settings: MixSettings, watch: Stopwatch) -> tuple[Ten
 
 
 def mix_by_einsum(logits: Tensor, shift: Tensor, scale: Tensor, states: list[Tensor], settings: MixSettings) -> Tensor:
-    """See `Mixer.mix`; in the states' dtype but for softmax, norm and modulation."""
+    """Mix the states like `Mixer.mix`, in their dtype except for softmax, norm and modulation."""
     import torch
     import torch.nn.functional as F
 

@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def held_out_clips(flags: ReportFlags) -> Tensor:
-    """The same for all phases: [n, 3, f, h, w].
+    """Held-out clips [n, 3, f, h, w], equal for all phases.
 
     Raises:
         ValueError: no shot is held out.

@@ -122,8 +122,8 @@ def _check_streams(saved: dict[str, Any], current: dict[str, Any], where: str) -
     if ours != theirs:
         raise ValueError(
             f"the checkpoint {where} was trained on {_spell(theirs)}, this run's data is {_spell(ours)}: a position in "
-            "the one is none in the other; to go on with other data, load it with --new-stage (keeps the optimizer's "
-            "state) or --finetune (weights alone) and save into another folder"
+            "one dataset has no meaning in another; to go on with other data, load it with --new-stage (keeps the "
+            "optimizer's state) or --finetune (weights alone) and save into another folder"
         )
 
 

@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files: a size says nothing about a bit that fell over, or about a block that was lost."""
+"""Checksums of a checkpoint's files: a size does not show a flipped bit or a lost block."""
 
 import io
 import json

@@ -44,7 +44,7 @@ class DiTNetwork:
 
     @staticmethod
     def parse(values: dict[str, Any], where: str) -> "DiTNetwork":
-        """The inverse of `to_json`; other entries are ignored.
+        """Read the record that `to_json` made; other entries are ignored.
 
         Args:
             where: the file, for messages.

@@ -53,7 +53,7 @@ class CheckpointWriter:
     """Every rank calls each method at the same iterations, except `is_writing`.
 
     Args:
-        keep: newest checkpoints that are kept; 0 keeps all.
+        keep: number of checkpoints to keep, newest first; 0 keeps all.
         in_background: `save` returns while the files are being written.
     """
 

@@ -55,7 +55,7 @@ class FieldError(ValueError):
         self.name, self.problem = name, problem
 
     def prefixed(self, prefix: str) -> "FieldError":
-        """The same error about the field `prefix` + name."""
+        """Return this error for the field `prefix` + name."""
         return FieldError(prefix + self.name, self.problem)
 
 

@@ -128,7 +128,7 @@ def our_value(name: str, value: Tensor, patch_volume: int) -> Tensor:
 
 
 def their_value(name: str, value: Tensor, config: DiTConfig) -> Tensor:
-    """The inverse of `our_value`: our parameter in their shape and order."""
+    """Our parameter in their shape and order; undoes `our_value`."""
     if name.startswith("head.proj_out."):
         return value.unflatten(0, (-1, config.patch_volume)).transpose(0, 1).flatten(0, 1)
     if name == "patch_embedding.weight":

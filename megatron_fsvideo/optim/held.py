@@ -45,7 +45,7 @@ class Held:
 
     @property
     def target(self) -> Tensor:
-        """The same range of the parameter itself, in its own type; as long or of the same shape as `master`."""
+        """This range of the parameter itself, in its own type; it has the length or the shape of `master`."""
         whole = self.parameter.detach()
         return whole.view(-1)[self.start : self.stop] if self.is_cut else whole
 

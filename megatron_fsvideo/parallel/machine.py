@@ -1,4 +1,4 @@
-"""What a measurement was made on and with: a figure without hardware, versions and command is none."""
+"""Hardware, versions and command of a measurement, without which it is worthless."""
 
 import importlib.metadata
 import os

@@ -106,7 +106,7 @@ def test_two_runs_do_not_save_into_one_folder(data: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("how", ["--async-save", "--no-async-save"])
 def test_killed_then_damaged_then_no_room(how: str, data: Path, unbroken: list[dict], tmp_path: Path) -> None:
-    """A kill within a save, a byte of the newest checkpoint that fell over, a disk that refuses to go on."""
+    """A kill within a save, a flipped byte of the newest checkpoint, a disk that refuses to go on."""
     folder = tmp_path / "run"
     argv = arguments(data, folder, "--save-interval", "3", how)
     kill_within_a_save(Run(argv, tmp_path / "killed", 2), folder, past=6)

@@ -158,7 +158,7 @@ def training_filter(data: DataConfig) -> SampleFilter:
 
 
 def validation_filter(data: DataConfig) -> SampleFilter:
-    """The same for validation, which takes the shapes of training, but every sample."""
+    """The filter of validation samples: the shapes of training, but every sample."""
     return SampleFilter(data.bucket_frames, data.bucket_resolution)
 
 

@@ -120,7 +120,7 @@ def training_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tuple
 
 
 def validation_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for validation: the training's noise levels, no dropped text, the same draws every time."""
+    """Noise, sigmas and dropped text of a validation batch: training's noise levels, no text dropped, fixed draws."""
     shape = batch.latents.shape[1:]
     ids = [sample_generator(seed, int(number), 0, "validation") for number in batch.sample_ids]
     normals = torch.stack([torch.randn((), generator=generator) for generator in ids])
@@ -130,7 +130,7 @@ def validation_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tup
 
 
 def hidden_first_frames(batch: Batch, diffusion: DiffusionConfig, seed: int) -> Tensor:
-    """Whose first frame the model is not given in training: bool [b]. A clip of one frame would be its own answer."""
+    """Mask [b] of samples whose first frame is hidden. Images are always hidden: the condition would be the target."""
     drawn = [torch.rand((), generator=generator) for generator in _generators(batch, seed, "image_dropout")]
     return (torch.stack(drawn) < diffusion.image_dropout) | is_image(batch)
 

@@ -94,7 +94,7 @@ class FSAEForward:
 
     @torch.no_grad()
     def reconstruct(self, video: Tensor) -> Tensor:
-        """As generation decodes: with the first frame's features where the decoder takes them."""
+        """Encode and decode a video as generation does, with the first frame's features if the decoder takes them."""
         features = None if self.trains_encoder else self.fsae.first_frame_features(video[:, :, :1])
         return self.fsae.decode(self.fsae.encode(video), features)
 
