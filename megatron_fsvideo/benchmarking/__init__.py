@@ -1,1 +1,1 @@
-"""What the benchmark scripts share: contenders in turn, the peak of memory."""
+"""Parts that the benchmark scripts share: contenders in turn, the peak of memory."""

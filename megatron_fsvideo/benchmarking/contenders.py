@@ -49,7 +49,7 @@ class Contender:
 
 
 def answer(values: dict[str, Any]) -> None:
-    """What a contender's process says."""
+    """Print a contender's result from its process."""
     print(ANSWER + json.dumps(values), flush=True)
 
 

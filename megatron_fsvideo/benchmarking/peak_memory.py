@@ -1,4 +1,4 @@
-"""How much memory a call needs at most: the allocator's bytes, and the process's pages."""
+"""Measures the peak memory of a call: the allocator's bytes, and the process's pages."""
 
 import gc
 import resource

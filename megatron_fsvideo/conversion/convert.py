@@ -40,7 +40,7 @@ _GEOMETRY_WEIGHTS = ("patch_embedding.", "head.proj_out.")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What the target holds.
+    """Content of the conversion's target.
 
     Attributes:
         record: the target's.

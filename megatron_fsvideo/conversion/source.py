@@ -1,4 +1,4 @@
-"""Where a conversion reads from: a DiT's weights in any format, under our names and shapes, one tensor at a time."""
+"""Source of a conversion: a DiT's weights in any format, under our names and shapes, one tensor at a time."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

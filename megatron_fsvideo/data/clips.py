@@ -1,4 +1,4 @@
-"""From a list of videos to the clips that are encoded: shots, frame ranges, buckets, keys."""
+"""Makes the clips that are encoded from a list of videos: shots, frame ranges, buckets, keys."""
 
 import hashlib
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """How entries become clips.
+    """Settings by which entries become clips.
 
     Attributes:
         buckets: shapes to choose from.

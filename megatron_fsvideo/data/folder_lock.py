@@ -144,7 +144,7 @@ class FolderLock:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a lock file says; nothing if there is none or its writer was killed."""
+    """Content of a lock file; empty if there is none or its writer was killed."""
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):

@@ -171,7 +171,7 @@ class LatentDataset:
         return self._datasets[0]["image_encoder"]["embed_dim"]
 
     def description(self) -> dict[str, Any]:
-        """What a checkpoint stores about its data, JSON-able: generation needs no dataset folder."""
+        """Description of the data for a checkpoint, JSON-able. With it generation needs no dataset folder."""
         shared = {name: self._datasets[0][name] for name in SHARED_FIELDS}
         return shared | {
             "latent_mean": list(self.scale.mean),
@@ -304,7 +304,7 @@ def _as_weight(item: str) -> Fraction | None:
 
 
 def _round_shares(weights: list[Fraction] | None, sizes: Sequence[int]) -> list[Fraction]:
-    """How often a round of the blend uses each sample of a folder. A round has as many samples as all folders."""
+    """Uses of each sample of a folder in a round of the blend. A round has as many samples as all folders."""
     if weights is None:
         return [Fraction(1)] * len(sizes)
     return [weight * sum(sizes) / size for weight, size in zip(weights, sizes, strict=True)]
@@ -332,7 +332,7 @@ def _read_entries(folder: Path, values: dict[str, Any]) -> dict[Bucket, list[tup
 def _filtered(
     folder: Path, table: dict[Bucket, list[tuple[Path, SampleEntry]]], sample_filter: SampleFilter
 ) -> dict[Bucket, list[tuple[Path, SampleEntry]]]:
-    """What a filter leaves of a folder."""
+    """Samples of a folder that a filter takes."""
     if sample_filter == NO_FILTER:
         return table
     fitting = {bucket: samples for bucket, samples in table.items() if sample_filter.takes_bucket(bucket)}

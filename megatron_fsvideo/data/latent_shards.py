@@ -68,7 +68,7 @@ class LatentSample:
 
 @dataclass(frozen=True)
 class SampleEntry:
-    """Where a sample lies in its shard, and what is needed to choose it without reading it."""
+    """Place of a sample in its shard, and the values by which it is chosen without being read."""
 
     key: Annotated[str, Meta(pattern="^[0-9a-f]{15,64}$")]
     latent_key: str

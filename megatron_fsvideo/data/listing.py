@@ -32,7 +32,7 @@ _SHOWN = 3
 
 @dataclass
 class _Ignored:
-    """Why files were left out -> their names."""
+    """Maps each reason for leaving files out to their names."""
 
     names: dict[str, list[str]] = field(default_factory=dict)
 

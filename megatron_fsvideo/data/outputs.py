@@ -164,7 +164,7 @@ def _check_existing(output: Path, overwrite: bool) -> None:
 
 
 def _place(path: str | Path) -> tuple[int, int] | Path:
-    """What two spellings, links or hard links of one file have in common."""
+    """Identity of a file, equal for all its spellings, links and hard links."""
     try:
         found = os.stat(path)
         return found.st_dev, found.st_ino

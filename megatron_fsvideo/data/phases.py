@@ -74,7 +74,7 @@ class Phases:
 
 
 def read_seconds(folder: Path) -> dict[str, float]:
-    """How long each finished phase took.
+    """Seconds that each finished phase took.
 
     Raises:
         TextError: phases.json is missing or damaged.

@@ -104,7 +104,7 @@ class Encoders:
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """How the work is done.
+    """Settings of a preprocessing run.
 
     Attributes:
         batch_size: clips encoded at once; fewer where those do not fit into `PIXELS_WAITING`.

@@ -1,4 +1,4 @@
-"""What decides which samples a run's batches hold, as a checkpoint records it and a resumed run compares it.
+"""Record of everything that decides which samples a run's batches hold. A resumed run compares it.
 
 A position in the data is a number of consumed samples. It means something only where the samples, their order, the seed
 and the batch sizes are what they were. The record is JSON-able:

@@ -179,7 +179,7 @@ class BucketSampler:
         return [SampleRef(stream_index, position, epoch) for position, epoch in pairs]
 
     def _shuffled(self, places: np.ndarray, size: int, *role: int | str) -> np.ndarray:
-        """What stands at these places of the shuffle that (seed, role) chooses; the places themselves without one."""
+        """Positions at these places of the shuffle chosen by (seed, role); without a shuffle, the places themselves."""
         return shuffled_positions(places, size, derive_seed(self.seed, *role)) if self.shuffle else places
 
 

@@ -1,4 +1,4 @@
-"""What is known of the video files of a folder: their frames' times and their shots, so that nobody decodes them again.
+"""Index of the video files of a folder: their frames' times and their shots. Indexed files are not decoded again.
 
 An index is a folder of JSONL files, one line for each video, made by `tools/index_shots.py` on any number of processes;
 each process appends to a file of its own. A line counts for a file of the same name, size and time of change, or of

@@ -113,7 +113,7 @@ def broadcast_batch(
 
 
 def _sizes(batch: StoredBatch) -> list[int]:
-    """What the receivers cannot know: c, t, h, w, width of the text, rows and width of the image, three dtypes."""
+    """Sizes that the receivers need: c, t, h, w, width of the text, rows and width of the image, three dtypes."""
     dtypes = [_DTYPES.index(tensor.dtype) for tensor in (batch.latents, batch.text, batch.image)]
     return [*batch.latents.shape[1:], batch.text.shape[1], *batch.image.shape[1:], *dtypes]
 

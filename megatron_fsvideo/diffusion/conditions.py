@@ -1,4 +1,4 @@
-"""What the DiT is conditioned on. Training, validation and generation all build it here.
+"""Conditions of the DiT. Training, validation and generation all build them here.
 
 Channels of the model's input, in order: noisy latents (c), mask (m), condition latents (c); as Wan2.1-I2V has them.
 The mask has one channel per pixel frame of a latent frame; 1 means that the condition latents there are given.

@@ -30,7 +30,7 @@ def add_noise(latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
 
 
 def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """What a velocity model learns."""
+    """Target of a velocity model."""
     return noise - latents
 
 

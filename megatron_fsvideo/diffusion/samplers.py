@@ -1,4 +1,4 @@
-"""From noise to latents: the Euler method on the probability-flow ODE of flow matching."""
+"""The Euler method on the probability-flow ODE of flow matching, which turns noise into latents."""
 
 from collections.abc import Callable, Iterable
 

@@ -10,7 +10,7 @@ _MIN_OVERLAP = 0.4
 
 
 def global_shift(first: Tensor, second: Tensor, max_shift: int, step: int = 2) -> tuple[int, int]:
-    """How far the content moves from one frame to another: (rows down, columns right), in pixels.
+    """Distance that the content moves from one frame to another: (rows down, columns right), in pixels.
 
     The shift whose overlap correlates best (zero-mean normalised correlation of grey values, every shift up to
     `max_shift` tried), which bears blur and other brightness.

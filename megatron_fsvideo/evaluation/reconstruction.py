@@ -1,4 +1,4 @@
-"""How well autoencoders reconstruct clips, shared by any number of processes (paper section 2.2.3, Table 2).
+"""Measures how well autoencoders reconstruct clips, on any number of processes (paper section 2.2.3, Table 2).
 
 Each process reconstructs its share of the clips and measures them one by one; the measures of a clip do not depend on
 which process made them, and means are taken over all clips in their order: any number of processes, one result.

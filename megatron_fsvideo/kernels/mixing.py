@@ -28,7 +28,7 @@ class MixResult(NamedTuple):
 
 @dataclass(frozen=True)
 class MixSettings:
-    """How states are mixed.
+    """Settings of the mix.
 
     Attributes:
         norms_states: layer norm each state and mix those, or else mix the raw states and norm the mix.

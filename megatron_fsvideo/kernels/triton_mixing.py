@@ -134,7 +134,7 @@ def pull(
 
 @triton.jit
 def _row_pointer(address, offset, element_type: tl.constexpr):
-    """Where a row starts, of the tensor whose address lies at `address`.
+    """Pointer to the start of a row of the tensor whose address lies at `address`.
 
     Triton knows nothing of an address that it reads: unless told that tensors are aligned, it loads one element at a
     time and none ahead.
@@ -315,7 +315,7 @@ def _contiguous(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _addresses(tensors: list[Tensor], device: torch.device | None = None) -> Tensor:
-    """Where the tensors lie, int64, on their device. They must be contiguous and live until the kernel has run."""
+    """Addresses of the tensors, int64, on their device. They must be contiguous and live until the kernel has run."""
     row_bytes = tensors[0].shape[-1] * tensors[0].element_size()
     for tensor in tensors:  # `_row_pointer` promises it
         assert tensor.data_ptr() % math.gcd(16, row_bytes) == 0, "a tensor starts within a row of another"

@@ -1,1 +1,1 @@
-"""What the autoencoder's training adds to pixels: LPIPS in slices, an adversary, semantic alignment, regularisers."""
+"""The autoencoder's losses beyond pixels: LPIPS in slices, adversary, semantic alignment, regularisers."""

@@ -31,7 +31,7 @@ SDPA_ORDER = [
 
 
 def dot_product_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """In Megatron's layout: query [s, b, n, d], key and value [l, b, n, d] -> [s, b, n, d]."""
+    """Softmax attention in Megatron's layout: query [s, b, n, d], key and value [l, b, n, d] -> [s, b, n, d]."""
     kernel = choose_kernel(query.device, query.dtype, query.shape[-1])
     if kernel == "sdpa":
         return _torch_attention(query, key, value)

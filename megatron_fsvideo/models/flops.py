@@ -113,7 +113,7 @@ def peak_tflops(device_name: str, precision: str = "bf16") -> float | None:
 
 
 def recomputed_share(part: str, model: DiTConfig, parallel: DiTParallelConfig) -> float:
-    """How much of a part's forward is done twice; `part` is a key of what `forward_flops` returns."""
+    """Share of a part's forward that is done twice; `part` is a key of what `forward_flops` returns."""
     if part not in LAYER_PARTS or parallel.recompute_granularity is None:
         return 0.0
     if parallel.recompute_granularity == "selective":

@@ -1,4 +1,4 @@
-"""How the optimizer treats each parameter. Every network gives a rule for every parameter it has."""
+"""Rules by which the optimizer treats each parameter. Every network gives a rule for every parameter it has."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class ParameterRule:
-    """How one parameter is trained.
+    """Rule by which one parameter is trained.
 
     Attributes:
         decays: weight decay reaches it.

@@ -1,4 +1,4 @@
-"""What every rank last said about itself, in the job's key-value store: it works when a collective hangs."""
+"""Last message of every rank in the job's key-value store, which works while a collective hangs."""
 
 import json
 import queue
@@ -58,7 +58,7 @@ class Heartbeats:
         self._bounded(lambda: self._store.set(str(self.rank), json.dumps(message)))
 
     def read_all(self) -> list[dict[str, Any] | None]:
-        """What each rank said last; None for one that has said nothing yet.
+        """Last message of each rank; None for a rank that has sent none.
 
         Raises:
             RuntimeError: the store cannot be reached.

@@ -1,4 +1,4 @@
-"""What Megatron must know about a parameter to reduce and count its gradient right: marks on the parameter.
+"""Marks on a parameter, by which Megatron reduces and counts its gradient correctly.
 
 | mark | meaning to Megatron |
 |---|---|

@@ -1,4 +1,4 @@
-"""How megatron-core 0.16.1 is imported: without torch.compile where there is no CUDA, and without known warnings.
+"""Imports megatron-core 0.16.1 without torch.compile where there is no CUDA, and without known warnings.
 
 megatron-core decorates its fused functions with `jit_fuser`, which is `torch.compile` from its import on. That import
 alone loads TorchInductor: more than a second of every process, for functions that a CPU would compile for minutes.

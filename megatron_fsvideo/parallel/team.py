@@ -40,7 +40,7 @@ class Team:
         return ((k, items[k]) for k in range(self.rank, len(items), self.size))
 
     def gather(self, found: dict[int, T]) -> dict[int, T]:
-        """What all processes found, by index in rising order, on every process. Only for objects this job made."""
+        """Results of all processes, by index in rising order, on every process. Only for objects this job made."""
         if self.size == 1:
             return dict(sorted(found.items()))
         parts: list[Any] = [None] * self.size

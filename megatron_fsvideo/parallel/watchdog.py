@@ -29,7 +29,7 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 @dataclass(frozen=True)
 class Sight:
-    """What one rank's thread publishes.
+    """Values that one rank's thread publishes.
 
     Attributes:
         beat: grows by one each time: a rank whose beat stands still does not answer.
@@ -125,7 +125,7 @@ class Watchdog:
         self._board.publish(vars(sight))
 
     def _report(self) -> str | None:
-        """What is wrong, if this rank is the one to say it; it keeps publishing while it looks twice."""
+        """Message of what is wrong if this rank has to print it. The rank keeps publishing while it looks twice."""
         before = self._board.read_all()
         for _ in range(3):
             time.sleep(self._interval)

@@ -134,7 +134,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Search:
-    """What became of all layouts.
+    """Result of the search over all layouts.
 
     Attributes:
         fitting: fastest first.

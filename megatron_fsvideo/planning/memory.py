@@ -28,7 +28,7 @@ def peak_memory(case: Case) -> tuple[int, MemoryByPart]:
 
 
 def activation_memory(case: Case, stage: int) -> MemoryByPart:
-    """What comes and goes in a step, at its peak, by part."""
+    """Memory that a step allocates and frees, at its peak, by part."""
     chunks = case.chunks(stage)
     is_last = stage == case.pp - 1
     in_flight = chunks_in_flight(case, stage) / len(chunks)  # of all of the rank's chunks together
@@ -99,7 +99,7 @@ def _is_recomputed(case: Case, layer_index: int) -> bool:
 
 
 def _pack_bytes(case: Case, stage: int) -> float:
-    """What is sent and received at once: gradients of the outgoing states, and one outgoing tensor of either kind."""
+    """Bytes sent and received at once: gradients of the outgoing states, and one outgoing tensor of either kind."""
     if case.pp == 1:
         return 0.0
     incoming = [chunk.start for chunk in case.chunks(stage)]

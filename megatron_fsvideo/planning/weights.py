@@ -24,7 +24,7 @@ class Parameters(NamedTuple):
 
 
 def layer_parameters(case: Case, layer_number: int) -> Parameters:
-    """Of one layer; `layer_number` counts from 1."""
+    """Parameters of one layer; `layer_number` counts from 1."""
     model, tp = case.model, case.tp
     d, f, share = model.hidden_size, model.ffn_hidden_size // tp, model.hidden_size // tp
     contexts = (model.text_embed_dim > 0) + (model.image_embed_dim > 0)
@@ -39,7 +39,7 @@ def layer_parameters(case: Case, layer_number: int) -> Parameters:
 
 
 def embedder_parameters(case: Case) -> Parameters:
-    """Of the condition embedder, which every chunk of every stage has."""
+    """Parameters of the condition embedder, which every chunk of every stage has."""
     model, d = case.model, case.model.hidden_size
     text, image = model.text_embed_dim, model.image_embed_dim
     typed = 0
@@ -52,7 +52,7 @@ def embedder_parameters(case: Case) -> Parameters:
 
 
 def stage_parameters(case: Case, stage: int) -> Parameters:
-    """Of one rank of a pipeline stage."""
+    """Parameters of one rank of a pipeline stage."""
     model, d = case.model, case.model.hidden_size
     parameters = Parameters(0, 0)
     for chunk in case.chunks(stage):

@@ -1,7 +1,7 @@
-"""What a video file holds, found by decoding it once: how many frames, when each is shown, and how to know it again.
+"""Table of a video file's frames, made by decoding it once: their number, when each is shown, a mark to recognise it.
 
-Headers and packets do not say it. Edit lists hide packets, leading pictures and damaged packets give no frame, two
-fields may be two packets, and containers' own counts are often absent or wrong.
+Headers and packets do not tell the number of frames. Edit lists hide packets, leading pictures and damaged packets give
+no frame, two fields may be two packets, and containers' own counts are often absent or wrong.
 """
 
 import sys
@@ -32,7 +32,7 @@ PROGRESS_AFTER = 2.0
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a video file holds: exact number of frames, upright display size in pixels, mean frames per second."""
+    """Measures of a video file: exact number of frames, upright display size in pixels, mean frames per second."""
 
     num_frames: int
     height: int

@@ -1,4 +1,4 @@
-"""From a decoded frame to what a player shows: upright, with square pixels, in 8-bit RGB of standard range.
+"""Converts decoded frames to the pictures that a player shows: upright, square pixels, 8-bit RGB of standard range.
 
 A rotation (phones) is applied; 10 and more bits become 8; every pixel format that FFmpeg knows becomes RGB, by the
 file's own colour matrix or, where it names none, BT.709 from 720 rows on and BT.601 below, as players do; alpha is
@@ -30,7 +30,7 @@ _HDR_TRANSFERS = {16: "HDR (PQ)", 18: "HDR (HLG)"}
 
 
 def hdr_name(frame: Any) -> str | None:
-    """What kind of colours a frame has that need mapping to BT.709; None for those of standard range."""
+    """Name of a frame's colours if they need mapping to BT.709; None for those of standard range."""
     if frame.color_trc in _HDR_TRANSFERS:
         return _HDR_TRANSFERS[frame.color_trc]
     return "in BT.2020 colours" if frame.color_primaries == _BT2020_PRIMARIES else None
@@ -147,7 +147,7 @@ def _convert(frame: Any, size: tuple[int, int], method: str) -> np.ndarray:
 
 
 def _quarter_turns(path: str | Path, frame: Any) -> int:
-    """How often to turn a frame counterclockwise until it is upright."""
+    """Number of counterclockwise quarter turns that make a frame upright."""
     if frame.rotation % 90:
         raise VideoError(f"{shown_name(path)}: is rotated by {frame.rotation} degrees, multiples of 90 can be read")
     return frame.rotation // 90 % 4

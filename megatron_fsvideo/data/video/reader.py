@@ -91,7 +91,7 @@ class VideoReader:
 
     @property
     def timeline(self) -> Timeline:
-        """When its frames are shown."""
+        """Times at which the file's frames are shown."""
         return self.table.timeline
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""When the frames of a video file are shown, and which of them make a clip of a given rate."""
+"""Times at which a video file's frames are shown, and the frames that make a clip of a given rate."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class Timeline:
         return [self._nearest(start, k, fps) for k in range(num_frames)]
 
     def fitting(self, start: int, end: int, fps: float) -> int:
-        """How many clip frames the source frames start, ..., end - 1 give."""
+        """Number of clip frames that the source frames start, ..., end - 1 give."""
         if not start < end:
             return 0
         count = int((self._time(end - 1) - self._time(start)) * fps) + 2

@@ -1,4 +1,4 @@
-"""What generation, preprocessing and evaluation ask of an autoencoder.
+"""Interface of an autoencoder for generation, preprocessing and evaluation.
 
 Shapes: video [b, 3, f, H, W] in [-1, 1] with f = 4k+1; latents [b, c, k+1, H / s, W / s] with the spatial factor s.
 """

@@ -1,4 +1,4 @@
-"""From our configuration to a model: the only place that knows Megatron's TransformerConfig."""
+"""Builds the DiT from its configuration. Only this module knows Megatron's TransformerConfig."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What conditions the DiT: the timestep, the text and the image, embedded to the token stream's width.
+"""Embeds the DiT's conditions (timestep, text, image) to the token stream's width.
 
 Letters: b samples, l text tokens, n image tokens, h hidden size.
 """

@@ -140,7 +140,7 @@ class DiTModel(MegatronModule):
         return prediction[: len(rotary[0])].transpose(0, 1)  # (b, n, c * p)
 
     def embed_contexts(self, text: Tensor | None, image: Tensor | None) -> tuple[Context | None, Context | None]:
-        """What the layers' cross-attention reads, from text [b, l, e] and image [b, n, e]; the same at every timestep.
+        """Rows that cross-attention reads, from text [b, l, e] and image [b, n, e]; the same at every timestep.
 
         Raises:
             ValueError: text or image is missing where the model attends to it.

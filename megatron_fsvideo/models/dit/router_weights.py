@@ -1,4 +1,4 @@
-"""Where layer memory looks: the routing weights per layer and source state, over all tokens (paper Figure 6).
+"""Statistics of layer memory's routing weights per layer and source state, over all tokens (paper Figure 6).
 
 Tokens of the first latent frame, whose content is given, are counted apart from the others, which are generated.
 """

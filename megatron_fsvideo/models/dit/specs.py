@@ -1,4 +1,4 @@
-"""What a DiT layer is made of, as a Megatron module spec."""
+"""The parts of a DiT layer as a Megatron module spec."""
 
 from megatron.core.transformer.identity_op import IdentityFuncOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules

@@ -17,7 +17,7 @@ NoiseSeed = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Window:
-    """Where a feature map lies in the whole frame's, in positions of its own resolution."""
+    """Place of a feature map in the whole frame's map, in positions of its own resolution."""
 
     top: int
     left: int

@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         return x
 
     def inner(self, x: Tensor, stream: Stream | None) -> Tensor:
-        """From what `outer` makes to the latents."""
+        """Encode the output of `outer` to latents."""
         x = self.stages[self.num_outer](x, stream)
         for down, stage in zip(self.downs[self.num_outer :], self.stages[self.num_outer + 1 :], strict=True):
             x = stage(down(x, stream), stream)

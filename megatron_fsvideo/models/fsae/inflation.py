@@ -1,4 +1,4 @@
-"""From images to video: 2D kernels become 3D ones, and image-trained temporal taps begin video.
+"""Turns image weights into video weights: 2D kernels become 3D ones, and temporal taps are set for video.
 
 An image kernel goes to the tap of the present frame: the network is then the image network applied frame by frame.
 """

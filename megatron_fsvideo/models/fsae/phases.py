@@ -1,4 +1,4 @@
-"""From one decoder kind to the next: causal (phases 1-4) -> Standard (5) -> Lite (6) (paper section 2.2.3).
+"""Moves weights between decoder kinds: causal (phases 1-4) -> Standard (5) -> Lite (6) (paper section 2.2.3).
 
 The encoder does not change. A causal kernel's taps see frames (t-2, t-1, t), a center or group-causal kernel's
 (t-1, t, t+1): copied as they are, each convolution would look one frame ahead. So (w0, w1, w2) becomes (w0+w1, w2, 0),

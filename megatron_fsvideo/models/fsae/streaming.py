@@ -1,4 +1,4 @@
-"""What lies before and after the frames that a network is given (paper section 2.2.1: sliced encode and decode).
+"""Frames before and after those that a network is given (paper section 2.2.1: sliced encode and decode).
 
 Modules hold no state of their own: each call gets a `Stream` that answers for the frames it cannot see. None means the
 whole video. One `StreamCache` is one video in chunks, so any number of them may be interleaved; `FrameShards`
