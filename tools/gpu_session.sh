@@ -4,8 +4,8 @@
 #   tools/gpu_session.sh docs/benchmarks            # one H100 or H200
 #   SIZES=debug tools/gpu_session.sh /tmp/figures   # the same commands at sizes of seconds, on any machine
 #
-# A part that fails, or takes longer than $LIMIT seconds (600), does not stop the others; the exit code is the number of those that did. $PYTHON (python) has this
-# package installed. Parts: PARTS="tests memory" runs some of them.
+# A part that fails, or that takes longer than $LIMIT seconds (600), does not stop the others. The exit code is the number
+# of parts that failed. $PYTHON (python) has this package installed. PARTS="tests memory" runs some of the parts.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

@@ -37,8 +37,8 @@ class TrainingConfig(Checked):
     """Save a checkpoint and exit once this process has run this many minutes (checked after each iteration). None sets
     no limit."""
     exit_signal_handler: bool = True
-    """On SIGTERM or SIGUSR1 to any rank, save a checkpoint at the end of the iteration and exit. If off, these signals
-    kill the process."""
+    """On SIGTERM, SIGUSR1 or SIGINT (Ctrl-C) to any rank, save a checkpoint at the end of the iteration and exit. If
+    off, these signals kill the process."""
     max_consecutive_skipped: PositiveInt = 10
     """Stop the run after this many skipped iterations in a row. An iteration is skipped if its loss or gradient is not
     finite."""

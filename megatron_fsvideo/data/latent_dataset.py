@@ -42,7 +42,7 @@ _NUMBER = re.compile(r"[-+]?(\d{1,15}(\.\d{0,15})?|\.\d{1,15})(e[-+]?\d{1,2})?|\
 
 
 @dataclass(frozen=True)
-class Stream:
+class SampleStream:
     """One folder's samples of one bucket.
 
     Attributes:
@@ -131,13 +131,13 @@ class LatentDataset:
         tables = [_read_entries(folder, values) for folder, values in zip(self.folders, self._datasets, strict=True)]
         tables = [_filtered(folder, table, sample_filter) for folder, table in zip(self.folders, tables, strict=True)]
         self._samples: list[list[tuple[Path, SampleEntry]]] = []
-        self.streams: list[Stream] = []
+        self.streams: list[SampleStream] = []
         shares = _round_shares(weights, [sum(map(len, table.values())) for table in tables])
         for folder_index, (table, share) in enumerate(zip(tables, shares, strict=True)):
             for bucket in sorted(table):
                 self._samples.append(table[bucket])
                 size = len(table[bucket])
-                self.streams.append(Stream(bucket, folder_index, size, share * size))
+                self.streams.append(SampleStream(bucket, folder_index, size, share * size))
         _warn_of_missing(sample_filter, self._samples)
         self.scale = scale or _pooled_scale(self._datasets)
         self.null_text, self.negative_text = self._read_null_text()

@@ -19,7 +19,7 @@ import numpy as np
 
 from megatron_fsvideo.data.bijection import shuffled_positions
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.latent_dataset import Stream
+from megatron_fsvideo.data.latent_dataset import SampleStream
 from megatron_fsvideo.parallel.seeds import derive_seed
 
 # Batches of a round whose order is computed at once.
@@ -59,7 +59,7 @@ class BucketSampler:
     """
 
     def __init__(
-        self, streams: Sequence[Stream], batch_sizes: Mapping[Bucket, int], seed: int, shuffle: bool = True
+        self, streams: Sequence[SampleStream], batch_sizes: Mapping[Bucket, int], seed: int, shuffle: bool = True
     ) -> None:
         self.streams = list(streams)
         self.buckets = sorted({stream.bucket for stream in streams})

@@ -10,7 +10,7 @@ import pytest
 from megatron_fsvideo.config import DataConfig, DiTConfig, DiTJob, DiTParallelConfig, TrainingConfig
 from megatron_fsvideo.data.batch_sizes import Sharing, global_batch_sizes, micro_batch_sizes
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.latent_dataset import Stream
+from megatron_fsvideo.data.latent_dataset import SampleStream
 from megatron_fsvideo.data.sampler import BucketSampler, deal
 from megatron_fsvideo.tasks.dit.batches import sharing, step_sizes
 
@@ -62,12 +62,12 @@ def test_micro_batches_of_a_budget_shrink_until_they_divide():
         micro_batch_sizes({STILL: 24}, {STILL: Sharing(5, 4, may_shrink=True)})
 
 
-def random_case(draw: random.Random) -> tuple[list[Stream], dict[Bucket, int], dict, dict, int]:
+def random_case(draw: random.Random) -> tuple[list[SampleStream], dict[Bucket, int], dict, dict, int]:
     """Streams, tokens, flags of the batches, flags of the layout, data-parallel size."""
     shapes = [Bucket(4 * k + 1, 32 * h, 32 * w) for k in range(4) for h in (1, 2) for w in (1, 2, 3)]
     buckets = draw.sample(shapes, draw.randint(1, 4))
     streams = [
-        Stream(bucket, folder, size := draw.randint(1, 40), Fraction(size * draw.randint(1, 5), 3))
+        SampleStream(bucket, folder, size := draw.randint(1, 40), Fraction(size * draw.randint(1, 5), 3))
         for folder in range(draw.randint(1, 2))
         for bucket in buckets
     ]
@@ -97,7 +97,7 @@ def job_of(flags: dict, layout: dict) -> DiTJob:
     return DiTJob(model=model, parallel=parallel, training=training, data=DataConfig(**budgets))
 
 
-def batches_of(job: DiTJob, streams: list[Stream], tokens: dict[Bucket, int], dp_size: int) -> list[tuple]:
+def batches_of(job: DiTJob, streams: list[SampleStream], tokens: dict[Bucket, int], dp_size: int) -> list[tuple]:
     """The first 4 batches, put together from what each rank is dealt."""
     sizes = step_sizes(tokens, job.training, job.data)
     micro = micro_batch_sizes(sizes, sharing(tokens, job, dp_size))

@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from megatron_fsvideo.data.buckets import Bucket
-from megatron_fsvideo.data.latent_dataset import Stream, _round_shares
+from megatron_fsvideo.data.latent_dataset import SampleStream, _round_shares
 from megatron_fsvideo.data.sampler import BucketSampler, deal
 
 SMALL, WIDE, STILL = Bucket(9, 32, 32), Bucket(9, 32, 64), Bucket(1, 32, 32)
@@ -18,7 +18,7 @@ def streams(weights=None):
     """Two folders: 30 small and 7 wide clips; 10 small clips and 25 stills."""
     table = [(SMALL, 0, 30), (WIDE, 0, 7), (SMALL, 1, 10), (STILL, 1, 25)]
     shares = _round_shares(weights, [37, 35])
-    return [Stream(bucket, folder, size, shares[folder] * size) for bucket, folder, size in table]
+    return [SampleStream(bucket, folder, size, shares[folder] * size) for bucket, folder, size in table]
 
 
 def take(sampler, count, consumed=0):
@@ -74,20 +74,20 @@ def test_weights_are_kept():
 
 
 def test_a_batch_larger_than_its_stream_wraps_into_the_next_epoch():
-    sampler = BucketSampler([Stream(SMALL, 0, 3, Fraction(3))], {SMALL: 8}, seed=0)
+    sampler = BucketSampler([SampleStream(SMALL, 0, 3, Fraction(3))], {SMALL: 8}, seed=0)
     refs = [ref for batch in take(sampler, 9) for ref in batch.samples]
     assert Counter(ref.position for ref in refs) == {0: 24, 1: 24, 2: 24}
     assert next(sampler.batches(64)) == take(sampler, 9)[8]
 
 
 def test_unshuffled_is_stored_order():
-    sampler = BucketSampler([Stream(SMALL, 0, 6, Fraction(6))], {SMALL: 2}, seed=0, shuffle=False)
+    sampler = BucketSampler([SampleStream(SMALL, 0, 6, Fraction(6))], {SMALL: 2}, seed=0, shuffle=False)
     assert [ref.position for batch in take(sampler, 3) for ref in batch.samples] == list(range(6))
 
 
 @pytest.mark.parametrize("dp_size", [1, 2, 4])
 def test_ranks_share_the_same_list(dp_size):
-    samples = take(BucketSampler([Stream(SMALL, 0, 64, Fraction(64))], {SMALL: 16}, seed=0), 1)[0].samples
+    samples = take(BucketSampler([SampleStream(SMALL, 0, 64, Fraction(64))], {SMALL: 16}, seed=0), 1)[0].samples
     dealt = [deal(samples, rank, dp_size, 2) for rank in range(dp_size)]
     assert [len(micro_batches) for micro_batches in dealt] == [8 // dp_size] * dp_size
     in_order = [ref for m in range(8 // dp_size) for rank in range(dp_size) for ref in dealt[rank][m]]
