@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from megatron_fsvideo.data.outputs import write_text
+
 CHECKSUM_FILE = "checksums.json"
 _BLOCK = 1 << 22
 
@@ -83,16 +85,6 @@ def check_files(folder: Path, rank: int = 0, world_size: int = 1, under: str = "
             raise ValueError(f"{folder / name} is damaged: its checksum is {found:08x}, was {expected[name]:08x}")
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash at any moment, sees the old text or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def write_checksums(folder: Path, checksums: Mapping[str, int]) -> None:
     """Write checksums.json, which says that a folder is complete."""
-    write_text_atomically(folder / CHECKSUM_FILE, json.dumps(checksums, indent=1, sort_keys=True) + "\n")
+    write_text(folder / CHECKSUM_FILE, json.dumps(checksums, indent=1, sort_keys=True) + "\n")

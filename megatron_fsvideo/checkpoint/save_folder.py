@@ -15,7 +15,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, read_checksums, write_text_atomically
+from megatron_fsvideo.checkpoint.checksums import CHECKSUM_FILE, read_checksums
+from megatron_fsvideo.data.outputs import write_text
 from megatron_fsvideo.data.text_files import TextError, read_object
 
 LATEST_FILE = "latest_checkpointed_iteration.txt"
@@ -77,7 +78,7 @@ def name_unnamed_checkpoint(folder: Path) -> None:
 
 def name_latest(folder: Path, iteration: int) -> None:
     """Make a checkpoint the one that a restarted run continues from."""
-    write_text_atomically(folder / LATEST_FILE, f"{iteration}\n")
+    write_text(folder / LATEST_FILE, f"{iteration}\n")
 
 
 def remove_old_checkpoints(folder: Path, newest: int, keep: int) -> None:

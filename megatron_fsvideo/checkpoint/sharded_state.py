@@ -24,15 +24,11 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_fsvideo.checkpoint.checksums import (
-    ChecksummedFile,
-    checksums_of,
-    write_checksums,
-    write_text_atomically,
-)
+from megatron_fsvideo.checkpoint.checksums import ChecksummedFile, checksums_of, write_checksums
 from megatron_fsvideo.checkpoint.safe_pickle import COMMON_FILE, METADATA_FILE
 from megatron_fsvideo.checkpoint.save_folder import JOB_FILE
 from megatron_fsvideo.checkpoint.writer import Work
+from megatron_fsvideo.data.outputs import write_text
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
 
 BACKEND, VERSION = "torch_dist", 1
@@ -108,7 +104,7 @@ def plan_checkpoint(
     def complete(results: list[Written]) -> None:
         planner.writer.finish(planner.metadata, [places for _, places in results])
         save_config(CheckpointingConfig(BACKEND, VERSION), str(target))
-        write_text_atomically(target / JOB_FILE, json.dumps(record, indent=1) + "\n")
+        write_text(target / JOB_FILE, json.dumps(record, indent=1) + "\n")
         checksums = checksums_of(target, (METADATA_FILE, CONFIG_FILE, JOB_FILE))
         for written, _ in results:
             checksums |= written
