@@ -1,13 +1,12 @@
 """The training loop, for every job. What differs between jobs is the task."""
 
 import time
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable
 
 from megatron_fsvideo.config import CheckpointConfig, TrainingConfig
 from megatron_fsvideo.training.logging import MetricsLogger
-from megatron_fsvideo.training.network import TrainedNetwork
 from megatron_fsvideo.training.profiling import NO_PROFILE, IterationProfiler
+from megatron_fsvideo.training.run_checkpoints import RunCheckpoints
 from megatron_fsvideo.training.signals import ExitRequest
 from megatron_fsvideo.training.state import StepResult, TrainState
 from megatron_fsvideo.training.task import Task
@@ -15,25 +14,9 @@ from megatron_fsvideo.training.task import Task
 AnyRank = Callable[[list[bool]], list[bool]]
 
 
-class Checkpoints(Protocol):
-    """Where the loop saves; `RunCheckpoints`. Every rank calls each method at the same iterations."""
-
-    def save(self, state: TrainState, networks: Mapping[str, TrainedNetwork]) -> None:
-        """Write a checkpoint from which `state.iteration + 1` can be done, or begin to (`async_save`)."""
-        ...
-
-    def is_saving(self) -> bool:
-        """Whether this rank still writes a checkpoint in the background. Ranks may answer differently."""
-        ...
-
-    def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if any, and make it the newest."""
-        ...
-
-
 def train(
     task: Task,
-    checkpoints: Checkpoints,
+    checkpoints: RunCheckpoints,
     state: TrainState,
     training: TrainingConfig,
     checkpoint: CheckpointConfig,
@@ -90,7 +73,7 @@ def train(
 
 
 def _should_leave(
-    checkpoints: Checkpoints, state: TrainState, request: ExitRequest, any_rank: AnyRank, logger: MetricsLogger
+    checkpoints: RunCheckpoints, state: TrainState, request: ExitRequest, any_rank: AnyRank, logger: MetricsLogger
 ) -> bool:
     """The end of an iteration, where all ranks agree: to leave, and that a checkpoint is written."""
     is_saving, *flags = any_rank([checkpoints.is_saving(), *request.flags()])

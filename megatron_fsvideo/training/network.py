@@ -184,15 +184,17 @@ class TrainedNetwork:
             self.average.restart()
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint's job.json says about the network."""
+        """What a checkpoint's job.json says about the network, as JSON can hold it.
+
+        The keys are `kind`, `model`, `bf16`, `average`, `optimizer`; a DiT has `diffusion` and `codec` too.
+        """
         optimizer = {"optimizer": self.settings.optimizer}
         return self._record | {"average": self.average is not None, "optimizer": optimizer}
 
-    def section(self, is_loading: bool, *, with_optimizer: bool = True, with_average: bool = True) -> dict[str, Any]:
+    def section(self, *, with_optimizer: bool = True, with_average: bool = True) -> dict[str, Any]:
         """What a checkpoint holds of the network: a nested dict of Megatron's sharded tensors, all keys by name.
 
         Args:
-            is_loading: the tensors will be filled.
             with_average: if the network keeps one.
         """
         content: dict[str, Any] = {}
@@ -204,7 +206,7 @@ class TrainedNetwork:
         return prefixed(content, f"{self.name}.")
 
     def load_section(self, content: dict[str, Any], *, with_optimizer: bool = True, with_average: bool = True) -> None:
-        """Take in what was read into `section(True, ...)`; an average that was not read starts from the weights."""
+        """Take in what was read into `section(...)`; an average that was not read starts from the weights."""
         missing, unexpected = self.chunks.load_state_dict(content["model"], strict=False)
         assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
         if with_optimizer:

@@ -7,7 +7,7 @@ section for each named network, with keys `<network>.{model,ema,optimizer}.*`, a
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from megatron.core.dist_checkpointing.utils import apply_prefix_mapping
 
@@ -25,23 +25,8 @@ from megatron_fsvideo.config import CheckpointConfig
 from megatron_fsvideo.data.folder_lock import FolderLock
 from megatron_fsvideo.data.outputs import try_folder
 from megatron_fsvideo.parallel.groups import ProcessGroups
+from megatron_fsvideo.training.network import TrainedNetwork
 from megatron_fsvideo.training.state import TrainState
-
-
-class SavedNetwork(Protocol):
-    """What a checkpoint needs of a network. Every rank calls each method together."""
-
-    def section(self, is_loading: bool, *, with_optimizer: bool, with_average: bool) -> dict[str, Any]:
-        """Nested dict of Megatron's sharded tensors and plain data, under `model`, `ema` and `optimizer`."""
-        ...
-
-    def load_section(self, content: dict[str, Any], *, with_optimizer: bool, with_average: bool) -> None:
-        """Take in what was read; an average that was not read begins at the weights."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """JSON-able: `kind`, `model`, `bf16`, `average`, `optimizer`, and where it has them `diffusion`, `codec`."""
-        ...
 
 
 class RunCheckpoints:
@@ -89,7 +74,7 @@ class RunCheckpoints:
         if self._writer is not None and self._pgs.is_rank_zero:
             self._lock.release()
 
-    def load(self, networks: Mapping[str, SavedNetwork]) -> TrainState:
+    def load(self, networks: Mapping[str, TrainedNetwork]) -> TrainState:
         """Bring the networks to where the run begins or continues.
 
         Raises:
@@ -106,18 +91,15 @@ class RunCheckpoints:
             return self._load_release(start.folder, networks)
         return self._load_checkpoint(start, networks)
 
-    def save(self, state: TrainState, networks: Mapping[str, SavedNetwork]) -> None:
+    def save(self, state: TrainState, networks: Mapping[str, TrainedNetwork]) -> None:
         """Write a checkpoint from which `state.iteration + 1` can be done, or begin to (`async_save`).
 
         Raises:
             SaveError: it, or the one before it, could not be written. FolderLockedError: another run has the folder.
         """
         self._pgs.on_rank_zero(self._lock.check)
-        records = {name: network.record() for name, network in networks.items()}
-        record = RunRecord(state.iteration, state.consumed_samples, records, self._describe())
-        content = {
-            name: network.section(False, with_optimizer=True, with_average=True) for name, network in networks.items()
-        }
+        record = RunRecord(state.iteration, state.consumed_samples, _records(networks), self._describe())
+        content = {name: network.section() for name, network in networks.items()}
         extra = self._extra_files() if self._extra_files is not None else None
         self._writer.save(
             state.iteration,
@@ -151,12 +133,11 @@ class RunCheckpoints:
         if self._lock.was_abandoned:
             name_unnamed_checkpoint(Path(self._config.save))
 
-    def _load_checkpoint(self, start: StartingPoint, networks: Mapping[str, SavedNetwork]) -> TrainState:
+    def _load_checkpoint(self, start: StartingPoint, networks: Mapping[str, TrainedNetwork]) -> TrainState:
         checkpoint = newest_good_checkpoint(start.folder, self._pgs)
         assert checkpoint is not None, "the starting point has a checkpoint"
         saved, where = checkpoint.record, str(start.folder)
-        current = {name: network.record() for name, network in networks.items()}
-        check_agreement(saved, current, self._describe(), where, start.purpose)
+        check_agreement(saved, _records(networks), self._describe(), where, start.purpose)
         if start.purpose == "stage" and saved.iteration >= self._train_iters:
             raise ValueError(
                 f"train_iters {self._train_iters} leaves the new stage no iteration: {where} has done "
@@ -174,32 +155,31 @@ class RunCheckpoints:
             return TrainState()
         return TrainState(saved.iteration, 0 if start.purpose == "stage" else saved.consumed_samples)
 
-    def _load_release(self, folder: Path, networks: Mapping[str, SavedNetwork]) -> TrainState:
+    def _load_release(self, folder: Path, networks: Mapping[str, TrainedNetwork]) -> TrainState:
         saved = record_of_release(folder)
-        current = {name: network.record() for name, network in networks.items()}
-        check_agreement(saved, current, self._describe(), str(folder), "finetune")
+        check_agreement(saved, _records(networks), self._describe(), str(folder), "finetune")
         self.loaded = saved
         (name,) = saved.networks
         if name not in networks:
             raise ValueError(f"--load {folder} is a release of {name}, this run trains {_names(networks)}")
         network = networks[name]
-        state = network.section(True, with_optimizer=False, with_average=False)
+        state = network.section(with_optimizer=False, with_average=False)
         content = fill_sharded(state, SafetensorsFolder(folder), f"{name}.model.", f"--load {folder}")
         network.load_section(content, with_optimizer=False, with_average=False)
         self._note_fresh(networks, {name: network})
         return TrainState()
 
-    def _note_fresh(self, networks: Mapping[str, SavedNetwork], loaded: Mapping[str, SavedNetwork]) -> None:
+    def _note_fresh(self, networks: Mapping[str, TrainedNetwork], loaded: Mapping[str, TrainedNetwork]) -> None:
         fresh = [name for name in networks if name not in loaded]
         if fresh and self._pgs.is_rank_zero:
             print(f"{self._config.load} has no {' and no '.join(fresh)}: starts fresh", file=sys.stderr, flush=True)
 
 
-def _read(checkpoint: Checkpoint, networks: Mapping[str, SavedNetwork], with_optimizer: bool) -> None:
+def _read(checkpoint: Checkpoint, networks: Mapping[str, TrainedNetwork], with_optimizer: bool) -> None:
     saved = checkpoint.record
     averages = {name: saved.networks[name]["average"] for name in networks}
     state = {
-        name: network.section(True, with_optimizer=with_optimizer, with_average=averages[name])
+        name: network.section(with_optimizer=with_optimizer, with_average=averages[name])
         for name, network in networks.items()
     }
     if is_old_autoencoder(checkpoint.path):
@@ -220,6 +200,10 @@ def _read_old_autoencoder(path: Path, name: str, state: dict[str, Any]) -> dict[
         part: fill_sharded({"": tensors}, OldAutoencoder(path, kinds[part]), f"{name}.{part}.", str(path))[""]
         for part, tensors in state.items()
     }
+
+
+def _records(networks: Mapping[str, TrainedNetwork]) -> dict[str, dict[str, Any]]:
+    return {name: network.record() for name, network in networks.items()}
 
 
 def _names(networks: Mapping[str, Any]) -> str:

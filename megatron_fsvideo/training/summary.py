@@ -1,27 +1,14 @@
 """What a run says of itself before its first iteration: a few plain lines."""
 
-from collections.abc import Mapping
-from typing import Protocol
-
 from megatron_fsvideo.checkpoint.starting_point import StartingPoint
 from megatron_fsvideo.config import CheckpointConfig, TrainingConfig
 from megatron_fsvideo.parallel.groups import ProcessGroups
-from megatron_fsvideo.training.network import TrainedNetwork
 from megatron_fsvideo.training.state import TrainState
-
-
-class SummarizedTask(Protocol):
-    """What a summary needs of a task."""
-
-    networks: Mapping[str, TrainedNetwork]
-
-    def summary(self) -> list[str]:
-        """Lines about the data."""
-        ...
+from megatron_fsvideo.training.task import Task
 
 
 def start_summary(
-    task: SummarizedTask,
+    task: Task,
     state: TrainState,
     start: StartingPoint,
     training: TrainingConfig,

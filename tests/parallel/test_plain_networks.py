@@ -215,7 +215,7 @@ def steps_before_the_first(is_shared: bool) -> list[int]:
     pgs = groups.initialize(DiTParallelConfig())
     with fused_adam():
         networks = build("muon", is_shared, pgs)
-    steps = [network.section(False)["optimizer"]["step"] for network in networks.values()]
+    steps = [network.section()["optimizer"]["step"] for network in networks.values()]
     groups.shutdown()
     return steps
 

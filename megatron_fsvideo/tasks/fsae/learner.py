@@ -63,16 +63,13 @@ class Passed(NamedTuple):
 class FSAELearner:
     """The networks of an autoencoder job and its losses.
 
-    Args:
-        network_type: what networks in training are.
-
     Attributes:
         networks: `fsae`; in phase 4 `projection`, of the latents to the vision features; with an adversary
             `discriminator`.
     """
 
-    def __init__(self, job: FSAEJob, pgs: ProcessGroups, network_type: type[TrainedNetwork] = TrainedNetwork) -> None:
-        self.job, self.pgs, self._network_type = job, pgs, network_type
+    def __init__(self, job: FSAEJob, pgs: ProcessGroups) -> None:
+        self.job, self.pgs = job, pgs
         self.objective = FSAEObjective(job, pgs.device)
         torch.manual_seed(derive_seed(job.training.seed, "fsae"))
         self.model = FSAE(job.model).to(pgs.device)
@@ -91,7 +88,7 @@ class FSAELearner:
                 "projection", projection, dict.fromkeys(projection.parameters(), UNDECAYED), sizes, 0.0
             )
         self._autoencoding = list(self.networks.values())
-        self.adversary = Adversary(job, pgs, network_type) if job.uses_gan else None
+        self.adversary = Adversary(job, pgs) if job.uses_gan else None
         if self.adversary is not None:
             self.networks["discriminator"] = self.adversary.network
 
@@ -192,6 +189,6 @@ class FSAELearner:
         job = self.job
         record = {"kind": name, "model": sizes, "bf16": job.training.bf16}
         settings = replace(job.optimizer, ema_decay=ema_decay)
-        return self._network_type(
+        return TrainedNetwork(
             name, [module], plain_config(), rules, settings, job.parallel, job.training, self.pgs, record
         )
