@@ -1,4 +1,4 @@
-"""Converting a DiT between formats, tensor by tensor; and starting FSVideo's model from a Wan checkpoint.
+"""Converts a DiT between formats, tensor by tensor, and starts FSVideo's model from a Wan checkpoint.
 
 A `Conversion` says for every weight of the target model where it comes from: kept from the source, or fresh. Nothing is
 read before everything has been checked, and no more than one tensor is in memory.
@@ -31,9 +31,9 @@ from megatron_fsvideo.models.dit.weights import initial_value, named_global_para
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
 WAN_BASENAME = "diffusion_pytorch_model"
-# The latents' shape: a model for others needs another patch embedding and head.
+# A model for latents of another shape needs another patch embedding and head.
 _GEOMETRY = ("latent_channels", "mask_channels", "patch_size")
-# Fields in which a start may differ from its source besides: layer memory is what it adds, and how weights start.
+# Further fields in which the new model may differ from its source: layer memory and the initial values of weights.
 _MAY_DIFFER = (*_GEOMETRY, "layer_memory", "layer_memory_norm", "layer_memory_init", "q_norm_init")
 _GEOMETRY_WEIGHTS = ("patch_embedding.", "head.proj_out.")
 
@@ -43,10 +43,10 @@ class Conversion:
     """Content of the conversion's target.
 
     Attributes:
-        record: the target's.
+        record: the record of the target.
         infos: our name -> shape and number format in the target.
-        fresh: our names of weights that the source does not give; they start as in a new model.
-        seed: of the fresh ones.
+        fresh: our names of weights that the source lacks; they get the initial values of a new model.
+        seed: seed of the fresh weights' initial values.
     """
 
     source: Source
@@ -56,7 +56,7 @@ class Conversion:
     seed: int
 
     def read(self, name: str) -> Tensor:
-        """A weight of the target."""
+        """Return one weight of the target."""
         info = self.infos[name]
         if name in self.fresh:
             value = initial_value(name, info.shape, self.record.network.model, self.seed)
@@ -66,7 +66,7 @@ class Conversion:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all weights."""
+        """Size of all weights in bytes."""
         return sum(info.num_bytes for info in self.infos.values())
 
 
@@ -76,7 +76,7 @@ def plan_conversion(
     """Decide where every weight comes from.
 
     Args:
-        start: the job whose model is to start from the source; None keeps the source's model.
+        start: the job whose model is to start from the source; None keeps the architecture of the source.
         dtype: number format of the weights, except for those that the model keeps in fp32; None keeps each as it is.
         pgs: groups of one process.
 
@@ -104,19 +104,19 @@ def _target_record(source: Source, network: DiTNetwork, fresh: tuple[str, ...]) 
     origin = {"format": source.kind, "folder": Path(source.where).name, "iteration": record.iteration}
     if not fresh:
         return DiTRecord(network, record.data, record.iteration, record.origin or origin | {"fresh": []})
-    # Another patch embedding is for other latents than the source's data.
+    # A fresh patch embedding means that the latents are not those of the source's dataset.
     data = None if any(name.startswith(_GEOMETRY_WEIGHTS) for name in fresh) else record.data
     return DiTRecord(network, data, 0, origin | {"fresh": list(fresh)})
 
 
 def whole_weights(config: DiTConfig, params_dtype: torch.dtype, pgs: ProcessGroups) -> dict[str, Tensor]:
-    """Every weight of the model on "meta": its shape, and its number format where the others are in `params_dtype`."""
+    """Every weight of the model on the "meta" device, with its shape and number format (`params_dtype` or fp32)."""
     model = build_dit(config, DiTParallelConfig(), pgs, params_dtype=params_dtype, device=torch.device("meta"))
     return {name: parameter.detach() for name, parameter in named_global_parameters(model)}
 
 
 def check_start(source: Source, target: DiTConfig) -> None:
-    """Refuse a start from a model that differs in more than its latents and layer memory.
+    """Refuse a source whose architecture differs from the target's in more than latents and layer memory.
 
     Raises:
         ValueError: naming the fields and both values.
@@ -208,7 +208,7 @@ def _write_foreign(
 
 
 def _write_distributed(folder: Path, conversion: Conversion, read: Callable[[str], Tensor]) -> None:
-    """A --save folder of pretrain_dit.py whose checkpoint, of iteration 0, holds the weights alone."""
+    """Write a --save folder of pretrain_dit.py whose checkpoint, of iteration 0, holds only weights."""
     record, target = conversion.record, iteration_folder(folder, 0)
     target.mkdir()
     infos = {f"{DIT_KIND}.model.{name}": info for name, info in conversion.infos.items()}

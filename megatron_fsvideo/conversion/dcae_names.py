@@ -18,7 +18,7 @@ from megatron_fsvideo.models.fsae.convolutions import VideoConv3d
 from megatron_fsvideo.models.fsae.inflation import fold_interpolation, inflate, over_time
 from megatron_fsvideo.models.fsae.resampling import SubPixelUp
 
-# MIT's -> diffusers', once ".main" and ".op_list" are gone: beginnings of names.
+# Beginnings of MIT's names -> those of diffusers, after ".main" and ".op_list" have been removed.
 _MIT_TOP = {
     "encoder.project_in.conv.": "encoder.conv_in.",
     "encoder.project_out.0.conv.": "encoder.conv_out.",
@@ -28,7 +28,7 @@ _MIT_TOP = {
     "decoder.project_out.2.conv.": "decoder.conv_out.",
     "decoder.stages.": "decoder.up_blocks.",
 }
-# Inside a block.
+# MIT's names inside a block -> diffusers'.
 _MIT_BLOCK = {
     "context_module.aggreg.0.0.": "attn.to_qkv_multiscale.0.proj_in.",
     "context_module.aggreg.0.1.": "attn.to_qkv_multiscale.0.proj_out.",
@@ -46,7 +46,7 @@ _MIT_BLOCK = {
 }
 _MIT_QKV = "context_module.qkv.conv.weight"
 
-# Ours -> diffusers', inside a block.
+# Our names inside a block -> diffusers'.
 _BLOCK = {
     "conv1.": "conv1.",
     "conv2.": "conv2.",
@@ -64,10 +64,10 @@ _QKV = "attention.qkv.weight"
 
 
 def to_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A DC-AE state dict in either spelling, in diffusers'.
+    """Rename a DC-AE state dict in either spelling to diffusers' names.
 
     Raises:
-        ValueError: a tensor that no DC-AE has.
+        ValueError: the state dict has a tensor that no DC-AE has.
     """
     if not any(".op_list." in name for name in state):
         return dict(state)
@@ -91,7 +91,7 @@ def dcae_config(state: Mapping[str, Tensor]) -> FSAEConfig:
     """The FSAE that has exactly the stages of a DC-AE with convolutional Downs (diffusers' names), causal over time.
 
     Raises:
-        ValueError: not a DC-AE, or one without stages at full resolution.
+        ValueError: the state dict is not a DC-AE, or is one without stages at full resolution.
     """
     stages = _indices(state, r"encoder\.down_blocks\.(\d+)\.")
     if not stages or stages[0] != 0:
@@ -109,10 +109,10 @@ def dcae_config(state: Mapping[str, Tensor]) -> FSAEConfig:
 def start_from_dcae(fsae: FSAE, state: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
     """Copy what fits of a DC-AE (diffusers' names) into `fsae`, in place, as its frame-by-frame start.
 
-    An FSAE with more stages gets them fresh, with the convolutions from and to the latents.
+    If the FSAE has more stages, these and the convolutions from and to the latents keep their initial values.
 
     Returns:
-        (names of our tensors that start fresh, names of theirs that found no use).
+        (names of our tensors that keep their initial values, names of DC-AE tensors that were not used).
     """
     modules = dict(fsae.named_modules())
     fresh, used = [], set()
@@ -127,7 +127,7 @@ def start_from_dcae(fsae: FSAE, state: Mapping[str, Tensor]) -> tuple[list[str],
 
 
 def dcae_name(fsae: FSAE, state: Mapping[str, Tensor], name: str) -> str | None:
-    """Their name of one of our parameters, None where they have no such place. qkv: without "to_q.weight"."""
+    """DC-AE's name of one of our parameters, or None if DC-AE has none. For qkv the name lacks "to_q.weight"."""
     side, part, rest = name.split(".", 2)
     encoder, decoder = fsae.encoder, fsae.decoder
     same_stages = _indices(state, rf"{side}\.\w+_blocks\.(\d+)\.")[-1:] == [len(fsae.config.widths) - 1]
@@ -150,7 +150,7 @@ def dcae_name(fsae: FSAE, state: Mapping[str, Tensor], name: str) -> str | None:
             offset = f"decoder.up_blocks.{stage}.0.conv.weight" in state
         prefix = f"{side}.{blocks}.{stage}.{int(block) + offset}."
         if f"{prefix}norm.running_mean" in state and rest.startswith("norm."):
-            return None  # a batch norm's gain means something else
+            return None  # the gain of a batch norm has another meaning
         return prefix + ("attn." if rest == _QKV else _renamed(rest, _BLOCK, name))
     return None
 
@@ -158,7 +158,7 @@ def dcae_name(fsae: FSAE, state: Mapping[str, Tensor], name: str) -> str | None:
 def _from_dcae(
     fsae: FSAE, state: Mapping[str, Tensor], name: str, modules: Mapping[str, nn.Module]
 ) -> tuple[Tensor | None, list[str]]:
-    """(our tensor made of theirs or None, the names it is made of)."""
+    """(our tensor, or None if it cannot be made; the names of the DC-AE tensors that it is made of)."""
     theirs = dcae_name(fsae, state, name)
     if theirs is None:
         return None, []
@@ -173,7 +173,7 @@ def _from_dcae(
     owner, _, kind = name.rpartition(".")
     module, parent = modules[owner], modules[owner.rpartition(".")[0]]
     if name.endswith("attention.out.weight"):
-        # Without a second scale the other half of our inputs counts nothing.
+        # DC-AE has no second scale, so the weights of the other half of our inputs are zero.
         missing = value.new_zeros(len(value), max(0, module.in_channels - value.shape[1]))
         return torch.cat([value, missing], dim=1)[..., None, None], [theirs]
     if isinstance(parent, SubPixelUp):
@@ -186,7 +186,7 @@ def _from_dcae(
 
 
 def _up_channels(value: Tensor, module: VideoConv3d, up: SubPixelUp, kind: str) -> Tensor:
-    """Weight or bias of an interpolating or pixel-shuffling 2D Up for our sub-pixel one."""
+    """Convert the weight or bias of an interpolating or pixel-shuffling 2D Up to our sub-pixel Up."""
     volume = up.factor[0] * up.factor[1] * up.factor[2]
     if len(value) == len(module.weight) // volume:
         value = fold_interpolation(value) if kind == "weight" else value.repeat_interleave(4)
@@ -211,7 +211,7 @@ def _width(state: Mapping[str, Tensor], stage: int) -> int:
 
 
 def _depth(state: Mapping[str, Tensor], blocks: str, stage: int) -> int:
-    """Blocks of a stage, without its Down or Up, which alone has a plain `conv`."""
+    """Number of blocks of a stage, without its Down or Up. Only a Down or Up has a plain `conv`."""
     prefix = re.escape(f"{blocks}.{stage}.")
     resampling = _indices(state, prefix + r"(\d+)\.conv\.")
     return len(_indices(state, prefix + r"(\d+)\.")) - len(resampling)

@@ -32,21 +32,21 @@ from megatron_fsvideo.conversion.wan_config import (
 from megatron_fsvideo.conversion.wan_names import DIFFUSERS, WAN, Spelling, our_value, their_name, their_value
 
 FORMATS = ("diffusers", "wan", "release", "distributed")
-# Names of the model itself among the moving average and the optimizer's state.
+# Beginnings of the model's own names. Other names belong to the moving average and the optimizer's state.
 _MODEL_PARTS = ("condition_embedder.", "patch_embedding.", "block.", "head.")
 _SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that can be read.
+    """A DiT's weights in one of the formats.
 
     Attributes:
         where: the folder, for messages.
         kind: the format.
-        stored: the tensors under the format's names.
-        spelling: the format's names; None for ours.
-        unused: tensors of the format that have no place in any model of ours.
+        stored: the tensors under the names of the format.
+        spelling: the names of the format; None for our names.
+        unused: tensors of the format that none of our models has.
     """
 
     where: str
@@ -58,15 +58,15 @@ class Source:
 
     @property
     def config(self) -> DiTConfig:
-        """The architecture."""
+        """The architecture of the model."""
         return self.record.network.model
 
     def dtype(self, name: str) -> torch.dtype:
-        """Number format of one of our weights as stored."""
+        """Number format in which one of our weights is stored."""
         return self.stored.infos[self._stored_name(name)].dtype
 
     def read(self, name: str) -> Tensor:
-        """One of our weights, in our shape."""
+        """Read one of our weights, in our shape."""
         value = self.stored.read(self._stored_name(name))
         return value if self.spelling is None else our_value(name, value, self.config.patch_volume)
 
@@ -74,7 +74,7 @@ class Source:
         """Refuse a file that is not exactly the model which its config describes.
 
         Args:
-            weights: that model's, on "meta".
+            weights: the weights of that model, on the "meta" device.
 
         Raises:
             ValueError: naming tensors that are missing, unexpected, or of another shape.
@@ -107,7 +107,7 @@ def open_source(folder: Path, kind: str | None, use_ema: bool) -> Source:
 
     Args:
         kind: one of FORMATS; None recognises it.
-        use_ema: of a distributed checkpoint, take the moving average of the weights where there is one.
+        use_ema: take the moving average of the weights from a distributed checkpoint that has one.
 
     Raises:
         ValueError: the format is not recognised, or the folder is damaged.
@@ -124,10 +124,10 @@ def open_source(folder: Path, kind: str | None, use_ema: bool) -> Source:
 
 
 def recognise(folder: Path) -> str:
-    """The format of a folder, from its files.
+    """Recognise the format of a folder from its files.
 
     Raises:
-        ValueError: it is none of ours.
+        ValueError: the folder has none of the formats.
     """
     if (folder / LATEST_FILE).is_file():
         return "distributed"
@@ -147,7 +147,7 @@ def recognise(folder: Path) -> str:
 
 
 def _inside_pipeline(folder: Path) -> Path:
-    """A diffusers pipeline keeps its transformer in a folder of its own."""
+    """The folder of the transformer if `folder` is a diffusers pipeline, else `folder` itself."""
     return folder / "transformer" if (folder / "model_index.json").is_file() else folder
 
 
@@ -163,7 +163,7 @@ def _open_foreign(folder: Path, kind: str) -> Source:
 def _foreign(folder: Path, kind: str, values: dict[str, Any], stored: SafetensorsFolder) -> Source:
     where, unused = str(folder / CONFIG_FILE), tuple[str, ...]()
     if kind == "diffusers":
-        # Older versions stored a gain that their forward never used.
+        # Older versions stored a gain that the forward pass never used.
         unused = tuple(name for name in stored.infos if name.endswith(".attn2.norm_added_q.weight"))
         config, spelling = config_from_diffusers(values, where), DIFFUSERS
     else:

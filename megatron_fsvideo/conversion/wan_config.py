@@ -1,4 +1,4 @@
-"""config.json of diffusers' WanTransformer3DModel and of the original Wan2.1, to our architecture and back.
+"""Converts config.json of diffusers' WanTransformer3DModel and of the original Wan2.1 to our architecture and back.
 
 Both lack some of our fields, which then have Wan2.1's value (`_FIXED`); the original also leaves out what its weights'
 shapes say (patch, widths of the encoders).
@@ -18,7 +18,7 @@ _SizeField = Annotated[int, Meta(ge=1, le=2**31)]
 DIFFUSERS_CLASS = "WanTransformer3DModel"
 WAN_CLASS = "WanModel"
 _WAN_PATCH = (1, 2, 2)
-# What only Wan2.1's values of can be said in their files.
+# Their files cannot express these fields, which must therefore have Wan2.1's values.
 _FIXED = {"rotary_base": 10000.0, "rope_scale_hw": 1.0, "layer_memory": False}
 _DIFFUSERS_FIXED = {
     "cross_attn_norm": True,
@@ -28,10 +28,10 @@ _DIFFUSERS_FIXED = {
 
 
 def config_from_diffusers(values: dict[str, Any], where: str) -> DiTConfig:
-    """Our architecture from diffusers' config.json.
+    """Read our architecture from diffusers' config.json.
 
     Raises:
-        ValueError: a field is missing, or a variant of Wan that this model cannot be.
+        ValueError: a field is missing, or describes a variant of Wan that this model does not support.
     """
     check_fields(values, ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "patch_size"), where)
     check_fields(values, ("in_channels", "out_channels", "text_dim", "freq_dim", "eps"), where)
@@ -59,10 +59,10 @@ def config_from_diffusers(values: dict[str, Any], where: str) -> DiTConfig:
 
 
 def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
-    """diffusers' config.json of our architecture.
+    """Write our architecture as diffusers' config.json.
 
     Raises:
-        ValueError: a part of it that diffusers' transformer does not have.
+        ValueError: the architecture has a part that diffusers' transformer lacks.
     """
     _check_expressible(config, "diffusers")
     return {
@@ -85,10 +85,10 @@ def config_to_diffusers(config: DiTConfig) -> dict[str, Any]:
 
 
 def config_from_wan(values: dict[str, Any], shapes: Shapes, where: str) -> DiTConfig:
-    """Our architecture from the original's config.json and the shapes of its weights.
+    """Read our architecture from the original's config.json and the shapes of its weights.
 
     Raises:
-        ValueError: a field or a weight that says a size is missing.
+        ValueError: a field is missing, or a weight whose shape gives a size.
     """
     check_fields(values, ("num_layers", "num_heads", "dim", "ffn_dim", "in_dim", "out_dim", "freq_dim", "eps"), where)
     for name, axes in (("patch_embedding.weight", 5), ("text_embedding.0.weight", 2)):
@@ -112,10 +112,10 @@ def config_from_wan(values: dict[str, Any], shapes: Shapes, where: str) -> DiTCo
 
 
 def config_to_wan(config: DiTConfig) -> dict[str, Any]:
-    """The original's config.json of our architecture; another patch than 1 2 2 is stated in addition.
+    """Write our architecture as the original's config.json. It gets a field for the patch if that is not 1 2 2.
 
     Raises:
-        ValueError: a part of it that Wan2.1 does not have.
+        ValueError: the architecture has a part that Wan2.1 lacks.
     """
     _check_expressible(config, "wan")
     values = {

@@ -1,4 +1,4 @@
-"""Parameter names of other implementations of Wan2.1's transformer and ours, one to one.
+"""Maps the parameter names of other implementations of Wan2.1's transformer to ours, one to one.
 
 Two spellings: diffusers' WanTransformer3DModel and the original Wan2.1. Linears are separate in all three; our patch
 embedding is the linear layer that theirs spells as a convolution, their modulation tables have a leading axis of one,
@@ -16,7 +16,7 @@ from megatron_fsvideo.config import DiTConfig
 
 @dataclass(frozen=True)
 class Spelling:
-    """Ours -> theirs, as prefixes of whole names: outside the layers, and inside one."""
+    """Our prefixes of names -> those of another implementation, outside the layers and inside a layer."""
 
     owner: str
     top: dict[str, str]
@@ -102,7 +102,7 @@ _LAYER_NAME = re.compile(r"block\.layers\.(\d+)\.(.+)")
 
 
 def their_name(name: str, spelling: Spelling) -> str:
-    """Their name of one of our parameters (names of the whole model).
+    """The other implementation's name of one of our parameters (names of the whole model).
 
     Raises:
         KeyError: the parameter has no counterpart, as the layer-memory router.
@@ -116,19 +116,19 @@ def their_name(name: str, spelling: Spelling) -> str:
 
 
 def our_value(name: str, value: Tensor, patch_volume: int) -> Tensor:
-    """Their parameter in our shape and order, under either spelling. `name` is ours."""
+    """Convert a parameter of either spelling to our shape and order. `name` is our name of the parameter."""
     if name.startswith("head.proj_out."):
-        # Within a patch, channels run fastest in their output and slowest in ours (as in both inputs).
+        # Within a patch, channels vary fastest in their output, and slowest in our output and in both inputs.
         return value.unflatten(0, (patch_volume, -1)).transpose(0, 1).flatten(0, 1)
     if name == "patch_embedding.weight":
-        return value.flatten(1)  # convolution with stride = kernel: a linear map of the patch
+        return value.flatten(1)  # a convolution whose stride equals its kernel is a linear map of the patch
     if name.endswith("scale_shift_table"):
         return value.squeeze(0)
     return value
 
 
 def their_value(name: str, value: Tensor, config: DiTConfig) -> Tensor:
-    """Our parameter in their shape and order; undoes `our_value`."""
+    """Convert our parameter to the shape and order of the other spelling; undoes `our_value`."""
     if name.startswith("head.proj_out."):
         return value.unflatten(0, (-1, config.patch_volume)).transpose(0, 1).flatten(0, 1)
     if name == "patch_embedding.weight":
@@ -139,7 +139,7 @@ def their_value(name: str, value: Tensor, config: DiTConfig) -> Tensor:
 
 
 def to_diffusers_name(name: str) -> str:
-    """diffusers' name of one of our parameters.
+    """Return diffusers' name of one of our parameters.
 
     Raises:
         KeyError: the parameter has no counterpart.
@@ -148,5 +148,5 @@ def to_diffusers_name(name: str) -> str:
 
 
 def from_diffusers(name: str, state: dict[str, Tensor], patch_volume: int) -> Tensor:
-    """Our parameter's value out of a diffusers state dict, in our shape and order."""
+    """Read one of our parameters from a diffusers state dict, in our shape and order."""
     return our_value(name, state[to_diffusers_name(name)], patch_volume)

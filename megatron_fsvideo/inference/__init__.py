@@ -1,1 +1,1 @@
-"""From an image and a prompt to a video. Imports nothing of training."""
+"""Generates a video from an image and a prompt. Imports nothing of training."""

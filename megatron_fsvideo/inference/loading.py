@@ -1,4 +1,4 @@
-"""Everything a checkpoint needs to generate: the DiT in any layout, its autoencoder, its encoders."""
+"""Loads what generation needs: the DiT in any layout, its autoencoder and its encoders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,12 @@ from megatron_fsvideo.parallel.groups import ProcessGroups
 
 @dataclass
 class LoadedDiT:
-    """A trained DiT and what its checkpoint says about it.
+    """A trained DiT and its description in the checkpoint.
 
     Attributes:
-        network: its architecture and its diffusion process.
-        data: the dataset's description: autoencoder, encoders, latent mean and std, buckets, fps; None if it has not
-            been trained on latents.
+        network: architecture and diffusion process of the DiT.
+        data: description of the dataset (autoencoder, encoders, latent mean and std, buckets, fps); None if the DiT
+            has not been trained on latents.
     """
 
     model: DiTModel
@@ -43,11 +43,11 @@ def load_dit(folder: str | Path, parallel: DiTParallelConfig, pgs: ProcessGroups
     """Load the newest checkpoint of a training run's --save folder, or a release, into this layout.
 
     Args:
-        use_ema: take the moving average of the weights, where the run kept one.
+        use_ema: take the moving average of the weights if the run kept one.
 
     Raises:
-        ValueError: nothing to load there, or it is damaged, or was never trained on latents; pipeline parallelism,
-            which generation does not use.
+        ValueError: the folder holds no checkpoint or a damaged one, the DiT was never trained on latents, or the
+            layout has pipeline parallelism, which generation does not support.
     """
     if parallel.pipeline_model_parallel_size > 1:
         raise ValueError("generation runs with tensor and context parallelism, not with pipeline stages")
@@ -62,10 +62,10 @@ def load_dit(folder: str | Path, parallel: DiTParallelConfig, pgs: ProcessGroups
 
 
 def load_model(folder: str | Path, parallel: DiTParallelConfig, pgs: ProcessGroups, use_ema: bool) -> LoadedDiT:
-    """The model of a release or checkpoint folder in this layout, to be trained or used.
+    """Load the model of a release or checkpoint folder in this layout, for training or for use.
 
     Raises:
-        ValueError: neither is there, it is damaged, or its weights do not fit its record.
+        ValueError: the folder holds neither, it is damaged, or its weights do not fit its record.
     """
     if is_dit_release(Path(folder)):
         record, stored = open_dit_release(Path(folder))
@@ -85,15 +85,15 @@ def _build(record: DiTRecord, parallel: DiTParallelConfig, pgs: ProcessGroups) -
 
 
 def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.device, dtype: torch.dtype) -> FSAECodec:
-    """An autoencoder with the encoder that made the training latents, and any decoder trained for it.
+    """Load an autoencoder whose encoder made the training latents, with any decoder trained for that encoder.
 
     Args:
-        data: from the checkpoint.
-        override: another place than the checkpoint's, or another decoder.
-        dtype: of its weights and activations.
+        data: description of the dataset in the checkpoint.
+        override: folder of the autoencoder, if it has moved or has another decoder.
+        dtype: type of the autoencoder's weights and activations.
 
     Raises:
-        ValueError: not found, or another encoder.
+        ValueError: the autoencoder is not found, or has another encoder.
     """
     record = data["autoencoder"]
     path = override or record["path"]
@@ -109,7 +109,7 @@ def load_autoencoder(data: dict[str, Any], override: str | None, device: torch.d
 
 
 def _completed(record: dict[str, Any]) -> dict[str, Any]:
-    """An autoencoder's record; an old one with its encoder's fingerprint, if the weights are where they were."""
+    """An autoencoder's record. An old record gets its encoder's fingerprint if the weights have not moved."""
     if "encoder_fingerprint" in record or not Path(record["path"]).exists():
         return record
     identity = load_codec(record["path"]).identity
@@ -118,7 +118,7 @@ def _completed(record: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _load_release(model: DiTModel, folder: str, stored: SafetensorsFolder) -> None:
-    """Copy this rank's slices out of the files, one weight after the other."""
+    """Copy this rank's slices from the files, one weight after another."""
     parameters = dict(named_global_parameters(model))
     if wrong := sorted(set(parameters) ^ set(stored.infos)):
         raise ValueError(f"{folder} does not fit its config in {len(wrong)} weights, first {wrong[0]}")
@@ -130,7 +130,7 @@ def _load_release(model: DiTModel, folder: str, stored: SafetensorsFolder) -> No
 
 
 def _load_weights(model: DiTModel, checkpoint: Checkpoint, name: str, averaged: bool) -> None:
-    """Read the trained or the averaged weights, which a checkpoint keeps beside each other."""
+    """Read the trained or the averaged weights of a checkpoint, which holds both."""
     prefix = checkpoint.record.average_prefix(name) if averaged else checkpoint.record.model_prefix(name)
     wanted = model.sharded_state_dict()
     for tensor in wanted.values():

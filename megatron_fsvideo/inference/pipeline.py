@@ -43,10 +43,10 @@ Progress = Callable[[Iterable[int]], Iterable[int]]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How latents are sampled.
+    """Settings of the sampler.
 
     Attributes:
-        guidance_scale: 1 is one model call a step, without guidance.
+        guidance_scale: scale of classifier-free guidance; 1 means none, with one model call a step.
     """
 
     num_inference_steps: int
@@ -55,10 +55,10 @@ class Sampling:
 
 
 class ImageToVideoPipeline:
-    """A DiT, the codec of its latents and the encoders of its conditions.
+    """Generates videos with a DiT, the codec of its latents and the encoders of its conditions.
 
     Args:
-        text_encoder: on rank zero; the other ranks may pass None. It is moved to the device while it encodes.
+        text_encoder: needed on rank 0 only; other ranks may pass None. It is on the device only while it encodes.
     """
 
     def __init__(
@@ -82,10 +82,10 @@ class ImageToVideoPipeline:
         parallel: DiTParallelConfig | None = None,
         pgs: ProcessGroups | None = None,
     ) -> "ImageToVideoPipeline":
-        """Load a release, or the newest checkpoint of a --save folder, and everything that it names.
+        """Load a release, or the newest checkpoint of a --save folder, with the codec and the encoders that it names.
 
         Args:
-            pgs: the groups of `parallel`; None makes them.
+            pgs: process groups of the layout `parallel`; None creates them.
 
         Raises:
             ValueError: something is missing, damaged, or does not belong to the DiT.
@@ -112,16 +112,16 @@ class ImageToVideoPipeline:
 
     @property
     def buckets(self) -> list[Bucket]:
-        """The shapes that the DiT was trained on."""
+        """Shapes of the clips that the DiT was trained on."""
         return [Bucket.parse(text) for text in self.dit.data["buckets"]]
 
     def sampling(
         self, num_inference_steps: int = 30, guidance_scale: float | None = None, sigma_shift: float | None = None
     ) -> Sampling:
-        """Settings in which the checkpoint decides what is None.
+        """Return the sampler's settings; the checkpoint gives the value of each argument that is None.
 
         Raises:
-            ValueError: guidance with a model that has never seen an empty prompt.
+            ValueError: guidance is asked for, and the model was trained without empty prompts.
         """
         network = self.dit.network
         trained_without_null = network.diffusion.text_dropout == 0 or not network.model.text_embed_dim
@@ -153,13 +153,13 @@ class ImageToVideoPipeline:
         Args:
             images: uint8 [height, width, 3] of any size; scaled to cover the bucket and cropped.
             bucket: shape of the clips; None takes the trained one nearest to the first image.
-            negative_prompt: what guidance leads away from.
+            negative_prompt: prompt that guidance steers away from.
 
         Returns:
             video, uint8 [b, f, height, width, 3], in host memory.
 
         Raises:
-            ValueError: a bucket that autoencoder or patch size do not divide.
+            ValueError: the autoencoder's factors or the patch size do not divide the bucket.
         """
         bucket = bucket or nearest_bucket(self.buckets, *images[0].shape[:2])
         bucket.check_factors(self.compression.spatial, self.compression.temporal)
@@ -169,7 +169,7 @@ class ImageToVideoPipeline:
         return self.decode(latents, first_frames)
 
     def prepare_image(self, image: Tensor, bucket: Bucket) -> Tensor:
-        """uint8 [height, width, 3] -> the bucket's first frame [1, 3, 1, height, width] in [-1, 1]."""
+        """Scale and crop an image uint8 [height, width, 3] to a first frame [1, 3, 1, height, width] in [-1, 1]."""
         cropped = resize_and_crop(image[None], bucket.height, bucket.width)
         return to_unit(cropped)[None].to(self.pgs.device)
 
@@ -183,7 +183,7 @@ class ImageToVideoPipeline:
         negative_prompt: str,
         progress: Progress,
     ) -> Tensor:
-        """Normalised latents [b, c, t, h, w] with t = `num_latents`, from first frames [b, 3, 1, height, width]."""
+        """Sample normalised latents [b, c, t, h, w], t = `num_latents`, from first frames [b, 3, 1, height, width]."""
         encoded = self.codec.encode(first_frames)  # (b, c, 1, h, w)
         shape = (*encoded.shape[:2], num_latents, *encoded.shape[3:])
         text, negative = self.encode_prompts([*prompts, negative_prompt])
@@ -205,9 +205,9 @@ class ImageToVideoPipeline:
         return euler_sample(velocity, noise, sigmas, progress)
 
     def encode_prompts(self, prompts: Sequence[str]) -> tuple[Tensor | None, Tensor | None]:
-        """Text features [b, l, e] of all prompts but the last, and the last one's as often, on every rank.
+        """Encode all prompts but the last to [b, l, e], and the last one to the same shape (repeated), on all ranks.
 
-        Rank zero alone has the encoder (UMT5-XXL takes 11 GB in bf16), on its device only while it encodes.
+        Only rank 0 has the encoder (UMT5-XXL takes 11 GB in bf16). It is on the device only while it encodes.
         """
         if not self.dit.network.model.text_embed_dim:
             return None, None
@@ -220,7 +220,7 @@ class ImageToVideoPipeline:
         return features[:-1], features[-1:].expand_as(features[:-1])
 
     def decode(self, latents: Tensor, first_frames: Tensor) -> Tensor:
-        """Normalised latents [b, c, t, h, w] -> uint8 [b, f, height, width, 3], in host memory.
+        """Decode normalised latents [b, c, t, h, w] to uint8 [b, f, height, width, 3], in host memory.
 
         Args:
             first_frames: [b, 3, 1, height, width] in [-1, 1].
@@ -238,5 +238,5 @@ class ImageToVideoPipeline:
 
 
 def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """Noise [c, t, h, w] of one request: a function of its seed, not of the batch or the rank it lands on."""
+    """Noise [c, t, h, w] of one request. It depends on the request's seed, not on its batch or rank."""
     return torch.randn(shape, generator=sample_generator(seed, 0, 0, "generation"))

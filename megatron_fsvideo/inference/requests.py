@@ -1,4 +1,4 @@
-"""What to generate: one image, prompt and output file, or a JSONL file of them; and the files that a request writes."""
+"""Requests for generation (image, prompt and output file), their JSONL file, and the files that a request writes."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from megatron_fsvideo.data.text_files import TextError, read_jsonl, read_text
 
 @dataclass(frozen=True)
 class _Line(Checked):
-    """A line of a --requests file."""
+    """Types of the entries in a line of a --requests file."""
 
     image: PathText
     prompt: str
@@ -28,8 +28,8 @@ class Request:
     """One clip to generate.
 
     Attributes:
-        image: file of the first frame.
-        out: the mp4 to write.
+        image: image file of the first frame.
+        out: mp4 file to write.
     """
 
     image: str
@@ -48,17 +48,17 @@ class Request:
         return self._beside(".json")
 
     def _beside(self, suffix: str) -> Path:
-        # Only .mp4 is replaced: clips named v1.0 and v1.5 have files of their own.
+        # Only the suffix .mp4 is replaced, so that clips named v1.0 and v1.5 do not share a file.
         out = Path(self.out)
         return out.with_suffix(suffix) if out.suffix.lower() == ".mp4" else out.with_name(out.name + suffix)
 
 
 def read_requests(path: str | Path, seed: int) -> list[Request]:
-    """The requests of a JSONL file: an object with image, prompt, out and optionally seed a line.
+    """Read a JSONL file of requests. Each line is an object with image, prompt, out and optionally seed.
 
     Args:
         path: the file; relative paths in it are relative to its folder.
-        seed: of requests that name none.
+        seed: seed of requests without one.
 
     Raises:
         ValueError: the file or a line cannot be read, a field is missing, unknown or of another type, or there is no
@@ -77,10 +77,10 @@ def read_requests(path: str | Path, seed: int) -> list[Request]:
 
 
 def check_request_files(requests: Sequence[Request], inputs: Sequence[str | Path], *, overwrite: bool) -> None:
-    """Refuse requests whose files would destroy something.
+    """Refuse requests whose output would overwrite an input, another output or a file of somebody else's.
 
     Args:
-        inputs: files that are read beside the images.
+        inputs: files that are read in addition to the images.
         overwrite: results of an earlier generation may be replaced. A picture or a JSON file that merely has the name
             of a contact sheet or a record never is.
 
@@ -98,7 +98,7 @@ def check_request_files(requests: Sequence[Request], inputs: Sequence[str | Path
 
 
 def nearest_bucket(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
-    """The bucket to generate from a photo: nearest aspect ratio, then most frames. Videos before images."""
+    """The bucket in which to animate a photo: videos before images, then nearest aspect ratio, then most frames."""
     videos = [bucket for bucket in buckets if bucket.num_frames > 1] or list(buckets)
     return choose_bucket(videos, height, width, max(bucket.num_frames for bucket in videos))
 
@@ -106,7 +106,7 @@ def nearest_bucket(buckets: Sequence[Bucket], height: int, width: int) -> Bucket
 def batches_of(
     requests: Sequence[Request], images: Sequence[Tensor], buckets: Sequence[Bucket], batch_size: int
 ) -> Iterator[tuple[Bucket, list[Request], list[Tensor]]]:
-    """(bucket, requests, images) of what is generated together: each image in the bucket nearest to it.
+    """Group requests into batches (bucket, requests, images); each image goes to the bucket nearest to it.
 
     Args:
         images: uint8 [height, width, 3], one for each request.
@@ -120,7 +120,7 @@ def batches_of(
 
 
 def _is_record(path: Path, out: str) -> bool:
-    """Whether a file is the record of an earlier generation of this very mp4."""
+    """Whether a file is the record of an earlier generation of this mp4."""
     try:
         request = json.loads(read_text(path))["request"]
         return Path(request["out"]).name == out

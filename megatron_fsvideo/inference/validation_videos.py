@@ -1,4 +1,4 @@
-"""Videos of a few validation samples while training goes on: the same first frames, texts and noise every time.
+"""Generates videos of a few validation samples during training, from the same first frames, texts and noise each time.
 
 Each data-parallel rank generates, decodes and writes its share, one video after another; after each the ranks meet, so
 that none waits longer than one video takes.
@@ -29,15 +29,15 @@ from megatron_fsvideo.parallel.seeds import sample_generator
 SHEET_COLUMNS = 5
 LABEL_LENGTH = 60
 
-# Label, error, and the frames that the sheet shows uint8 [n, h, w, 3], if it was decoded.
+# (label, error, frames for the contact sheet uint8 [n, h, w, 3] or None if they were not decoded)
 Made = tuple[str, float, Tensor | None]
 
 
 class ValidationVideos:
-    """Generates them with a model that is being trained.
+    """Generates validation videos with a model that is being trained.
 
     Args:
-        model: this rank's, without pipeline stages.
+        model: this rank's part of the model, which has no pipeline stages.
         dataset: the validation data.
 
     Raises:
@@ -51,7 +51,7 @@ class ValidationVideos:
         everything = [(k, place) for k, stream in enumerate(dataset.streams) for place in range(stream.num_samples)]
         number = min(job.sampling.num_validation_videos, len(everything))
         self.chosen = [everything[k * len(everything) // number] for k in range(number)]
-        self._writes = pgs.tp_rank == pgs.cp_rank == 0  # all ranks of one sample have the same
+        self._writes = pgs.tp_rank == pgs.cp_rank == 0  # ranks that share a sample hold equal latents: one writes
         self.codec: FSAECodec | None = None
         if job.sampling.fsae is not None and self._writes:
             dtype = torch.bfloat16 if job.training.bf16 else torch.float32
@@ -62,8 +62,8 @@ class ValidationVideos:
         """Generate all videos; every rank calls this.
 
         Returns:
-            the mean squared error of the latents, normalised, to the samples'; on rank 0 the contact sheet uint8
-            [h, w, 3] if they are decoded.
+            the mean squared error between generated and stored normalised latents; on rank 0 also the contact sheet
+            uint8 [h, w, 3] if the videos are decoded.
         """
         folder = self.folder / f"iter_{iteration:07d}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class ValidationVideos:
             mine = self._make(index, folder) if index < len(self.chosen) else None
             made += [one for one in gather_objects(mine if self._writes else None) if one is not None]
         if self.codec is not None:
-            self.codec.to("cpu")  # training wants the memory
+            self.codec.to("cpu")  # give the memory back to training
         made.sort(key=lambda one: one[0])
         error = sum(one[1] for one in made) / len(made)
         rows = [(label, frames) for label, _, frames in made if frames is not None]
@@ -102,17 +102,17 @@ class ValidationVideos:
         return label, error, video[shown]
 
     def _decode(self, latents: Tensor, first: Tensor) -> Tensor:
-        """Normalised latents [1, c, t, h, w] -> uint8 [f, height, width, 3].
+        """Decode normalised latents [1, c, t, h, w] to uint8 [f, height, width, 3].
 
         Args:
-            first: the sample's own first latent: the dataset has no pixels, and what it decodes to is closest to them.
+            first: the sample's first latent. The dataset has no pixels; the frame decoded from it is closest to them.
         """
         codec = self.codec.with_scale(self.dataset.scale)
         parts = codec.decode_stream(latents, codec.decode(first).clamp(-1, 1))
         return torch.cat([from_unit(part[0]).cpu() for part in parts])
 
     def _sample(self, batch: Batch) -> Tensor:
-        """Normalised latents [1, c, t, h, w] from the sample's first frame, if it is a video, and its text."""
+        """Sample normalised latents [1, c, t, h, w] from the sample's text and, for a video, its first frame."""
         job = self.job
         is_image = batch.latents.shape[2] == 1
         hidden = torch.full((1,), is_image, device=batch.latents.device)

@@ -1,1 +1,1 @@
-"""What a layout of the DiT costs, before anything is built: memory, messages, time. Arithmetic only: no torch."""
+"""Estimates memory, messages and time of a layout of the DiT by arithmetic alone, without torch."""

@@ -1,4 +1,4 @@
-"""Bytes that a layer's forward pass keeps for its backward pass, read off the modules in models/dit.
+"""Bytes that a layer's forward pass keeps for its backward pass, derived from the modules in models/dit.
 
 Autograd keeps what an operation's backward needs. Per line of `DiTLayer.forward`, in the model's type (e bytes, 2 in
 bf16) or in fp32 (4). In bf16 every `.float()` is a copy, in fp32 it is the tensor itself:
@@ -11,8 +11,7 @@ bf16) or in fp32 (4). In bf16 every `.float()` is a copy, in fp32 it is the tens
     feed-forward      before and after the GELU
     layer memory      the mix, keys' and values' source, weights of the states
 
-The residual stream itself is kept by nobody in bf16, except by layer memory's bank and by recomputation: both keep
-the same tensors.
+In bf16 no operation keeps the residual stream. Layer memory's bank and recomputation do keep it, as the same tensors.
 """
 
 from megatron_fsvideo.planning.case import Case
@@ -21,7 +20,7 @@ FP32 = 4
 
 
 def layer_bytes(case: Case, layer_number: int) -> dict[str, float]:
-    """What one layer keeps of one micro-batch without full recomputation, by part, without its input X_{l-1}."""
+    """Bytes, by part, that one layer keeps of one micro-batch without full recomputation, besides its input X_{l-1}."""
     model, parallel, e = case.model, case.parallel, case.element
     width, share = model.hidden_size, model.hidden_size / case.tp
     outer, inner = case.outer_rows * width, case.inner_rows * share
@@ -45,12 +44,12 @@ def layer_bytes(case: Case, layer_number: int) -> dict[str, float]:
 
 
 def state_bytes(case: Case) -> float:
-    """One X_l of one micro-batch."""
+    """Bytes of one layer's output X_l for one micro-batch."""
     return case.outer_rows * case.model.hidden_size * case.element
 
 
 def embedding_bytes(case: Case) -> float:
-    """What the condition embedder and the patch embedding keep, with the contexts that all layers read."""
+    """Bytes that the condition embedder and the patch embedding keep, with the contexts that all layers read."""
     model, e, samples = case.model, case.element, _samples(case)
     text = samples * case.rows.text * (model.text_embed_dim + 3 * model.hidden_size) * (model.text_embed_dim > 0)
     image = (
@@ -61,13 +60,13 @@ def embedding_bytes(case: Case) -> float:
 
 
 def head_bytes(case: Case) -> float:
-    """What the head and the loss keep: fp32 input, normed, modulated; prediction, target and difference."""
+    """Bytes that the head and the loss keep: fp32 input, normed, modulated; prediction, target and difference."""
     outputs = case.model.latent_channels * case.model.patch_volume
     return FP32 * (case.outer_rows * 3 * case.model.hidden_size + case.inner_rows * 4 * outputs)
 
 
 def batch_bytes(case: Case) -> float:
-    """One micro-batch as it is read: latents, text and image features."""
+    """Bytes of one micro-batch as it is read: latents, text and image features."""
     model = case.model
     latents = case.rows.tokens * model.latent_channels * model.patch_volume
     text, image = case.rows.text * model.text_embed_dim, case.rows.image * model.image_embed_dim
@@ -75,14 +74,14 @@ def batch_bytes(case: Case) -> float:
 
 
 def objective_bytes(case: Case) -> float:
-    """What the training step makes of one: noise, noisy latents, target, condition, model input, text."""
+    """Bytes that the training step makes from one micro-batch: noise, noisy latents, target, condition, input, text."""
     model = case.model
     latents = case.rows.tokens * (model.in_channels + 4 * model.latent_channels) * model.patch_volume
     return float(FP32 * _samples(case) * (latents + case.rows.text * model.text_embed_dim))
 
 
 def _norm_element(case: Case) -> int:
-    """Bytes that a query or key norm keeps of an element."""
+    """Bytes that a query or key norm keeps for each element."""
     return 2 * FP32 + case.element if case.bf16 else 2 * FP32
 
 
@@ -91,18 +90,18 @@ def _samples(case: Case) -> int:
 
 
 def _source_bytes(case: Case, has_memory: bool) -> float:
-    """Queries' source, and keys' and values' where it is another."""
+    """Bytes of the source of the queries, and of the source of keys and values if it is a different tensor."""
     outer = state_bytes(case)
     if case.tp == 1:
         return outer * (1 + has_memory)
-    if case.parallel.sequence_parallel:  # the linears keep the gathered sources, the router the local one
+    if case.parallel.sequence_parallel:  # linears keep gathered sources, the router the local one
         gathered = case.inner_rows * case.model.hidden_size * case.element
         return gathered * (1 + has_memory) + outer * has_memory
-    return outer * (3 if has_memory else 1)  # both sources, joined for one collective, and the router's
+    return outer * (3 if has_memory else 1)  # both sources, joined for one collective, and the router's source
 
 
 def _attention_bytes(case: Case, is_recomputed: bool) -> float:
-    """Query, key, value, output, logarithms of the sums; what the all-to-all moves is there twice."""
+    """Bytes of query, key, value, output, logarithms of the sums; tensors that the all-to-all moves exist twice."""
     inner = case.inner_rows * case.model.hidden_size / case.tp * case.element
     logarithms = FP32 * case.inner_rows * case.model.num_attention_heads / case.tp
     if is_recomputed:
@@ -111,7 +110,7 @@ def _attention_bytes(case: Case, is_recomputed: bool) -> float:
 
 
 def _cross_attention_bytes(case: Case, is_recomputed: bool) -> float:
-    """Query, keys and values of both contexts with their norms, one output each, their sum."""
+    """Bytes of the query, keys and values of both contexts with their norms, the output of each, and the sum."""
     model, e = case.model, case.element
     share = model.hidden_size / case.tp
     inner, context = case.inner_rows * share, case.context_rows * share

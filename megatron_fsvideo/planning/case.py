@@ -1,4 +1,4 @@
-"""One training job as the planner sees it: model, sizes, layout. Nothing here depends on hardware."""
+"""The planner's description of one training job: model, sizes, layout. Nothing here depends on hardware."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from megatron_fsvideo.models.flops import Rows
 
 @dataclass(frozen=True)
 class Case:
-    """A layout of a model on samples of one size.
+    """A model in one layout, trained on samples of one size.
 
     Attributes:
         rows: latent, text and image rows of one sample.
@@ -28,7 +28,7 @@ class Case:
 
     @property
     def element(self) -> int:
-        """Bytes of an activation or a weight of the layers."""
+        """Bytes of one element of the layers' activations and weights."""
         return 2 if self.bf16 else 4
 
     @property
@@ -63,7 +63,7 @@ class Case:
 
     @property
     def outer_rows(self) -> float:
-        """Tokens x samples of a rank between them: with sequence parallelism cut over tensor-parallel ranks too."""
+        """Tokens x samples of a rank between attention and linears; sequence parallelism cuts them over TP too."""
         return self.inner_rows / (self.tp if self.parallel.sequence_parallel else 1)
 
     @property

@@ -14,11 +14,11 @@ from megatron_fsvideo.planning.weights import embedder_parameters, stage_paramet
 
 @dataclass(frozen=True)
 class Traffic:
-    """Messages of one kind.
+    """All messages of one kind in an optimizer step.
 
     Attributes:
-        span: consecutive ranks that such a group lies within; tells fast links from slow ones.
-        is_per_microbatch: in every micro-batch, or else once a step.
+        span: number of consecutive ranks that contain a group; decides whether its links are fast or slow.
+        is_per_microbatch: True if sent in every micro-batch, False if sent once a step.
     """
 
     kind: str
@@ -29,14 +29,14 @@ class Traffic:
 
 
 def step_traffic(case: Case, stage: int) -> list[Traffic]:
-    """All kinds that occur on a pipeline stage, summed over a step."""
+    """Return the messages of a pipeline stage, summed over a step, one entry a kind."""
     kinds = [*_tensor_parallel(case, stage), *_context_parallel(case, stage)]
     kinds += [*_pipeline_parallel(case, stage), *_data_parallel(case, stage)]
     return [traffic for traffic in kinds if traffic.messages]
 
 
 def _num_layers(case: Case, stage: int) -> tuple[int, int]:
-    """Layers of a stage, and how many of them have layer memory."""
+    """Number of layers of a stage, and number of those with layer memory."""
     numbers = [number for chunk in case.chunks(stage) for number in chunk]
     return len(numbers), sum(number > 1 for number in numbers) if case.model.layer_memory else 0
 
@@ -49,10 +49,10 @@ def _tensor_parallel(case: Case, stage: int) -> list[Traffic]:
     layers, with_memory = _num_layers(case, stage)
     again = recomputed_share("feed_forward", model, case.parallel) if _recomputes_layers(case) else 0.0
     whole = case.inner_rows * model.hidden_size * case.element * (tp - 1) / tp
-    sources = 3 * layers + with_memory  # inputs of the parts: self-attention's may be two, in one message
+    sources = 3 * layers + with_memory  # inputs of the parts; self-attention may have two, in one message
     norms = 2 * (tp - 1) / tp * FP32 * (3 * case.inner_rows + case.context_rows) * layers * (2 + again)
     if case.parallel.sequence_parallel:
-        forward, backward = sources + 3 * layers, sources + 3 * layers + layers  # and fc1's input once more
+        forward, backward = sources + 3 * layers, sources + 3 * layers + layers  # fc1's input is gathered once more
         volume, messages = forward * (1 + again) + backward, 6 * layers * (2 + again) + layers
         name = "TP gathers and scatters"
     else:
@@ -74,7 +74,7 @@ def _tensor_parallel(case: Case, stage: int) -> list[Traffic]:
 
 
 def _local_token_parameters(case: Case, stage: int) -> int:
-    """Weights that every tensor-parallel rank holds and trains on tokens of its own."""
+    """Number of replicated parameters that each tensor-parallel rank applies only to its own tokens."""
     model, d = case.model, case.model.hidden_size
     number = embedder_parameters(case).fp32 * len(case.chunks(stage))
     for chunk in case.chunks(stage):
@@ -106,7 +106,7 @@ def _pipeline_parallel(case: Case, stage: int) -> list[Traffic]:
     forward = [chunk.stop if case.model.layer_memory else 1 for chunk in chunks]
     backward = [chunk.start if case.model.layer_memory else 1 for chunk in chunks]
     if stage == case.pp - 1:
-        forward.pop()  # the last chunk puts out the prediction
+        forward.pop()  # the last chunk's output is the prediction, which is not sent
     if stage == 0:
         backward.pop(0)
     states = (sum(forward) + sum(backward)) * state_bytes(case)

@@ -91,11 +91,11 @@ class PlanConfig(Checked):
 
     @property
     def batch(self) -> int:
-        """Samples of an optimizer step."""
+        """Number of samples in an optimizer step."""
         return self.global_batch_size or 2 * self.num_gpus
 
     def rows(self, model: DiTConfig) -> Rows:
-        """Rows of one sample.
+        """Numbers of latent, text and image rows of one sample.
 
         Raises:
             ValueError: the patch does not divide the latents.
@@ -115,7 +115,7 @@ class Plan:
     """One legal layout and what it costs.
 
     Attributes:
-        stage: the pipeline stage that needs most memory.
+        stage: pipeline stage that needs most memory.
         memory: that stage's bytes by part.
     """
 
@@ -128,7 +128,7 @@ class Plan:
 
     @property
     def memory_bytes(self) -> float:
-        """Peak of a rank of that stage."""
+        """Peak memory of a rank of that stage."""
         return sum(self.memory.values())
 
 
@@ -137,8 +137,8 @@ class Search:
     """Result of the search over all layouts.
 
     Attributes:
-        fitting: fastest first.
-        too_large: smallest first.
+        fitting: plans that fit into memory, fastest first.
+        too_large: plans that need too much memory, smallest first.
         refused: reason -> how many layouts it ruled out.
     """
 
@@ -171,7 +171,7 @@ def search(model: DiTConfig, plan: PlanConfig, rates: RateConfig) -> Search:
 
 
 def refuse_sizes(model: DiTConfig, plan: PlanConfig, rates: RateConfig, tp: int, cp: int, pp: int) -> str | None:
-    """Why these sizes form no valid layout, whatever else is chosen; None if they may."""
+    """Why these sizes form no valid layout, whatever else is chosen; None if they can form one."""
     if plan.num_gpus % (tp * cp * pp):
         return f"TP {tp} x CP {cp} x PP {pp} = {tp * cp * pp} does not divide num_gpus {plan.num_gpus}"
     if tp > rates.gpus_per_node:
@@ -190,7 +190,7 @@ def refuse_sizes(model: DiTConfig, plan: PlanConfig, rates: RateConfig, tp: int,
 def make_case(
     model: DiTConfig, plan: PlanConfig, parallel: DiTParallelConfig, rows: Rows, micro: int
 ) -> tuple[Case | None, str]:
-    """The case of a layout and a micro-batch size, or why there is none."""
+    """The case of a layout and a micro-batch size, or the reason why the layout is refused."""
     dp = plan.num_gpus // parallel.model_parallel_size
     if plan.batch % (micro * dp):
         return None, f"global_batch_size {plan.batch} is not a multiple of micro_batch_size {micro} x DP {dp}"
@@ -205,7 +205,7 @@ def make_case(
 
 
 def refuse_fp8(case: Case) -> str | None:
-    """Why FP8 products do not fit: widths are multiples of 16. Rows are padded (models/dit/model.py)."""
+    """Why FP8 refuses the sizes: widths must be multiples of 16. Rows are padded (models/dit/model.py)."""
     tp = case.tp
     sides = {
         f"hidden_size {case.model.hidden_size} / TP {tp}": case.model.hidden_size / tp,
@@ -218,7 +218,7 @@ def refuse_fp8(case: Case) -> str | None:
 
 
 def _sizes(plan: PlanConfig) -> Iterator[tuple[int, int, int]]:
-    """(TP, CP, PP): those given, and of the others all divisors of the number of GPUs that fit together."""
+    """All (TP, CP, PP) with the given values, and divisors of the number of GPUs for the values not given."""
     divisors = [number for number in range(1, plan.num_gpus + 1) if plan.num_gpus % number == 0]
     given = (plan.tensor_model_parallel_size, plan.context_parallel_size, plan.pipeline_model_parallel_size)
     for sizes in product(*([size] if size is not None else divisors for size in given)):
@@ -261,7 +261,7 @@ def _parallel(model: DiTConfig, plan: PlanConfig, tp: int, cp: int, pp: int, rec
 
 
 def _uneven_ends(num_layers: int, pp: int) -> tuple[int | None, int | None]:
-    """Layers of the first and the last stage when all others have as many as a whole number of them allows."""
+    """Numbers of layers of the first and the last stage if each other stage has num_layers / pp, rounded up."""
     if pp == 2:
         return num_layers // 2, num_layers - num_layers // 2
     middle = -(-num_layers // pp)

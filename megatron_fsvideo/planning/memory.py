@@ -1,4 +1,4 @@
-"""The peak of one rank's memory, by part (docs/planning.md derives it; tests/unit/test_planner.py measures it)."""
+"""Peak memory of one rank, by part (docs/planning.md derives it; tests/unit/test_planner.py measures it)."""
 
 from megatron_fsvideo.planning.activations import (
     FP32,
@@ -16,12 +16,12 @@ MemoryByPart = dict[str, float]
 
 
 def stage_memory(case: Case, stage: int) -> MemoryByPart:
-    """Bytes of one rank of a pipeline stage at its peak, by part."""
+    """Peak bytes of one rank of a pipeline stage, by part."""
     return weight_bytes(case, stage) | activation_memory(case, stage)
 
 
 def peak_memory(case: Case) -> tuple[int, MemoryByPart]:
-    """The stage that needs most, and its bytes by part."""
+    """The pipeline stage that needs most memory, and its bytes by part."""
     stages = [stage_memory(case, stage) for stage in range(case.pp)]
     worst = max(range(case.pp), key=lambda stage: sum(stages[stage].values()))
     return worst, stages[worst]
@@ -31,7 +31,7 @@ def activation_memory(case: Case, stage: int) -> MemoryByPart:
     """Memory that a step allocates and frees, at its peak, by part."""
     chunks = case.chunks(stage)
     is_last = stage == case.pp - 1
-    in_flight = chunks_in_flight(case, stage) / len(chunks)  # of all of the rank's chunks together
+    in_flight = chunks_in_flight(case, stage) / len(chunks)  # passes in flight, averaged over the rank's chunks
     states = sum(_stored_states(case, chunk, stage, index) for index, chunk in enumerate(chunks))
     kept = [_kept(case, chunk) for chunk in chunks]
     # Kept layers come last in a chunk: their activations are gone when the first layer is recomputed.
@@ -63,10 +63,10 @@ def chunks_in_flight(case: Case, stage: int) -> int:
 
 
 def _stored_states(case: Case, chunk: range, stage: int, chunk_index: int) -> int:
-    """States X_l that a chunk holds of one micro-batch, the received ones among them."""
+    """Number of states X_l that a chunk holds of one micro-batch, including the received ones."""
     is_first = stage == 0 and chunk_index == 0
     if case.model.layer_memory:
-        received = 0 if is_first else chunk.start  # X_0 .. X_{k}: the first layer's number of them
+        received = 0 if is_first else chunk.start  # X_0 .. X_{k}: as many as the index of the first layer
         return received + len(chunk) - (0 if is_first else 1)
     recomputed = sum(_is_recomputed(case, index) for index in range(len(chunk)))
     together = case.parallel.recompute_num_layers if case.parallel.recompute_method == "uniform" else 1
@@ -75,13 +75,13 @@ def _stored_states(case: Case, chunk: range, stage: int, chunk_index: int) -> in
 
 
 def _kept(case: Case, chunk: range) -> float:
-    """Activations of one micro-batch in a chunk, beside states."""
+    """Bytes of one micro-batch's activations in a chunk, without the states."""
     layers = [sum(layer_bytes(case, number).values()) for number in chunk]
     return sum(kept for index, kept in enumerate(layers) if not _is_recomputed(case, index))
 
 
 def _recomputed_at_once(case: Case, chunk: range) -> float:
-    """Activations of the layers that are there together while a chunk's backward recomputes them, at most."""
+    """Most bytes of recomputed activations that exist together during a chunk's backward pass."""
     layers = [sum(layer_bytes(case, number).values()) for number in chunk]
     recomputed = [size for index, size in enumerate(layers) if _is_recomputed(case, index)]
     uniform = case.parallel.recompute_method == "uniform" and not case.model.layer_memory
@@ -112,14 +112,14 @@ def _pack_bytes(case: Case, stage: int) -> float:
 
 
 def _gather_buffer_bytes(case: Case) -> float:
-    """Megatron keeps a buffer for gathered inputs of the feed-forward layer."""
+    """Bytes of Megatron's buffer for gathered inputs of the feed-forward layer."""
     if not case.parallel.sequence_parallel:
         return 0.0
     return case.inner_rows * case.model.hidden_size * case.element
 
 
 def _backward_bytes(case: Case) -> float:
-    """Gradients in the middle of a layer's backward pass: at its gated residual or at its feed-forward layer."""
+    """Bytes of gradients during a layer's backward pass, at its gated residual or at its feed-forward layer."""
     width, f, e = case.model.hidden_size, case.model.ffn_hidden_size / case.tp, case.element
     outer = case.outer_rows * width
     residual = outer * (3 * FP32 + e)

@@ -1,4 +1,4 @@
-"""What the planner assumes of the hardware. Every figure is a flag of tools/plan_layout.py; none is measured by it."""
+"""The planner's assumptions about the hardware. Every figure is a flag of tools/plan_layout.py; none is measured."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""An estimate of the time of an optimizer step from stated rates. It ranks layouts; it is not a measurement."""
+"""Estimates the time of an optimizer step from stated rates. The estimate ranks layouts; it is not a measurement."""
 
 from megatron_fsvideo.models.flops import LAYER_PARTS, hardware_flops, recomputed_share, total, training_flops
 from megatron_fsvideo.planning.activations import state_bytes
@@ -11,7 +11,7 @@ ATTENTION_PARTS = ("self_attention", "cross_attention")
 
 
 def step_seconds(case: Case, rates: RateConfig) -> dict[str, float]:
-    """Seconds of a step by part; the stage that takes longest sets the pace of the pipeline."""
+    """Seconds of a step by part. The slowest stage sets the pace of the pipeline."""
     stages = [_stage_seconds(case, stage, rates) for stage in range(case.pp)]
     slowest = max(stages, key=lambda parts: sum(parts.values()))
     busy = {name: seconds for name, seconds in slowest.items() if name not in ("DP messages", "optimizer")}
@@ -39,7 +39,7 @@ def _stage_seconds(case: Case, stage: int, rates: RateConfig) -> dict[str, float
     for traffic in step_traffic(case, stage):
         seconds = rates.message_seconds(traffic.num_bytes, traffic.messages, traffic.span)
         parts[names[traffic.kind[:2]]] += seconds
-    if case.parallel.overlap_grad_reduce:  # the gathers of weights and the last bucket stay: half of it, say
+    if case.parallel.overlap_grad_reduce:  # weight gathers and the last bucket are not hidden: assume half
         parts["DP messages"] /= 2
     shards = case.dp_size * case.cp if case.parallel.use_distributed_optimizer else 1
     # AdamW reads the gradient, reads and writes master weight and two moments, writes the weight: about 30 bytes.
@@ -67,7 +67,7 @@ def _compute_seconds(case: Case, stage: int, rates: RateConfig) -> dict[str, flo
     again = recomputed_share("layer_memory_mix", model, case.parallel)
     state = state_bytes(case) * case.num_microbatches
     reads = sum(number for number in layers if number > 1) if model.layer_memory else 0
-    # Forward reads l states and writes one; backward reads them twice, for the weights and for the pull.
+    # Forward reads l states and writes one. Backward reads them twice: for the weights' and for the states' gradients.
     moved = (reads + len(layers)) * (1 + again) + 2 * reads + 4 * len(layers) if reads else 0.0
     elementwise = rates.elementwise_passes * len(layers) * (3 + again)
     bandwidth = rates.memory_gbs * 1e9

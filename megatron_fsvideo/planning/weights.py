@@ -1,4 +1,4 @@
-"""Parameters of one rank, and the bytes that weights, gradients and optimizer hold (docs/planning.md)."""
+"""Number of parameters of one rank, and bytes of weights, gradients and optimizer state (docs/planning.md)."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Parameters(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Both kinds."""
+        """Number of parameters of both kinds."""
         return self.typed + self.fp32
 
 
@@ -68,7 +68,7 @@ def stage_parameters(case: Case, stage: int) -> Parameters:
 
 
 def weight_bytes(case: Case, stage: int) -> dict[str, float]:
-    """Bytes by part that stay during the whole run."""
+    """Bytes, by part, of tensors that live during the whole run."""
     parameters = stage_parameters(case, stage)
     # The distributed optimizer shares over data- and context-parallel ranks alike.
     shards = case.dp_size * case.cp if case.parallel.use_distributed_optimizer else 1
