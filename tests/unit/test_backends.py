@@ -20,6 +20,7 @@ from megatron_fsvideo.config import (
 )
 from megatron_fsvideo.models import dot_product_attention as attention
 from megatron_fsvideo.models.dit import transformer_config
+from megatron_fsvideo.parallel import groups
 
 TE = ["--transformer-impl", "transformer_engine"]
 FP8 = [*TE, "--bf16", "--fp8-format", "hybrid"]
@@ -76,7 +77,7 @@ def test_flags_that_contradict_each_other_are_refused_in_one_line(argv, words, c
 
 
 def test_transformer_engine_without_a_device_is_refused_before_anything_is_built(monkeypatch):
-    monkeypatch.setattr(pretrain_dit.groups, "initialize", lambda parallel: pytest.fail("too late"))
+    monkeypatch.setattr(groups, "initialize", lambda parallel: pytest.fail("too late"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="needs a CUDA device, and there is none"):
         start(monkeypatch, *FP8)
@@ -115,7 +116,7 @@ def test_a_device_that_can_is_let_through(monkeypatch, device, recipe, capabilit
         raise Built
 
     device(capability)
-    monkeypatch.setattr(pretrain_dit.groups, "initialize", build)
+    monkeypatch.setattr(groups, "initialize", build)
     with pytest.raises(Built):
         start(monkeypatch, *FP8, "--fp8-recipe", recipe)
 
