@@ -1,4 +1,4 @@
-"""Whether a run may continue from a checkpoint: the same networks, data and kind of optimizer, whatever the job is."""
+"""Checks whether a run may continue from a checkpoint: networks, data and kind of optimizer must be the same."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -8,10 +8,10 @@ from megatron_fsvideo.config.rules import shown
 from megatron_fsvideo.data.sample_order import check_order
 from megatron_fsvideo.models.codecs import is_same_encoder, spell_autoencoder
 
-# resume: everything goes on. stage: all but the position in the data. finetune: the weights alone.
+# resume takes everything, stage all but the position in the data, finetune only the weights.
 Purpose = Literal["resume", "stage", "finetune"]
 
-# Fields that say how weights start: they have started.
+# Fields for initial values of weights, which do not matter once weights are loaded.
 _INITIAL_VALUES = ("layer_memory_init", "q_norm_init", "residual_init", "resample_init", "patchify_init")
 _ABSENT = "none"
 _NO_OPTIMIZER = {"optimizer": _ABSENT}
@@ -24,10 +24,10 @@ def check_agreement(
 
     Args:
         networks: name -> record of each network of this run.
-        where: the checkpoint's folder, for the message.
+        where: folder of the checkpoint, for the message.
 
     Raises:
-        ValueError: naming every field that differs, and what to do.
+        ValueError: a field differs; the message names every such field and the remedy.
     """
     if purpose != "finetune":
         _check_continues(saved, networks, where)
@@ -66,7 +66,7 @@ def _check_continues(saved: RunRecord, networks: Mapping[str, Any], where: str) 
 def _check_network(name: str, saved: dict[str, Any], current: dict[str, Any], where: str, purpose: Purpose) -> None:
     if saved["kind"] != current["kind"]:
         raise ValueError(f"the checkpoint {where} has a network {name} of kind {saved['kind']}, not {current['kind']}")
-    # A field that one of the two does not know yet has the meaning of its default in both.
+    # A field that only one of the two records has counts as its default in the other.
     wrong = [line for line in _differences(saved["model"], current["model"]) if not line.startswith(_INITIAL_VALUES)]
     diffusion = _differences(saved.get("diffusion") or {}, current.get("diffusion") or {})
     wrong += [line for line in diffusion if line.startswith("prediction_type:")]
@@ -117,7 +117,7 @@ def _check_encoders(saved: dict[str, Any], current: dict[str, Any], where: str) 
 
 
 def _check_streams(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
-    """A position in the data means nothing in other data. (Older checkpoints do not say what theirs was.)"""
+    """Refuse other data: a position in one dataset has no meaning in another. (Older checkpoints do not name data.)"""
     ours, theirs = current["streams"], saved.get("streams", current["streams"])
     if ours != theirs:
         raise ValueError(
@@ -135,7 +135,7 @@ def check_autoencoder(saved: dict[str, Any], current: dict[str, Any], where: str
     """Refuse latents of another autoencoder than the one the weights were trained on.
 
     Raises:
-        ValueError: naming both.
+        ValueError: the autoencoders differ; the message names both.
     """
     ours, theirs = current["autoencoder"], saved["autoencoder"]
     if not is_same_encoder(ours, theirs):

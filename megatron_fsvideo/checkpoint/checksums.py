@@ -14,10 +14,10 @@ _BLOCK = 1 << 22
 
 
 class ChecksummedFile(io.BufferedWriter):
-    """A new file that is only appended to.
+    """A new file that is written from start to end, with a checksum.
 
     Attributes:
-        crc32: of everything written so far.
+        crc32: checksum of all bytes written so far.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -25,12 +25,12 @@ class ChecksummedFile(io.BufferedWriter):
         self.crc32 = 0
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append."""
+        """Append bytes."""
         self.crc32 = zlib.crc32(data, self.crc32)
         return super().write(data)
 
     def sync(self) -> None:
-        """Return when the disk has it."""
+        """Return when the written bytes are on the disk."""
         self.flush()
         os.fsync(self.fileno())
 
@@ -45,12 +45,12 @@ def file_crc32(path: Path) -> int:
 
 
 def checksums_of(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """File name -> checksum."""
+    """Map each file name to its checksum."""
     return {name: file_crc32(folder / name) for name in names}
 
 
 def read_checksums(folder: Path) -> dict[str, int]:
-    """File name -> checksum, as checksums.json of a folder says.
+    """Read checksums.json of a folder: file name -> checksum.
 
     Raises:
         ValueError: it is missing or damaged.
@@ -71,7 +71,7 @@ def check_files(folder: Path, rank: int = 0, world_size: int = 1, under: str = "
     """Compare this rank's share of a folder's files with its checksums.json.
 
     Args:
-        under: of which subfolder; all by default.
+        under: subfolder to compare; by default the whole folder.
 
     Raises:
         ValueError: the list or a file is missing, or has changed since it was written. OSError: a file is unreadable.

@@ -1,4 +1,4 @@
-"""Distributed checkpoints are read here: in any layout, never before their files are known to be as they were written.
+"""Reads distributed checkpoints in any layout, after the checksums of their files have been compared.
 
 A checkpoint's folder holds megatron-core's dist_checkpointing, format torch_dist. save_folder.py says where it lies;
 writer.py and sharded_state.py write it.
@@ -28,12 +28,12 @@ from megatron_fsvideo.parallel.groups import ProcessGroups, broadcast_object, ga
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files are as they were written, and which runs no code when it is loaded.
+    """A checkpoint whose checksums are right, and which runs no code when it is loaded.
 
-    Made by `open_checkpoint` and `newest_good_checkpoint` only.
+    Only `open_checkpoint` and `newest_good_checkpoint` create one.
 
     Attributes:
-        folder: the --save folder it lies in.
+        folder: --save folder that holds the checkpoint.
     """
 
     folder: Path
@@ -42,34 +42,34 @@ class Checkpoint:
 
     @property
     def path(self) -> Path:
-        """The folder of its files."""
+        """The folder of the checkpoint's files."""
         return iteration_folder(self.folder, self.iteration)
 
     def load(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Read it into the shape of `state`, whatever layout it was saved from; every rank calls this.
+        """Read the checkpoint into the form of `state`, from whatever layout it was saved; every rank calls this.
 
         Args:
-            state: what `plan_checkpoint` got, of this layout; or parts of it.
+            state: the state that `plan_checkpoint` takes, or parts of it, in this layout.
 
         Raises:
-            ValueError: it lacks a tensor, or its files are not what they say.
+            ValueError: the checkpoint lacks a tensor, or its content contradicts its index.
         """
         try:
             with megatron_on_cpu(), weights_only_loads():
                 return dist_checkpointing.load(state, str(self.path))
-        # Files with fitting checksums may have been made by anybody: what their readers raise is a refusal.
+        # Anybody can make files with right checksums, so every error of their readers becomes a refusal.
         except Exception as error:
             raise ValueError(f"{self.path} cannot be loaded: {_one_line(error)}") from error
 
 
 def open_checkpoint(folder: Path, pgs: ProcessGroups | None = None) -> Checkpoint:
-    """The newest checkpoint of a --save folder; the files' checksums are compared, shared out over the ranks.
+    """Open the newest checkpoint of a --save folder. The ranks share the comparison of its checksums.
 
     Args:
-        pgs: None for a process alone.
+        pgs: process groups; None for a single process.
 
     Raises:
-        ValueError: there is none, or a file is missing, damaged or unsafe.
+        ValueError: there is no checkpoint, or a file of it is missing, damaged or unsafe.
     """
     iteration = latest_iteration(folder)
     if iteration is None:
@@ -105,7 +105,7 @@ def newest_good_checkpoint(folder: Path, pgs: ProcessGroups) -> Checkpoint | Non
 
 
 def _verified(folder: Path, iteration: int, pgs: ProcessGroups | None) -> tuple[Checkpoint | None, str]:
-    """A checkpoint, or what any rank finds wrong with it. Nothing is unpickled before all checksums have been right."""
+    """A checkpoint, or the fault that any rank finds in it. Nothing is unpickled before all checksums are right."""
     source = iteration_folder(folder, iteration)
     rank, world_size = (0, 1) if pgs is None else (pgs.rank, pgs.world_size)
     damage = record = None
@@ -117,10 +117,10 @@ def _verified(folder: Path, iteration: int, pgs: ProcessGroups | None) -> tuple[
     if damage is None:
         try:
             record = parse_record(read_record(folder, iteration), str(source))
-            # The autoencoder's training had another format, of one file that is read as plain data.
+            # The autoencoder's old format is one file, which is read as plain data.
             if not (record.is_old and is_old_autoencoder(source)):
                 check_checkpoint(source)
-        # Checksums that fit say nothing about files that were made to deceive: whatever they raise is a refusal.
+        # Right checksums do not exclude files that were made to deceive, so every error becomes a refusal.
         except Exception as error:
             damage = _one_line(error)
         damage = _any_rank(damage, pgs)

@@ -35,7 +35,7 @@ class DistributedWeights:
     """The tensors of one checkpoint folder (iter_0000100) whose keys start with `prefix`.
 
     Attributes:
-        infos: key without the prefix -> what it is.
+        infos: key without the prefix -> description of the tensor.
 
     Raises:
         ValueError: the checkpoint is damaged, or holds something other than data.
@@ -51,7 +51,7 @@ class DistributedWeights:
             self._index(metadata)
         except ValueError:
             raise
-        # The classes are allowed, what they hold may be anything.
+        # Only the classes have been checked so far, not their content.
         except Exception as error:
             raise ValueError(f"{folder / METADATA_FILE} is damaged: {error!r}") from error
 
@@ -76,7 +76,7 @@ class DistributedWeights:
             whole, filled = self._put_together(name, info, self._parts.get(key, []))
         except ValueError:
             raise
-        # Of the places where slices belong, nothing is sure.
+        # The stored offsets of slices have not been checked yet.
         except Exception as error:
             raise ValueError(f"{self.folder}: {key} is damaged: {str(error).splitlines()[0]}") from error
         if tuple(whole.shape) != info.shape or filled != whole.numel():
@@ -102,7 +102,7 @@ class DistributedWeights:
         with path.open("rb") as file:
             try:
                 return torch.load(_FilePart(file, place.offset, place.length), map_location="cpu", weights_only=True)
-            # torch raises whatever its parser stumbles over.
+            # torch's parser raises many kinds of errors on a damaged file.
             except Exception as error:
                 reason = str(error).strip().split("\n")[0]
                 raise UnsafeCheckpointError(
@@ -116,10 +116,10 @@ def write_distributed_weights(
     """Write whole tensors as a distributed checkpoint that `dist_checkpointing.load` reads at any layout.
 
     Args:
-        infos: key -> what `read(key)` will return; it is read once and dropped.
-        common: plain data that every rank will get.
+        infos: key -> description of the tensor that `read(key)` returns. Each is read once and dropped.
+        common: plain data that every rank loads.
     """
-    # Planned by torch with tensors that hold nothing. Its writer would keep all it has written until the end.
+    # torch makes the plan with empty tensors. Its own writer would keep all written tensors until the end.
     empty = {key: torch.empty(info.shape, dtype=info.dtype, device="meta") for key, info in infos.items()}
     planner = DefaultSavePlanner(flatten_state_dict=False)
     planner.set_up_planner(empty, is_coordinator=True)
@@ -128,27 +128,27 @@ def write_distributed_weights(
     with (folder / _TENSOR_FILE).open("wb") as file:
         for item in plan.items:
             transforms, tensor = _StorageWriterTransforms(), read(item.index.fqn)
-            # A view would be saved with all that it is a view of.
+            # torch.save would write a view together with its whole base tensor.
             tensor = tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
             places.append(_write_item(transforms, file, tensor, item, _TENSOR_FILE, SerializationFormat.TORCH_SAVE))
         file.flush()
         os.fsync(file.fileno())
-    # planner_data as Megatron's planner leaves it.
+    # Megatron's planner leaves planner_data in this form.
     _Writer(folder).finish(dataclasses.replace(metadata, planner_data={}), [places])
     torch.save(common, folder / COMMON_FILE)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
 
 
 class _Writer(FileSystemWriter):
-    """Writes the index."""
+    """Writes the index of the checkpoint."""
 
     def storage_meta(self) -> StorageMeta:
-        """Without the folder's path: it is nobody's business, and a class that `safe_pickle` refuses."""
+        """Omit the path of the folder: it is private, and its class is one that `safe_pickle` refuses."""
         return StorageMeta()
 
 
 class _FilePart(io.RawIOBase):
-    """Part of a file as a file: `torch.load` takes nothing less, and bytes would be a second copy."""
+    """Part of a file as a file object: `torch.load` needs one, and a BytesIO would be a second copy."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
     config.json                     format, the network's record, the dataset's description, origin
     model.safetensors               or model-00001-of-0000N.safetensors with model.safetensors.index.json
 
-What leaves a training run for other people; like every release it cannot run code. Weights only: one set of them, the
-trained or the averaged.
+A release has one set of weights, the trained or the averaged ones, for use outside the training run. Like every release
+it cannot run code.
 """
 
 from dataclasses import asdict, dataclass
@@ -29,8 +29,8 @@ class DiTNetwork:
     """A DiT as checkpoints and releases describe it: enough to build it and to call it.
 
     Attributes:
-        bf16: its weights are in bfloat16, but for those that the model keeps in fp32.
-        average: the checkpoint has a moving average of the weights too.
+        bf16: the weights are bfloat16, except those that the model keeps in fp32.
+        average: the checkpoint also has a moving average of the weights.
     """
 
     model: DiTConfig
@@ -59,7 +59,7 @@ class DiTNetwork:
 
 
 class _Release(TypedDict):
-    """The types of what is read from a release's config.json."""
+    """Types of the entries that are read from a release's config.json."""
 
     network: NotRequired[NetworkRecord]
     job: NotRequired[dict[str, Any]]
@@ -70,12 +70,12 @@ class _Release(TypedDict):
 
 @dataclass(frozen=True)
 class DiTRecord:
-    """What goes with a set of weights.
+    """The description that accompanies a set of weights.
 
     Attributes:
         data: the dataset's description (`LatentDataset.description`), None before training on one.
-        iteration: optimizer steps they had.
-        origin: where they came from, as JSON; empty for weights of a training run.
+        iteration: number of optimizer steps of the weights.
+        origin: source of converted weights, as JSON; empty for weights of a training run.
     """
 
     network: DiTNetwork
@@ -113,10 +113,10 @@ def dit_of_run(record: RunRecord, where: str) -> tuple[str, DiTRecord]:
 
 
 def record_of_release(folder: Path) -> RunRecord:
-    """A release of ours as a record of weights alone, of its only network.
+    """Read the record of a release, which has one network and no optimizer state.
 
     Raises:
-        ValueError: the folder is of another program, or damaged.
+        ValueError: another program made the folder, or it is damaged.
     """
     config = read_config(folder)
     if config.get("format") == FSAE_FORMAT and isinstance(config.get("model"), dict):
@@ -139,16 +139,16 @@ def is_dit_release(folder: Path) -> bool:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """A folder's config.json.
+    """Read the config.json of a folder.
 
     Raises:
-        ValueError: it is missing, or no JSON object.
+        ValueError: the file is missing, or is no JSON object.
     """
     return read_object(folder / CONFIG_FILE)
 
 
 def open_dit_release(folder: Path) -> tuple[DiTRecord, SafetensorsFolder]:
-    """A release's record and its tensors, which are read when asked for.
+    """Open a release: its record, and its tensors, which are read on demand.
 
     Raises:
         ValueError: a file is missing or damaged.
@@ -159,7 +159,7 @@ def open_dit_release(folder: Path) -> tuple[DiTRecord, SafetensorsFolder]:
     path = str(folder / CONFIG_FILE)
     try:
         checked(path, _Release, values)
-        # Earlier releases hold the job instead.
+        # Earlier releases hold the job instead of the network's record.
         network = values["network"] if "network" in values else old_networks(values)[DIT_KIND]
         record = DiTRecord(DiTNetwork.parse(network, path), values["data"], values["iteration"], values["origin"])
     except (KeyError, TypeError, AttributeError) as error:

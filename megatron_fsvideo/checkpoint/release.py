@@ -1,7 +1,7 @@
-"""Release folders: `config.json` + `model.safetensors`, which cannot run code, and the autoencoder's way in and out.
+"""Release folders: `config.json` + `model.safetensors`, which cannot run code; saves and loads autoencoders.
 
-A release is what leaves a training run: for other people, for encoding a collection, for generation. A folder appears
-whole or not at all.
+A release holds the weights of a training run for other uses: publication, encoding a collection, generation. A folder
+appears whole or not at all.
 """
 
 import os
@@ -39,12 +39,12 @@ def save_release(
     """Write a release folder; an older one at the same place is replaced once the new one is complete.
 
     Args:
-        config: JSON-able; how to build the model.
+        config: JSON-able description from which the model is built.
         weights: name -> tensor.
         metadata: strings stored in the safetensors header.
 
     Raises:
-        OutputError: something else than a release is there, or it cannot be written.
+        OutputError: the path holds something that is not a release, or cannot be written.
     """
     target = Path(folder)
     check_release_folder(target, overwrite=True)
@@ -53,7 +53,7 @@ def save_release(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     infos = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
-    # Not safetensors.torch.save_file, whose files only their owner may read whatever the umask says.
+    # safetensors.torch.save_file would ignore the umask: only the owner could read its files.
     write_shards(unfinished, RELEASE_BASENAME, infos, lambda name: weights[name].detach().cpu(), ONE_FILE, metadata)
     write_json(unfinished / CONFIG_FILE, config)
     if target.exists():
@@ -66,13 +66,13 @@ def save_release(
 
 
 def check_release_folder(folder: str | Path, *, overwrite: bool) -> None:
-    """Refuse a place for a release that is taken, then try it.
+    """Refuse a path for a release that is occupied or cannot be written.
 
     Args:
-        overwrite: a release that is there may be replaced; another folder or a file never.
+        overwrite: whether an existing release may be replaced. Other folders and files are never replaced.
 
     Raises:
-        OutputError: naming what is there, or why nothing can be written.
+        OutputError: the message says what occupies the path, or why it cannot be written.
     """
     target = Path(folder)
     is_release = all((target / name).is_file() for name in (CONFIG_FILE, WEIGHTS_FILE))
@@ -85,7 +85,7 @@ def check_release_folder(folder: str | Path, *, overwrite: bool) -> None:
 
 
 def load_release(folder: str | Path, device: str | torch.device = "cpu") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the weights of a release folder.
+    """Read the config and the weights of a release folder.
 
     Raises:
         ValueError: a file is missing or damaged.
@@ -94,11 +94,11 @@ def load_release(folder: str | Path, device: str | torch.device = "cpu") -> tupl
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (root / name).is_file():
             raise ValueError(f"{folder} is no release: it {_describe_missing(root, name)}")
-    if (root.parent / CHECKSUM_FILE).is_file():  # of the checkpoint that the release lies in
+    if (root.parent / CHECKSUM_FILE).is_file():  # checksums of the checkpoint that contains the release
         check_files(root.parent, under=root.name)
     try:
         config = read_object(root / CONFIG_FILE)
-        # The library says "No such file" of one that it may not read.
+        # The library reports a file without read permission as "No such file".
         with (root / WEIGHTS_FILE).open("rb"):
             pass
         return config, safetensors.torch.load_file(root / WEIGHTS_FILE, device=str(device))
@@ -116,7 +116,7 @@ def _describe_missing(folder: Path, name: str) -> str:
 
 
 def save_fsae(folder: str | Path, fsae: FSAE, weights: dict[str, Tensor] | None = None) -> None:
-    """Write an autoencoder as a release folder, with its own weights or others of its names."""
+    """Write an autoencoder as a release folder, with its own weights or with given weights of the same names."""
     config = {"format": FSAE_FORMAT, "model": to_dict(fsae.config)}
     save_release(folder, config, fsae.state_dict() if weights is None else weights, {"format": FSAE_FORMAT})
 
@@ -155,10 +155,10 @@ def load_codec(path: str | Path, tiling: Tiling | None = None) -> FSAECodec:
 
 
 def resolve_release(path: str | Path) -> Path:
-    """The release folder that `path` means: itself, or the model folder of its latest checkpoint.
+    """Find the release folder of `path`: the path itself, or the model folder of its latest checkpoint.
 
     Raises:
-        ValueError: a --save folder that says no latest checkpoint.
+        ValueError: the path is a --save folder that names no latest checkpoint.
     """
     folder = Path(path)
     if not folder.is_dir() or (folder / CONFIG_FILE).is_file():
@@ -171,7 +171,7 @@ def check_weights(source: str, model: torch.nn.Module, weights: dict[str, Tensor
     """Refuse weights of another architecture.
 
     Raises:
-        ValueError: naming up to three weights that are missing, unexpected or of another shape.
+        ValueError: the message names up to three weights that are missing, unexpected or of another shape.
     """
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {name: list(tensor.shape) for name, tensor in weights.items()}

@@ -1,11 +1,11 @@
-"""What a checkpoint's job.json says: of each network what it is, and of the run what a resumed run must agree with.
+"""The record in a checkpoint's job.json: a description of each network, and what a resumed run must agree with.
 
     {"format": 2, "iteration": 100, "consumed_samples": 3200,
      "networks": {"dit": {"kind": "dit", "model": {...}, "diffusion": {...}, "codec": {...}, "bf16": true, ...}},
      "data": {...}, "order": {...}, "frozen": {"teacher": {"path": ..., "fingerprint": ...}},
      "fixed": {"phase": 2}, "job": {...}}
 
-Readers ask for networks, never for the job that trained them. `job` is kept for people.
+Programs read the networks, never the job that trained them. `job` is kept for people.
 """
 
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from megatron_fsvideo.config.rules import Count, shown
 from megatron_fsvideo.data.schema import checked
 
 FORMAT = 2
-# Format 1 had one job each of two kinds, and no networks.
+# Format 1 described a job of one of two kinds instead of networks.
 _OLD_FORMAT = 1
 _Values = dict[str, Any]
 
@@ -27,7 +27,7 @@ class _Autoencoder(TypedDict):
 
 
 class DataRecord(TypedDict):
-    """What a record says about the data, and the types."""
+    """Types of the entries that describe the data."""
 
     autoencoder: _Autoencoder
     text_encoder: _Values
@@ -53,7 +53,7 @@ class _Order(TypedDict):
 
 
 class NetworkRecord(TypedDict):
-    """What a record says about one network, and the types."""
+    """Types of the entries that describe one network."""
 
     kind: str
     model: _Values
@@ -70,7 +70,7 @@ class _Frozen(TypedDict):
 
 
 class _JobFile(TypedDict):
-    """What is read from a job.json, and the type of each entry. Other entries are ignored."""
+    """Types of the entries that are read from a job.json. Other entries are ignored."""
 
     iteration: Count
     consumed_samples: NotRequired[Count]
@@ -86,14 +86,14 @@ class _JobFile(TypedDict):
 
 @dataclass(frozen=True)
 class RunDescription:
-    """What a run brings to its checkpoints, besides its networks and where it is. Everything is JSON-able.
+    """JSON-able description of a run in its checkpoints, without its networks and its counters.
 
     Attributes:
-        job: all that the command line said.
-        data: what the data are (`LatentDataset.description`); None where the order of the data has no record.
-        order: what decides which samples a batch holds (data/sample_order.py); None if there is no record of it.
-        frozen: name -> path and fingerprint of a network that is used and not trained.
-        fixed: name -> value of what may not change when a run continues, such as the phase of the autoencoder.
+        job: all settings of the command line.
+        data: description of the data (`LatentDataset.description`); None where the order of the data has no record.
+        order: settings that decide which samples a batch holds (data/sample_order.py); None if there is no record.
+        frozen: name -> path and fingerprint of each network that is used and not trained.
+        fixed: name -> value of settings that may not change when a run continues, such as the autoencoder's phase.
     """
 
     job: dict[str, Any]
@@ -105,14 +105,14 @@ class RunDescription:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A job.json.
+    """The content of a job.json.
 
     Attributes:
         networks: name -> record: `kind`, `model`, `bf16`, `average`, `optimizer`, and where it has them `diffusion`
             and `codec`.
-        weights_only: there is no optimizer's state: weights that were converted.
-        is_old: of format 1, whose tensors have other names and whose optimizer's state cannot be read.
-        origin: where converted weights came from.
+        weights_only: the checkpoint holds converted weights without optimizer state.
+        is_old: the format is 1: tensors have other names, and the optimizer state cannot be read.
+        origin: source of converted weights.
     """
 
     iteration: int
@@ -124,7 +124,7 @@ class RunRecord:
     origin: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of job.json, in the present format."""
+        """The content of job.json in the current format."""
         return {
             "format": FORMAT,
             "iteration": self.iteration,
@@ -140,11 +140,11 @@ class RunRecord:
         }
 
     def average_prefix(self, name: str) -> str:
-        """What the names of a network's averaged weights begin with in the checkpoint."""
+        """Prefix of a network's averaged weights in the checkpoint."""
         return "ema." if self.is_old else f"{name}.ema."
 
     def model_prefix(self, name: str) -> str:
-        """What the names of a network's weights begin with in the checkpoint."""
+        """Prefix of a network's weights in the checkpoint."""
         return "" if self.is_old else f"{name}.model."
 
 
@@ -155,7 +155,7 @@ def parse_record(values: dict[str, Any], where: str) -> RunRecord:
         where: the checkpoint's folder, for messages.
 
     Raises:
-        ValueError: it lacks something, or is of another version.
+        ValueError: the file lacks an entry, or has an unknown version.
     """
     version = values.get("format", _OLD_FORMAT)
     if version not in (FORMAT, _OLD_FORMAT):
@@ -181,10 +181,10 @@ def parse_record(values: dict[str, Any], where: str) -> RunRecord:
 
 
 def old_networks(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The networks of a job of format 1, of which a DiT's alone has diffusion.
+    """Describe the networks of a job of format 1. Only a DiT has diffusion settings.
 
     Args:
-        values: with `job` and `data`.
+        values: content of the file, with `job` and `data`.
     """
     job = values["job"]
     common = {"bf16": job["training"]["bf16"], "average": job["optimizer"]["ema_decay"] > 0}

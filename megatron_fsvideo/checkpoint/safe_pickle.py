@@ -1,4 +1,4 @@
-"""Checkpoints from strangers cannot run code here.
+"""Loads checkpoints from strangers without running code from them.
 
 A distributed checkpoint has three places from which Python objects are unpickled: `.metadata` (torch's reader calls
 `pickle.load`), `common.pt` (`torch.load`), and byte entries among the tensors (`torch.load` with `weights_only=False`).
@@ -35,7 +35,7 @@ _ALLOWED = {
 
 
 class UnsafeCheckpointError(ValueError):
-    """A checkpoint file holds something other than data."""
+    """A checkpoint file holds objects that are not plain data."""
 
 
 class _AllowListUnpickler(pickle.Unpickler):
@@ -49,7 +49,7 @@ def read_metadata(path: Path) -> Any:
     """Unpickle a `.metadata` file, accepting only the classes that a checkpoint's index is made of.
 
     Raises:
-        UnsafeCheckpointError: anything else is in it. FileNotFoundError: it is missing. ValueError: it is damaged.
+        UnsafeCheckpointError: the file has another class. FileNotFoundError: it is missing. ValueError: it is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -58,7 +58,7 @@ def read_metadata(path: Path) -> Any:
         raise UnsafeCheckpointError(f"{path} is refused: {error}, which no checkpoint index needs") from None
     except FileNotFoundError:
         raise
-    # An unpickler raises whatever it stumbles over in a damaged file.
+    # An unpickler raises many kinds of errors on a damaged file.
     except Exception as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
@@ -67,7 +67,7 @@ def read_common(path: Path) -> dict[str, Any]:
     """Load `common.pt` as plain data.
 
     Raises:
-        UnsafeCheckpointError: it holds other objects, or is damaged.
+        UnsafeCheckpointError: the file holds other objects, or is damaged.
     """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -79,7 +79,7 @@ def read_common(path: Path) -> dict[str, Any]:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Make sure that loading this checkpoint folder runs no code, and that its files are whole.
+    """Check that loading this checkpoint folder runs no code, and that its files are whole.
 
     Raises:
         UnsafeCheckpointError: loading could run code. ValueError, FileNotFoundError: a file is damaged or missing.
@@ -98,7 +98,7 @@ def check_checkpoint(folder: Path) -> None:
 
 @contextmanager
 def weights_only_loads() -> Iterator[None]:
-    """Within this context `torch.load` loads plain data only, whatever its caller asks for."""
+    """Context in which `torch.load` loads plain data only, whatever its caller asks for."""
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
     os.environ[variable] = "1"

@@ -1,9 +1,9 @@
 """Folders of safetensors shards, read and written tensor by tensor.
 
     NAME.safetensors                                               one shard
-    NAME-00001-of-00003.safetensors ... NAME.safetensors.index.json    several, and which tensor is in which
+    NAME-00001-of-00003.safetensors ... NAME.safetensors.index.json    several shards, and the shard of each tensor
 
-The layout of diffusers and transformers. A tensor that is read is the only one in memory. (The library's reader maps
+diffusers and transformers use this layout. At most one tensor is in memory at a time. (The library's reader maps
 whole files writably, which the kernel refuses for a file larger than the machine's memory.) Writing streams: the header
 follows from shapes and dtypes alone.
 """
@@ -24,7 +24,7 @@ from megatron_fsvideo.data.listing import files_in
 from megatron_fsvideo.data.outputs import write_json
 from megatron_fsvideo.data.text_files import read_json
 
-# safetensors' words for the number formats that weights come in.
+# Number formats of weights, under safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -33,14 +33,14 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """Shape and number format of a tensor that has not been read."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Size of its data."""
+        """Size of the tensor's data in bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -48,11 +48,11 @@ class SafetensorsFolder:
     """The tensors of a folder.
 
     Attributes:
-        infos: tensor name -> what it is.
+        infos: tensor name -> shape and number format.
 
     Raises:
-        ValueError: no or several sets of weights, a shard that is missing or damaged, an index that does not agree
-            with its shards, a number format that weights do not come in.
+        ValueError: the folder has no or several sets of weights, a shard is missing or damaged, the index does not
+            agree with the shards, or a number format is not one of weights.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +68,7 @@ class SafetensorsFolder:
         """A tensor.
 
         Raises:
-            ValueError: the file has become shorter.
+            ValueError: the file is shorter than it was when it was opened.
         """
         info, (path, position) = self.infos[name], self._place[name]
         content = torch.empty(info.num_bytes, dtype=torch.uint8)
@@ -86,7 +86,7 @@ class SafetensorsFolder:
 
 
 def read_header(path: Path) -> dict[str, tuple[TensorInfo, int]]:
-    """Tensor name -> what it is, and where in the file its data begins.
+    """Read a file's header: tensor name -> shape and number format, and the offset of its data in the file.
 
     Raises:
         ValueError: the file is missing or damaged, or has a tensor in another number format than weights come in.
@@ -126,8 +126,8 @@ def write_shards(
     """Write tensors as shards, and an index if there are several.
 
     Args:
-        infos: name -> what `read(name)` will return. It is read once, in this order, and dropped.
-        max_shard_size: bytes of a shard's tensors; a larger tensor gets a shard of its own.
+        infos: name -> shape and number format of `read(name)`. Tensors are read once, in this order, and dropped.
+        max_shard_size: largest size of a shard in bytes; a larger tensor gets a shard of its own.
         metadata: strings stored in each shard's header.
     """
     shards = split_into_shards(infos, max_shard_size)
@@ -157,10 +157,10 @@ def split_into_shards(infos: Mapping[str, TensorInfo], max_shard_size: int) -> l
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 5GB or 500MB (powers of 1000).
+    """Convert a size such as 5GB or 500MB (powers of 1000) to bytes.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]B)", text)
     if not match or float(match[1]) == 0:
@@ -190,7 +190,7 @@ def _write_shard(
 
 
 def _find_shards(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The shards of a folder, and the index's tensor -> file name where there is one."""
+    """Find the shards of a folder, and the tensor -> file name map of its index if it has one."""
     indices = files_in(folder, ".safetensors.index.json")
     if len(indices) > 1:
         raise ValueError(f"{folder} has several sets of weights: {', '.join(path.name for path in indices)}")

@@ -1,8 +1,8 @@
-"""The --save folder of a run: which checkpoints it holds, which is the newest, and which may be deleted.
+"""The --save folder of a run: finds, names and deletes its checkpoints.
 
     SAVE/latest_checkpointed_iteration.txt      the newest complete checkpoint; replaced last, by rename
-    SAVE/iter_0000100/job.json                  what was trained (run_record.py)
-    SAVE/iter_0000100/checksums.json            of all other files; written last
+    SAVE/iter_0000100/job.json                  description of the run (run_record.py)
+    SAVE/iter_0000100/checksums.json            checksums of all other files; written last
     SAVE/iter_0000100/...
 
 A folder counts as a checkpoint if its name is `iter_` and an iteration of at least seven digits, and if it is whole:
@@ -25,7 +25,7 @@ _REMOVED = ".removed_"
 
 
 def iteration_folder(folder: Path, iteration: int) -> Path:
-    """Where an iteration's checkpoint is kept."""
+    """Folder of an iteration's checkpoint."""
     return folder / f"iter_{iteration:07d}"
 
 
@@ -37,7 +37,7 @@ def whole_iterations(folder: Path) -> list[int]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether the save of this iteration's folder was completed, and no file has gone since."""
+    """Whether this folder was saved completely and no file is missing since."""
     if not (checkpoint / JOB_FILE).is_file() or not (checkpoint / CHECKSUM_FILE).is_file():
         return False
     try:
@@ -77,18 +77,18 @@ def name_unnamed_checkpoint(folder: Path) -> None:
 
 
 def name_latest(folder: Path, iteration: int) -> None:
-    """Make a checkpoint the one that a restarted run continues from."""
+    """Name a checkpoint the newest, from which a restarted run continues."""
     write_text(folder / LATEST_FILE, f"{iteration}\n")
 
 
 def remove_old_checkpoints(folder: Path, newest: int, keep: int) -> None:
-    """Delete all but the `keep` newest complete checkpoints up to `newest`; 0 deletes none."""
+    """Delete all but the `keep` newest complete checkpoints up to `newest`; `keep` 0 deletes none."""
     if keep <= 0:
         return
-    # Later ones are leftovers of a run that was restarted from an earlier checkpoint.
+    # Later checkpoints are left from a run that was restarted from an earlier checkpoint.
     saved = [iteration for iteration in whole_iterations(folder) if iteration <= newest]
     for old in saved[:-keep]:
-        # Renamed first: a folder that lost half of its files would be no checkpoint, and would stay for ever.
+        # Rename before deleting: a half-deleted folder would not count as a checkpoint, and nothing would remove it.
         source = iteration_folder(folder, old)
         source.rename(folder / f"{_REMOVED}{source.name}")
     for removed in folder.glob(f"{_REMOVED}iter_*"):
@@ -96,7 +96,7 @@ def remove_old_checkpoints(folder: Path, newest: int, keep: int) -> None:
 
 
 def read_record(folder: Path, iteration: int) -> dict[str, Any]:
-    """The job.json of a checkpoint.
+    """Read the job.json of a checkpoint.
 
     Raises:
         ValueError: it is missing or damaged.
@@ -109,7 +109,7 @@ def read_record(folder: Path, iteration: int) -> dict[str, Any]:
 
 
 def describe_folder(folder: Path) -> str:
-    """What a folder without a checkpoint is instead, as the end of a sentence about it."""
+    """Describe a folder without a checkpoint, as the end of a sentence."""
     if not folder.exists():
         return "does not exist"
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""What each rank writes of a state of Megatron's sharded tensors: planned by megatron-core, written by us.
+"""Plans with megatron-core, and writes, each rank's part of a state of Megatron's sharded tensors.
 
 megatron-core's own writer forks processes, does not copy tensors that are on the CPU, and lets rank 0 fail alone.
 """
@@ -32,23 +32,23 @@ from megatron_fsvideo.data.outputs import write_text
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
 
 BACKEND, VERSION = "torch_dist", 1
-CONFIG_FILE = "metadata.json"  # megatron-core's name
+CONFIG_FILE = "metadata.json"  # name that megatron-core uses
 
-# What torch.save adds to a tensor's bytes, measured.
+# Measured number of bytes that torch.save adds to a tensor.
 _WRAPPING = 1600
 
-# One rank's files: name -> checksum; and where each tensor lies in them.
+# (file name -> checksum of one rank's files, position of each tensor in them)
 Written = tuple[dict[str, int], list[WriteResult]]
 
 
 @dataclass(frozen=True)
 class ExtraFiles:
-    """What else rank 0 writes into a checkpoint's folder; the checksums cover it.
+    """Further files that rank 0 writes into a checkpoint's folder; the checksums cover them.
 
     Attributes:
         num_bytes: about.
-        write: writes into the folder it is given and returns the files' names relative to it. Like `Work.write` it may
-            run in a thread while training goes on.
+        write: called with the folder; writes the files and returns their names relative to it. It may run in a thread
+            during training, as `Work.write` may.
     """
 
     num_bytes: int
@@ -64,17 +64,17 @@ def plan_checkpoint(
     in_background: bool,
     extra: ExtraFiles | None = None,
 ) -> Work:
-    """Share the work out; every rank calls this.
+    """Divide the writing among the ranks; every rank calls this.
 
     Args:
         target: an empty folder.
         state: nested dict of Megatron's ShardedTensors, and plain data that is equal on all ranks.
-        record: JSON-able; becomes job.json.
+        record: JSON-able content of job.json.
         in_background: copy everything now, because it will change while it is written.
-        extra: further files, on rank 0; None for none.
+        extra: further files, on rank 0; None if there are none.
     """
     planner = _Planner(BACKEND, VERSION, thread_count=1)
-    # Megatron's queue would start a manager process that imports the whole program again. This one stays empty.
+    # Megatron's queue would start a manager process that imports the whole program again. This queue stays empty.
     filesystem_async._results_queue = queue.Queue()
     with megatron_on_cpu():
         tensors, common = save_preprocess(state)
@@ -117,7 +117,7 @@ def plan_checkpoint(
 
 
 class _Planner(TorchDistSaveShardedStrategy):
-    """Megatron's strategy up to where it would begin to write.
+    """Megatron's saving strategy, stopped before it begins to write.
 
     Attributes:
         writer: knows this rank's tensors and the files they go to.
@@ -132,7 +132,7 @@ class _Planner(TorchDistSaveShardedStrategy):
 
 
 class _File:
-    """One file of one rank."""
+    """One file that this rank writes."""
 
     def __init__(self, name: str, items: tuple[list, list[tuple[WriteItem, Tensor]]], copied: bool) -> None:
         objects, tensors = items
@@ -142,7 +142,7 @@ class _File:
         self.num_bytes = sum(tensor.numel() * tensor.itemsize + _WRAPPING for _, tensor in self.tensors)
 
     def write(self, folder: Path, places: list[WriteResult]) -> int:
-        """Returns the checksum."""
+        """Write the file and return its checksum."""
         with ChecksummedFile(folder / self.name) as file:
             for item, tensor in self.tensors:
                 transforms = _StorageWriterTransforms()

@@ -1,4 +1,4 @@
-"""Where a run begins or continues: one rule, for every job.
+"""The rule, for every job, that decides where a run begins or continues.
 
 | --save holds a checkpoint | --load | the run |
 |---|---|---|
@@ -20,13 +20,13 @@ from megatron_fsvideo.config import CheckpointConfig
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What a run begins with.
+    """The folder that a run begins with, and its role.
 
     Attributes:
-        folder: to load from; None begins with initial weights.
-        purpose: what is taken from the folder.
+        folder: folder to load from; None begins with initial weights.
+        purpose: which parts of the folder's content are taken.
         is_own: the folder is this run's --save folder.
-        is_initial: the folder is --init-from's, which the task reads as its networks need.
+        is_initial: the folder is that of --init-from, from which the task takes what its networks need.
     """
 
     folder: Path | None = None
@@ -39,7 +39,7 @@ def find_starting_point(config: CheckpointConfig, new_stage: bool) -> StartingPo
     """Decide from the flags and from what is in the folders. Paths are compared resolved.
 
     Raises:
-        ValueError: the flags contradict each other or the folders; the line says what to change.
+        ValueError: the flags contradict each other or the folders; the message says what to change.
     """
     save, load = (Path(path) if path is not None else None for path in (config.save, config.load))
     is_same = save is not None and load is not None and save.resolve() == load.resolve()
@@ -71,7 +71,7 @@ def find_starting_point(config: CheckpointConfig, new_stage: bool) -> StartingPo
 
 
 def is_release(folder: Path) -> bool:
-    """Whether a folder looks like weights in safetensors with a config."""
+    """Whether a folder has a config and weights in safetensors."""
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
 
 

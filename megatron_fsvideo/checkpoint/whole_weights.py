@@ -1,4 +1,4 @@
-"""Weights that lie whole in a file, filled into the sharded tensors of any layout: releases, and old autoencoders."""
+"""Fills the sharded tensors of any layout from whole weights in a file: releases, and old autoencoders."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ OLD_TRAINING_FILE = "training.pt"
 
 
 class StoredWeights(Protocol):
-    """Whole tensors by name, read one at a time."""
+    """Whole tensors that are read one at a time by name."""
 
     infos: Mapping[str, TensorInfo]
 
@@ -32,14 +32,14 @@ class OldAutoencoder:
         kind: `weights`, `ema` or `adversary`.
 
     Raises:
-        ValueError: the file is damaged, or has no such weights.
+        ValueError: the file is damaged, or lacks these weights.
     """
 
     def __init__(self, checkpoint: Path, kind: str) -> None:
         path = checkpoint / OLD_TRAINING_FILE
         try:
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[kind]
-        except Exception as error:  # torch raises whatever its parser stumbles over
+        except Exception as error:  # torch's parser raises many kinds of errors
             raise ValueError(f"{path} is damaged or missing: {str(error).strip().splitlines()[0]}") from error
         if found is None:
             raise ValueError(f"{path} has no {kind}")
@@ -52,19 +52,19 @@ class OldAutoencoder:
 
 
 def is_old_autoencoder(checkpoint: Path) -> bool:
-    """Whether a checkpoint's folder is of the autoencoder's training, of format 1."""
+    """Whether the autoencoder's training wrote this checkpoint's folder in format 1."""
     return (checkpoint / OLD_TRAINING_FILE).is_file() and not (checkpoint / METADATA_FILE).exists()
 
 
 def fill_sharded(state: dict[str, Any], stored: StoredWeights, prefix: str, where: str) -> dict[str, Any]:
-    """The state with the slice of a stored tensor in place of each sharded tensor.
+    """Replace each sharded tensor of a state by its slice of the stored tensor.
 
     Args:
         state: nested dict of Megatron's ShardedTensors of one network.
-        prefix: of their keys, which the stored names lack.
+        prefix: prefix of the keys that the stored names lack.
 
     Raises:
-        ValueError: a tensor is missing, or of another shape.
+        ValueError: a tensor is missing, or has another shape.
     """
 
     def fill(leaf: Any) -> Any:

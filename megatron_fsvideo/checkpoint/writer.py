@@ -1,11 +1,11 @@
 """Writes checkpoints, in the foreground or while training goes on, and names the newest one last.
 
     all ranks: make the folder -> plan, copy the state to host memory -> | each rank writes its files in a thread
-    all ranks, at a later iteration's end: everybody has written -> rank 0 completes the folder, names it the newest
+    all ranks, at a later iteration's end: all have written -> rank 0 completes the folder, names it the newest
 
 Every failure is made known to all ranks, which then raise the same error: a rank that failed alone would leave the
-others waiting. Not Megatron's AsyncCallsQueue, which forks a process for each save: that one outlives a killed rank and
-goes on writing into the folder that the restarted run writes over.
+others waiting. Megatron's AsyncCallsQueue is not used, because it forks a process for each save: that process outlives
+a killed rank and goes on writing into the folder that the restarted run overwrites.
 """
 
 import errno
@@ -35,13 +35,13 @@ class SaveError(ValueError):
 
 @dataclass(frozen=True)
 class Work:
-    """What one rank does for a checkpoint.
+    """The work of one rank for a checkpoint.
 
     Attributes:
-        num_bytes: about what it will write.
-        write: writes its files and returns what `complete` needs. In the background it runs in a thread: it must not
-            communicate, nor read what training changes.
-        complete: called on rank 0, when all ranks have written, with their results in rank order.
+        num_bytes: approximate number of bytes to write.
+        write: writes the rank's files and returns what `complete` needs. It may run in a thread during training, and
+            must neither communicate nor read tensors that training changes.
+        complete: called on rank 0 when all ranks have written, with the results of `write` in rank order.
     """
 
     num_bytes: int
@@ -50,7 +50,7 @@ class Work:
 
 
 class CheckpointWriter:
-    """Every rank calls each method at the same iterations, except `is_writing`.
+    """Writes checkpoints. Every rank calls each method at the same iterations, except `is_writing`.
 
     Args:
         keep: number of checkpoints to keep, newest first; 0 keeps all.
@@ -65,10 +65,10 @@ class CheckpointWriter:
         self._job: _Job | None = None
 
     def save(self, iteration: int, plan: Callable[[Path], Work]) -> None:
-        """Write one checkpoint, or begin to; one that is still being written is waited for first.
+        """Write one checkpoint, or begin to. Wait first for a checkpoint that is still being written.
 
         Args:
-            plan: what to write into the folder it is given, on every rank.
+            plan: called on every rank with the folder; returns the rank's work.
 
         Raises:
             SaveError: this checkpoint, or the one before it, could not be written.
@@ -87,7 +87,7 @@ class CheckpointWriter:
             self.finish()
 
     def resume_from(self, iteration: int) -> None:
-        """The run continues from this one: newer ones, which are damaged, will be written over and no longer count."""
+        """Name the checkpoint that the run continues from; newer ones are damaged, and will be overwritten."""
         if self._pgs.is_rank_zero and latest_iteration(self.folder) != iteration:
             name_latest(self.folder, iteration)
 
@@ -96,10 +96,10 @@ class CheckpointWriter:
         return self._job is not None and self._job.thread is not None and self._job.thread.is_alive()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if any; complete it and name it the newest.
+        """Wait for the checkpoint that is being written, if any, complete it and name it the newest.
 
         Raises:
-            SaveError: it could not be written. What there is of it is removed.
+            SaveError: the checkpoint could not be written. Its files are removed.
         """
         job, self._job = self._job, None
         if job is None:
@@ -113,7 +113,7 @@ class CheckpointWriter:
         self._agree(job)
         if self._pgs.is_rank_zero:
             took = f"{_in_words(job.num_bytes)} in {time.monotonic() - job.started:.1f} s"
-            tqdm.write(f"saved iteration {job.iteration} to {job.target}: {took}")  # above a progress bar
+            tqdm.write(f"saved iteration {job.iteration} to {job.target}: {took}")  # print above a progress bar
 
     def _publish(self, job: "_Job", results: list[Any]) -> None:
         job.work.complete(results)
@@ -122,7 +122,7 @@ class CheckpointWriter:
         remove_old_checkpoints(self.folder, job.iteration, self._keep)
 
     def _check_space(self, job: "_Job") -> None:
-        """Stop before anything is written that will not fit. (A quota shows only while writing.)"""
+        """Refuse a checkpoint that does not fit on the disk before writing it. (A quota shows only while writing.)"""
         known = gather_objects((job.work.num_bytes, shutil.disk_usage(self.folder).free))
         job.num_bytes = sum(num_bytes for num_bytes, _ in known)
         free = min(free for _, free in known)
@@ -131,7 +131,7 @@ class CheckpointWriter:
         self._agree(job)
 
     def _agree(self, job: "_Job") -> None:
-        """Go on together, or clean up and raise together."""
+        """Raise on all ranks if any rank has failed, after removing the files."""
         failures = {rank: failure for rank, failure in enumerate(gather_objects(job.failure)) if failure}
         if not failures:
             return
@@ -142,7 +142,7 @@ class CheckpointWriter:
 
 
 class _Job:
-    """One checkpoint on its way to the disk."""
+    """One checkpoint that is being written."""
 
     def __init__(self, iteration: int, target: Path) -> None:
         self.iteration = iteration
@@ -163,7 +163,7 @@ class _Job:
             self.attempt(self._write)
 
     def attempt(self, action: Callable[[], None]) -> None:
-        """Note the failure instead of raising it: the other ranks must hear of it first."""
+        """Record a failure instead of raising it, because the other ranks must learn of it first."""
         try:
             action()
         except Exception as error:
@@ -174,7 +174,7 @@ class _Job:
 
 
 def sync_folder(folder: Path) -> None:
-    """Return when the disk has the names of all files in a folder."""
+    """Return when the names of all files of a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -183,18 +183,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed run left half-written
+    shutil.rmtree(folder, ignore_errors=True)  # files that a killed run left half-written
     folder.mkdir(parents=True)
 
 
 class _Failure(NamedTuple):
-    """Why a rank could not write: in the system's words, and its error number if it has one."""
+    """Why a rank could not write: the system's message, and its error number if there is one."""
 
     reason: str
     number: int | None
 
 
-# What to do, by the system's error number.
+# Remedy by the system's error number.
 _REMEDIES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room, or ask for a larger quota",
@@ -207,7 +207,7 @@ _REMEDIES = {
 
 
 def _root_cause(error: BaseException) -> _Failure:
-    """torch's file writer covers the OSError of a full disk with a RuntimeError of its own."""
+    """Find the OSError of a full disk, which torch's file writer hides behind a RuntimeError."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError):

@@ -1,4 +1,4 @@
-"""What this rank holds of a network's optimizer state: for each parameter a range of it, or nothing.
+"""The part of a network's optimizer state on this rank: for each parameter a range of it, or nothing.
 
 Without the distributed optimizer every data-parallel rank holds all of every parameter. With it a rank holds ranges of
 AdamW's parameters, wherever Megatron's buffers are cut, and whole matrices of Muon's. What a checkpoint keeps of the
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from megatron_fsvideo.optim.muon import OwnedMuonBF16, OwnedMuonFP32
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
 
-Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape
+Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape of a box
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Held:
     """A range of a flattened parameter that the optimizer of this rank steps.
 
     Attributes:
-        master: what is stepped, in fp32: the parameter or its range itself, or a copy where that is bf16.
-        start, stop: the range.
-        is_cut: it is a shard, which need not end where an axis does.
-        is_alone: no other rank of the data-parallel group holds it.
-        optimizer: whose state of `master` it is.
+        master: fp32 tensor that the optimizer steps: the range of the parameter, or a copy of it if that is bf16.
+        start, stop: bounds of the range in the flattened parameter.
+        is_cut: the range is a shard of the distributed optimizer, which may begin and end inside a row.
+        is_alone: no other rank of the data-parallel group holds the range.
+        optimizer: optimizer that has the state of `master`.
     """
 
     parameter: nn.Parameter
@@ -54,10 +54,10 @@ class Held:
 
         Args:
             weight: the parameter's own sharded tensor.
-            values: of `master`'s shape.
+            values: tensor of the shape of `master`.
         """
         assert weight.prepend_axis_num == 0, "each layer has its own key"
-        # The last of a replica's numbers is the place in the data-parallel group.
+        # The last entry of a replica id is the rank in the data-parallel group.
         replica_id = (*weight.replica_id[:-1], 0) if self.is_alone else weight.replica_id
         if not self.is_cut:
             return {"0": replace(weight, key=key, data=values, dtype=values.dtype, replica_id=replica_id)}
@@ -72,20 +72,20 @@ class Held:
                 dtype=part.dtype,
                 local_shape=shape,
                 global_offset=tuple(a + b for a, b in zip(weight.global_offset, offset, strict=True)),
-                axis_fragmentations=None,  # no regular grid
+                axis_fragmentations=None,  # the boxes form no regular grid
                 replica_id=replica_id,
             )
         return parts
 
 
 def held_by_this_rank(optimizer: ChainedOptimizer) -> list[Held]:
-    """All that the optimizer steps on this rank."""
+    """All ranges that the optimizer steps on this rank."""
     return [held for link in optimizer.chained_optimizers for held in _held(link)]
 
 
 @torch.no_grad()
 def fill(target: Tensor, parts: dict[str, Tensor]) -> None:
-    """Overwrite values with what a checkpoint had for `Held.sharded` of them."""
+    """Overwrite values with those that a checkpoint has for the sharded tensors of `Held.sharded`."""
     if len(parts) == 1:
         target.copy_(parts["0"].view(target.shape))
     else:
@@ -93,24 +93,24 @@ def fill(target: Tensor, parts: dict[str, Tensor]) -> None:
 
 
 def spread_weights(optimizer: ChainedOptimizer) -> None:
-    """Give every data-parallel rank the whole weights, after each has written the ranges that it holds."""
+    """Gather the whole weights on every data-parallel rank, after each rank has written the ranges that it holds."""
     with megatron_on_cpu():
         for link in optimizer.chained_optimizers:
             if isinstance(link, OwnedMuonBF16 | OwnedMuonFP32):
                 link.exchange.weights_to_shards()
-        for chunk in optimizer.model_chunks:  # of links that are Megatron's distributed optimizer
+        for chunk in optimizer.model_chunks:  # only links of the chain that are Megatron's distributed optimizer
             chunk.start_param_sync(force_sync=True)
 
 
 def boxes(shape: tuple[int, ...], start: int, stop: int) -> list[Box]:
-    """The range [start, stop) of a flattened tensor as rectangles of the tensor, in order."""
+    """Split the range [start, stop) of a flattened tensor into rectangular boxes of the tensor, in order."""
     if start == stop:
         return []
     if len(shape) <= 1:
         return [((start,) * len(shape), (stop - start,) * len(shape))]
     row = prod(shape[1:])
     head, tail = -(-start // row), stop // row  # the whole rows are [head, tail)
-    if head > tail:  # inside one row
+    if head > tail:  # the range lies inside one row
         return _in_row(shape, tail, start - tail * row, stop - tail * row)
     found = _in_row(shape, head - 1, start - (head - 1) * row, row) if start % row else []
     if tail > head:

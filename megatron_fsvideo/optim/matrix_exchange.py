@@ -15,17 +15,17 @@ from torch.distributed import ProcessGroup
 
 from megatron_fsvideo.parallel.sequence import exchange_parts
 
-Spans = list[tuple[int, int]]  # of a flattened parameter, by data-parallel rank
-# Numbers that one message of all ranks holds at most: 1 GiB in fp32.
+Spans = list[tuple[int, int]]  # ranges of a flattened parameter, by data-parallel rank
+# Largest number of elements that all ranks send in one message: 1 GiB in fp32.
 MOVED_AT_ONCE = 2**28
 
 
 class MatrixExchange:
-    """Knows the owner of every matrix, and moves matrices.
+    """Assigns every matrix an owner, and moves matrices between owners and shards.
 
     Args:
         chunks: this rank's model chunks, made with the distributed optimizer.
-        matrices: parameters of theirs, the same on every rank of the group.
+        matrices: parameters of the chunks, the same list on every rank of the group.
         group: the data- and context-parallel ranks, which hold the same weights.
     """
 
@@ -44,7 +44,7 @@ class MatrixExchange:
         self._batches = in_batches(matrices, MOVED_AT_ONCE)
 
     def owns(self, matrix: nn.Parameter) -> bool:
-        """Whether this rank makes a matrix's update."""
+        """Whether this rank owns a matrix, and so computes its update."""
         return self._owners[matrix] == self.group.rank()
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class MatrixExchange:
     def _move(self, flat: Callable[[nn.Parameter], Tensor], to_owner: bool) -> None:
         me, ranks = self.group.rank(), range(self.group.size())
         for matrices in self._batches:
-            # By rank: what my shards hold of the matrices that it owns, and what its shards hold of mine.
+            # By peer: pieces of its matrices in this rank's shards, and of this rank's matrices in its shards.
             shards = [[flat(m)[slice(*self._spans[m][me])] for m in matrices if self._owners[m] == r] for r in ranks]
             owned = [[flat(m)[slice(*self._spans[m][r])] for m in matrices if self.owns(m)] for r in ranks]
             sent, filled = (shards, owned) if to_owner else (owned, shards)
@@ -79,7 +79,7 @@ def deal_out(parameters: list[nn.Parameter], num_ranks: int) -> dict[nn.Paramete
 
 
 def shard_spans(chunk: DistributedDataParallel, num_ranks: int) -> Iterator[tuple[nn.Parameter, Spans]]:
-    """Where the shards of Megatron's buffers cut each parameter: (parameter, the range of it in each rank's shard)."""
+    """For each parameter of Megatron's buffers, the range of it that lies in each rank's shard."""
     for buffer in chunk.buffers:
         for parameter, (start, stop, index) in buffer.param_index_map.items():
             bucket = buffer.buckets[index]
@@ -89,7 +89,7 @@ def shard_spans(chunk: DistributedDataParallel, num_ranks: int) -> Iterator[tupl
 
 
 def in_batches(parameters: list[nn.Parameter], limit: int) -> list[list[nn.Parameter]]:
-    """The parameters in order, in lists of at most `limit` numbers or of one parameter."""
+    """Split parameters, in order, into lists of at most `limit` elements; a larger parameter gets a list of its own."""
     batches: list[list[nn.Parameter]] = []
     size = 0
     for parameter in parameters:

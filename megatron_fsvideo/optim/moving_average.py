@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, in fp32, of what this rank's optimizer holds of them."""
+"""Exponential moving average, in fp32, of the weights or ranges of weights that this rank's optimizer holds."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ class MovingAverage:
     """average = decay * average + (1 - decay) * weights, after every optimizer step.
 
     The average starts as the initial weights. Early on the decay is smaller (`warm_decay`), so that a short run's
-    average does not remember where it started. It depends on the iteration alone: a resumed run does the same.
+    average is not dominated by the initial weights. The decay depends on the iteration alone, also in a resumed run.
 
     Each rank averages what its optimizer holds: whole parameters, or with the distributed optimizer a share of them. In
     a checkpoint both lie under the same keys, and any layout reads either.
@@ -27,7 +27,7 @@ class MovingAverage:
         weights: of `optim.state.sharded_weights`.
 
     Attributes:
-        weights: name -> average of what is held, fp32.
+        weights: name -> average of the part that this rank holds, fp32.
     """
 
     def __init__(self, optimizer: ChainedOptimizer, weights: dict[str, ShardedTensor], decay: float) -> None:
@@ -40,20 +40,20 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, iteration: int) -> None:
-        """Take in the weights after optimizer step `iteration` (from 1)."""
+        """Update the average with the weights after optimizer step `iteration` (from 1)."""
         decay = warm_decay(self.decay, iteration)
         for name, held in self._held.items():
             self.weights[name].lerp_(held.master.float(), 1 - decay)
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Start again from the present weights."""
+        """Set the average to the present weights."""
         for name, held in self._held.items():
             self.weights[name].copy_(held.master)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context the model has the averaged weights, those of all data-parallel ranks."""
+        """Context in which the model has the averaged weights, gathered from all data-parallel ranks."""
         trained = {name: held.target.clone() for name, held in self._held.items()}
         self._write(self.weights)
         try:
@@ -62,7 +62,7 @@ class MovingAverage:
             self._write(trained)
 
     def sharded_state(self, weights: dict[str, ShardedTensor]) -> dict[str, dict[str, ShardedTensor]]:
-        """What a checkpoint holds of the average, under the keys `ema.<weight>`.
+        """Sharded tensors of the average for a checkpoint, under the keys `ema.<weight>`.
 
         Args:
             weights: of `optim.state.sharded_weights`. Those that are not trained are their own average.
@@ -79,7 +79,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def load_state(self, content: dict[str, Any]) -> None:
-        """Take in what a checkpoint had for `sharded_state`."""
+        """Load the tensors that a checkpoint has for `sharded_state`."""
         for name, average in self.weights.items():
             fill(average, content[name])
 

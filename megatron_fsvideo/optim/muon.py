@@ -1,7 +1,7 @@
 """Muon: momentum, orthogonalised matrix by matrix (Keller Jordan, https://kellerjordan.github.io/posts/muon/).
 
-Its step has a size of its own, whatever the gradient's: on the autoencoder's convolutions, whose fan-in is in the
-thousands, AdamW at a rate that learns in minutes diverges, and Muon does not.
+The size of its step does not depend on the gradient's size. The autoencoder's convolutions have a fan-in in the
+thousands: AdamW diverges there at a rate that learns in minutes, and Muon does not.
 """
 
 import torch
@@ -19,14 +19,14 @@ MOMENTUM = 0.95
 MOMENTUM_BUFFER = "momentum_buffer"
 # Coefficients of the quintic iteration, from the reference above: singular values end in about [0.7, 1.2].
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-# Numbers that are gathered over the tensor-parallel ranks at once: 1 GiB in fp32.
+# Largest number of elements gathered over the tensor-parallel ranks at once: 1 GiB in fp32.
 GATHERED_AT_ONCE = 2**28
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype, num_steps: int = 5) -> Tensor:
-    """U V^T of a matrix's singular value decomposition, nearly: [rows, columns] -> the same shape, fp32.
+    """Approximate U V^T of a matrix's singular value decomposition: [rows, columns] -> [rows, columns], fp32.
 
-    The iteration bears bf16, which is several times faster; fp32 is for comparing layouts to many digits.
+    The iteration tolerates bf16, which is several times faster. fp32 serves to compare layouts to many digits.
     """
     a, b, c = NEWTON_SCHULZ
     x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
     Args:
         param_groups: with `lr` and `weight_decay`.
         tp: the tensor-parallel group.
-        dtype: arithmetic of the orthogonalisation.
+        dtype: number format in which the orthogonalisation computes.
     """
 
     def __init__(self, param_groups: list[dict], tp: ProcessGroup, dtype: torch.dtype) -> None:
@@ -69,7 +69,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every weight that has a gradient. Its size depends on `lr` alone."""
+        """Update every weight that has a gradient. The size of an update depends on `lr` alone."""
         for group in self.param_groups:
             for weights in in_batches([w for w in group["params"] if w.grad is not None], GATHERED_AT_ONCE):
                 updates = [self._nesterov(weight, group["momentum"]) for weight in weights]
@@ -85,9 +85,9 @@ class Muon(torch.optim.Optimizer):
         return weight.grad.lerp(state[MOMENTUM_BUFFER], momentum)
 
     def _directions(self, weights: list[Tensor], updates: list[Tensor]) -> list[Tensor]:
-        """The scaled orthogonal factor of each update; a slice of it where the update is a slice.
+        """The scaled orthogonal factor of each update, or this rank's slice of it if the update is sliced.
 
-        The tensor-parallel ranks share the work: each makes every tp_size-th direction. Two collectives in all.
+        The tensor-parallel ranks share the work: each computes every tp_size-th factor. There are two collectives.
         """
         if self.tp.size() == 1:
             return [scaled_orthogonal(update, self.dtype) for update in updates]
@@ -112,12 +112,12 @@ def build_muon(
     dtype: torch.dtype,
     exchange: MatrixExchange | None,
 ) -> MegatronOptimizer:
-    """Muon as one link of Megatron's optimizer chain.
+    """Build Muon as one link of Megatron's optimizer chain.
 
     Args:
-        groups: parameter groups of matrices, those of the whole data-parallel group.
-        exchange: what moves matrices between the data-parallel ranks that own them; None where each rank keeps the
-            momentum of all of them.
+        groups: parameter groups of the matrices of all data-parallel ranks.
+        exchange: moves matrices between the data-parallel ranks that own them; None if every rank keeps the
+            momentum of all matrices.
     """
     if exchange is not None:
         groups = [group | {"params": [p for p in group["params"] if exchange.owns(p)]} for group in groups]
@@ -135,17 +135,17 @@ def build_muon(
 
 
 class _OwnedMuon:
-    """What Megatron's optimizers do around a step, for matrices of which each data-parallel rank updates its own."""
+    """Mixin for Megatron's optimizers: each data-parallel rank updates only the matrices that it owns."""
 
     exchange: MatrixExchange
 
     def prepare_grads(self) -> bool:
-        """Bring the owners the whole gradients of their matrices."""
+        """Collect the whole gradients of the matrices on their owners."""
         self.exchange.gradients_to_owners()
         return super().prepare_grads()
 
     def step_with_ready_grads(self) -> bool:
-        """Step, and write the new weights where Megatron's distributed optimizer gathers them from."""
+        """Step, and write the new weights into the shards from which Megatron's distributed optimizer gathers them."""
         has_stepped = super().step_with_ready_grads()
         self.exchange.weights_to_shards()
         return has_stepped
@@ -168,7 +168,7 @@ class OwnedMuonFP32(_OwnedMuon, FP32Optimizer):
 
 
 def _sliced_dim(weight: Tensor) -> int | None:
-    # Megatron's parallel linears mark their weights; a plain parameter has no mark, master copies inherit it.
+    # Megatron's parallel linears mark their weights, and master copies inherit the mark. Plain parameters have none.
     if not getattr(weight, "tensor_model_parallel", False):
         return None
     return weight.partition_dim

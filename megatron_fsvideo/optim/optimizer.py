@@ -1,4 +1,4 @@
-"""Megatron's data parallelism and optimizers, set up for any network: one in Megatron's modules, or a plain one."""
+"""Sets up Megatron's data parallelism and optimizers for any network, of Megatron's modules or of plain ones."""
 
 import math
 from copy import copy
@@ -28,7 +28,7 @@ MUON_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def wrap_ddp(
     chunks: list[nn.Module], config: TransformerConfig, parallel: ParallelConfig, pgs: ProcessGroups
 ) -> list[DistributedDataParallel]:
-    """Megatron's DDP: gradients are summed in fp32 over the data- and context-parallel ranks.
+    """Wrap a network in Megatron's DDP, which reduces gradients in fp32 over data- and context-parallel ranks.
 
     Args:
         chunks: this rank's part of a network: one module, or with virtual pipeline stages several.
@@ -43,7 +43,7 @@ def wrap_ddp(
         wrapped = [
             DistributedDataParallel(config, copy(ddp_config), chunk, pg_collection=pgs.collection) for chunk in chunks
         ]
-    # Megatron's schedule finds these on the configuration.
+    # Megatron's schedule reads these functions from the configuration.
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = None
     if parallel.overlap_grad_reduce:
@@ -54,12 +54,12 @@ def wrap_ddp(
 def build_optimizer(
     wrapped: list[DistributedDataParallel], optimizer: OptimizerConfig, rules: ParameterRules, pgs: ProcessGroups
 ) -> ChainedOptimizer:
-    """AdamW on everything, or Muon on the matrices and AdamW on the rest. Parameters without gradient are left out.
+    """Build AdamW for all parameters that require a gradient, or Muon for the matrices and AdamW for the others.
 
     Args:
         wrapped: this rank's chunks; they decide whether the optimizer's state is shared out, and bf16 weights get fp32
             masters.
-        rules: of every parameter of theirs.
+        rules: rule of every parameter of the chunks.
     """
     trained = [parameter for chunk in wrapped for parameter in chunk.module.parameters() if parameter.requires_grad]
     has_bf16 = any(parameter.dtype == torch.bfloat16 for parameter in trained)
@@ -82,7 +82,7 @@ def build_optimizer(
     others = [parameter for parameter in trained if parameter not in taken]
     links = []
     with megatron_on_cpu():
-        if matrices:  # a small network may have none
+        if matrices:  # a small network may have no such parameters
             groups = parameter_groups(matrices, rules, optimizer, optimizer.muon_lr)
             exchange = MatrixExchange(wrapped, matrices, pgs.dp_cp) if is_shared else None
             links.append(build_muon(config, groups, pgs, MUON_DTYPES[optimizer.muon_precision], exchange))
@@ -94,7 +94,7 @@ def build_optimizer(
 def parameter_groups(
     parameters: list[nn.Parameter], rules: ParameterRules, optimizer: OptimizerConfig, max_lr: float
 ) -> list[dict]:
-    """Parameter groups by rule; the schedule moves each group's rate between its `max_lr` and `min_lr`."""
+    """Group parameters by rule. The schedule moves each group's rate between its `max_lr` and `min_lr`."""
     by_kind: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in parameters:
         rule = rules[parameter]
@@ -119,7 +119,7 @@ def step_if_finite(optimizer: ChainedOptimizer, loss: float, pgs: ProcessGroups)
     into NaN.
 
     Returns:
-        The gradient norm before clipping, and whether the step was done: all ranks do the same.
+        The gradient norm before clipping, and whether the step was done. All ranks return the same values.
     """
     with megatron_on_cpu():
         optimizer.prepare_grads()
@@ -147,7 +147,7 @@ def forget_moments(optimizer: ChainedOptimizer) -> None:
     for link in optimizer.chained_optimizers:
         link.optimizer.state.clear()
         for group in link.optimizer.param_groups:
-            group.pop("step", None)  # fused implementations count here
+            group.pop("step", None)  # fused implementations count steps in the group
 
 
 def _build_adam(
@@ -157,7 +157,7 @@ def _build_adam(
     taken: set[nn.Parameter],
     pgs: ProcessGroups,
 ) -> MegatronOptimizer:
-    """Megatron's AdamW, or its distributed optimizer, which sees nothing of the parameters that another link has."""
+    """Build Megatron's AdamW or its distributed optimizer, without the parameters of another link of the chain."""
     buffers = {}
     for index, chunk in enumerate(wrapped):
         buffers[index] = [copy(buffer) for buffer in chunk.buffers]

@@ -10,7 +10,7 @@ from megatron_fsvideo.config import OptimizerConfig
 def learning_rate(iteration: int, train_iters: int, optimizer: OptimizerConfig, max_lr: float, min_lr: float) -> float:
     """The rate of optimizer step `iteration`, from 1 to `train_iters`: warm-up, plateau, decay.
 
-    The first step of a warm-up of 4 has 1/4 of the peak and its last step all of it; the last step of the run has
+    In a warm-up of 4 steps the first step has 1/4 of the peak rate, the last all of it. The last step of the run has
     `min_lr` exactly, unless the style is constant. A warm-up that is not shorter than the run ends one step before it.
     """
     warmup = min(optimizer.lr_warmup_iters, train_iters - 1)

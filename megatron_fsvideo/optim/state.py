@@ -1,7 +1,7 @@
-"""The optimizer's part of a checkpoint: state by weight name, so that any layout and any chain of optimizers reads it.
+"""The optimizer's part of a checkpoint, keyed by weight name: any layout and any chain of optimizers can read it.
 
 Megatron's own code numbers states by their place in parameter groups, which goes wrong where bf16 and fp32 parameters
-share a group, and gathers the distributed optimizer's shards in one process. Here each rank writes what it holds.
+share a group, and gathers the distributed optimizer's shards in one process. Here each rank writes its own part.
 
 Parameter groups are not stored: learning rates come from the schedule, everything else from the job.
 """
@@ -41,22 +41,22 @@ def sharded_weights(chunks: nn.ModuleList | list[nn.Module]) -> dict[str, Sharde
 
 
 def weight_names(weights: dict[str, ShardedTensor]) -> dict[nn.Parameter, str]:
-    """Parameter -> its name in `weights`."""
-    # Not by key: virtual stages of a rank have copies of the embedders, which share it.
+    """Map each parameter to its name in `weights`."""
+    # Keys do not identify a parameter: virtual stages of a rank have copies of the embedders under the same key.
     return {tensor.data: name for name, tensor in weights.items()}
 
 
 def sharded_optimizer_state(optimizer: ChainedOptimizer, weights: dict[str, ShardedTensor]) -> OptimizerState:
-    """What a checkpoint holds of the optimizer, under the keys `optimizer.<kind>.<weight>`; every rank calls this.
+    """Optimizer state for a checkpoint, under the keys `optimizer.<kind>.<weight>`; every rank calls this.
 
     Args:
-        weights: of `sharded_weights`, whose `data` are the parameters themselves.
+        weights: result of `sharded_weights`; the `data` of each is the parameter itself.
     """
     names = weight_names(weights)
     tensors: dict[str, dict[str, dict[str, ShardedTensor]]] = {}
     steps = [0]
     for held in held_by_this_rank(optimizer):
-        # Nothing has been stepped yet in a run that loads, or whose every step so far was skipped.
+        # The state is empty in a run that loads, or in which every step so far was skipped.
         _make_empty_state(held)
         weight = weights[names[held.parameter]]
         tensors[names[held.parameter]] = {
@@ -64,7 +64,7 @@ def sharded_optimizer_state(optimizer: ChainedOptimizer, weights: dict[str, Shar
             for kind, tensor in _state_tensors(held)
         }
         steps.append(_steps_of(held))
-    # All AdamW parameters have been stepped equally often; Muon keeps no count. A rank may hold none of AdamW's.
+    # All AdamW parameters have the same step count, and Muon keeps none. A rank may hold no AdamW parameter.
     return {"tensors": tensors, STEP: max(gather_objects(max(steps)))}
 
 
@@ -72,7 +72,7 @@ def sharded_optimizer_state(optimizer: ChainedOptimizer, weights: dict[str, Shar
 def load_optimizer_state(
     optimizer: ChainedOptimizer, weights: dict[str, ShardedTensor], content: OptimizerState
 ) -> None:
-    """Take in what a checkpoint had for `sharded_optimizer_state`."""
+    """Load the state that a checkpoint has for `sharded_optimizer_state`."""
     names = weight_names(weights)
     for held in held_by_this_rank(optimizer):
         _make_empty_state(held)
@@ -94,7 +94,7 @@ def _kinds(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
 
 
 def _make_empty_state(held: Held) -> None:
-    """What the first step makes."""
+    """Create the state that an optimizer's first step would create."""
     state = held.optimizer.state[held.master]
     for kind in _kinds(held.optimizer):
         state.setdefault(kind, torch.zeros_like(held.master, requires_grad=False))
@@ -105,7 +105,7 @@ def _make_empty_state(held: Held) -> None:
 def _steps_of(held: Held) -> int:
     if isinstance(held.optimizer, torch.optim.AdamW):
         return int(held.optimizer.state[held.master][STEP])
-    # Fused implementations count per group, from their first step on; empty groups do not count.
+    # Fused implementations count steps per group, from their first step on, except in empty groups.
     return max(int(group.get(STEP, 0)) for group in held.optimizer.param_groups)
 
 
