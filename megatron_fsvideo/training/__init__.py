@@ -1,1 +1,1 @@
-"""The training loop, what it keeps and writes down, and one step object per job."""
+"""The training loop, networks in training, their checkpoints, and the logs of a run."""

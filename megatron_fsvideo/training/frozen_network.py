@@ -15,8 +15,8 @@ class FrozenNetwork:
 
     Args:
         chunks: the network on this rank: one module, or with virtual pipeline stages several.
-        path: where its weights came from.
-        fingerprint: of the weights, whatever the layout.
+        path: folder from which the weights were loaded.
+        fingerprint: fingerprint of the weights, equal for all layouts.
     """
 
     def __init__(self, chunks: Sequence[nn.Module], path: str, fingerprint: str, pgs: ProcessGroups) -> None:
@@ -27,13 +27,13 @@ class FrozenNetwork:
 
     @property
     def model(self) -> nn.Module:
-        """The network where there are no virtual stages."""
+        """The network's only module; an error with virtual stages."""
         (chunk,) = self.chunks
         return chunk
 
     @torch.no_grad()
     def prepare(self, batches: list[Any], forward_step: Callable[..., Any]) -> list[Tensor]:
-        """The network's output for every micro-batch, on every pipeline stage; before Megatron's schedule trains.
+        """Compute the output for every micro-batch, on every pipeline stage, before Megatron's schedule trains.
 
         Args:
             forward_step: (iterator over batches, chunk) -> the chunk's output.
@@ -47,5 +47,5 @@ class FrozenNetwork:
         return share_from_last_stage([entry["output"] for entry in collected], self.pgs)
 
     def record(self) -> dict[str, str]:
-        """What a checkpoint's job.json says about the network, under `RunDescription.frozen`; compared at resume."""
+        """Entry of the network in a checkpoint's job.json, under `RunDescription.frozen`; compared at resume."""
         return {"path": self.path, "fingerprint": self.fingerprint}

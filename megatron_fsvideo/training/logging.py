@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl, TensorBoard events, and a progress bar or plain lines on rank 0."""
+"""The log of a run: metrics.jsonl, TensorBoard events, and a progress bar or plain lines on rank 0."""
 
 import json
 import math
@@ -25,8 +25,8 @@ DROPPED_FILE = "metrics_dropped.jsonl"
 class MetricsLogger:
     """Writes metrics; does nothing on ranks other than zero.
 
-    Every logged iteration is one JSON object in metrics.jsonl, with the values of that very iteration (no averages:
-    a restarted run writes the same lines), except `iteration_time` and what follows from it, which average over the
+    Every logged iteration is one JSON object in metrics.jsonl, with the values of that iteration (no averages:
+    a restarted run writes the same lines), except `iteration_time` and figures derived from it, which average over the
     iterations since the last line.
 
     Args:
@@ -74,7 +74,7 @@ class MetricsLogger:
             )
 
     def log_step(self, state: TrainState, result: StepResult, iteration_time: float) -> None:
-        """Record one iteration; a line every `log_interval` iterations, for the first, the last and skipped ones."""
+        """Record one iteration: every `log_interval` iterations, and the first, the last and skipped ones."""
         if not self._active:
             return
         self._window.append((iteration_time, result))
@@ -98,7 +98,7 @@ class MetricsLogger:
             self._print_line(row)
 
     def log_validation(self, state: TrainState, metrics: dict[str, float]) -> None:
-        """Record a validation: a line of its own, its names prefixed by `validation_`."""
+        """Write a validation as a line of its own, with names prefixed by `validation_`."""
         if not self._active:
             return
         named = {f"validation_{name}": value for name, value in metrics.items()}
@@ -114,12 +114,12 @@ class MetricsLogger:
             self._tensorboard.add_image(name, image, iteration, dataformats="HWC")
 
     def note(self, text: str) -> None:
-        """One line for whoever watches the run; rank 0 prints it."""
+        """Print one line for the user on rank 0."""
         if self._active:
             self._say(text)
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close all logs."""
         for sink in (self._bar, self._file, self._tensorboard):
             if sink is not None:
                 sink.close()
@@ -141,7 +141,7 @@ class MetricsLogger:
     def _write(self, row: dict[str, Any], prefix: str) -> None:
         if self._file is None:
             return
-        # JSON has no NaN; a null says that there was no number.
+        # JSON has no NaN: null stands for a value that is not a number.
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -171,7 +171,7 @@ def truncate_metrics(path: Path, resume_iteration: int) -> int:
     """Move the lines after `resume_iteration` to metrics_dropped.jsonl; all lines when the run starts anew.
 
     Returns:
-        how many lines were moved. A torn last line is dropped.
+        the number of lines that were moved. An incomplete last line is dropped.
     """
     if not path.exists():
         return 0
@@ -186,12 +186,12 @@ def truncate_metrics(path: Path, resume_iteration: int) -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows of a metrics.jsonl."""
+    """Read all rows of a metrics.jsonl."""
     return [row for _, row in read_jsonl(path)]
 
 
 def peak_memory_bytes() -> int:
-    """Most memory this process has held: on the accelerator, or resident without one."""
+    """Peak memory of this process in bytes: on the accelerator, or resident memory without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -203,7 +203,7 @@ def _is_before(line: str, resume_iteration: int) -> bool:
 
 
 def _is_whole(line: str) -> bool:
-    """Whether this is a row of metrics; a process that is killed while it writes leaves half of one."""
+    """Whether this is a whole row of metrics; a process that is killed while it writes leaves an incomplete one."""
     try:
         return isinstance(json.loads(line)["iteration"], int)
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The training loop, for every job. What differs between jobs is the task."""
+"""The training loop of every job. Jobs differ only in their task."""
 
 import time
 from collections.abc import Callable
@@ -24,16 +24,16 @@ def train(
     any_rank: AnyRank = list,
     profiler: IterationProfiler = NO_PROFILE,
 ) -> None:
-    """Run from `state` to `training.train_iters`, or until the run is asked to leave; then it saves and returns.
+    """Train from `state` to `training.train_iters`, or until the run is asked to leave; save, and return.
 
     Args:
-        any_rank: which flags any rank has set, `ProcessGroups.any_rank`; the default is for a single process.
+        any_rank: returns the flags that any rank has set (`ProcessGroups.any_rank`); the default is for one process.
 
     Raises:
         ValueError: too many optimizer steps in a row were skipped, or a checkpoint could not be written.
     """
     first = state.iteration
-    # A resumed run has validated before it saved; a new stage has other data.
+    # A resumed run has already validated before it saved. A new stage has other data and validates again.
     if training.eval_iters > 0 and state.consumed_samples == 0:
         logger.log_validation(state, task.validate())
 
@@ -75,7 +75,7 @@ def train(
 def _should_leave(
     checkpoints: RunCheckpoints, state: TrainState, request: ExitRequest, any_rank: AnyRank, logger: MetricsLogger
 ) -> bool:
-    """The end of an iteration, where all ranks agree: to leave, and that a checkpoint is written."""
+    """Let all ranks agree, at the end of an iteration, whether to leave and whether a checkpoint is complete."""
     is_saving, *flags = any_rank([checkpoints.is_saving(), *request.flags()])
     if not is_saving:
         checkpoints.finish()

@@ -1,12 +1,12 @@
 """One network in training: its sharded weights, optimizer, schedule, moving average and section of a checkpoint.
 
-A job owns one to three of them. There are two ways to gradients:
+A job owns one to three such networks. Gradients are computed in one of two ways:
 
     network.accumulate(batches, forward_step)      Megatron's schedule: pipeline parallelism, virtual stages
     network.backward(loss, weight, is_last)        the plain loop: several networks learn from one micro-batch
     network.finish_gradients()
 
-Both end with the gradients of the global batch on every rank, which `step` uses up.
+Both leave the gradients of the global batch on every rank. `step` uses and clears them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,12 +32,12 @@ from megatron_fsvideo.parallel.schedule import finalize_gradients, run_schedule
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What became of one optimizer step.
+    """Outcome of one optimizer step.
 
     Attributes:
-        grad_norm: of the global batch's gradient, before clipping.
-        learning_rate: AdamW's peak group's, of this step.
-        has_stepped: False if the loss or the norm was not finite, and nothing moved.
+        grad_norm: norm of the global batch's gradient, before clipping.
+        learning_rate: rate of this step by the schedule of `--lr`, without the multipliers of parameters.
+        has_stepped: False if the loss or the norm was not finite, so that no weight changed.
     """
 
     grad_norm: float
@@ -46,16 +46,16 @@ class StepOutcome:
 
 
 class TrainedNetwork:
-    """A network in Megatron's DDP with everything that trains it.
+    """A network in Megatron's DDP with its optimizer, schedule and moving average.
 
     Args:
-        name: of its section in checkpoints.
+        name: name of the network's section in checkpoints.
         chunks: the network on this rank: one module, or with virtual pipeline stages several. Weights that do not
             require a gradient now are never trained.
-        config: Megatron's settings. They belong to this network alone, for its schedule's functions are kept in them.
-        optimizer: kept as `settings`.
+        config: Megatron's settings, of this network alone, because they hold the functions of its schedule.
+        optimizer: settings of the optimizer, kept as `settings`.
         rules: how each parameter is trained, as the network declares it.
-        record: what generation, conversion and other jobs must know of it, JSON-able: kind, model, settings.
+        record: JSON-able description for generation, conversion and other jobs: kind, model, settings.
     """
 
     def __init__(
@@ -81,34 +81,34 @@ class TrainedNetwork:
         self.settings, self._train_iters = optimizer, training.train_iters
 
     def count_parameters(self) -> tuple[int, int]:
-        """Weights of the whole network, over all ranks, and those of them that are trained; every rank calls this."""
+        """Count all weights of the network over all ranks, and the trained weights; every rank calls this."""
         weights = {
             tensor.key: (prod(tensor.global_shape), tensor.data.requires_grad)
             for tensor in sharded_weights(self.chunks).values()
             if isinstance(tensor.data, nn.Parameter)
         }
         for others in gather_objects(weights, self.pgs.pp):
-            weights |= others  # stages have some weights in common
+            weights |= others  # some weights are on several stages
         return sum(size for size, _ in weights.values()), sum(size for size, trained in weights.values() if trained)
 
     @property
     def model(self) -> nn.Module:
-        """The network where there are no virtual stages."""
+        """The network's only module; an error with virtual stages."""
         (chunk,) = self.chunks
         return chunk
 
     def accumulate(
         self, batches: list[Any], forward_step: Callable[..., Any], *, forward_only: bool = False
     ) -> list[dict[str, Tensor]]:
-        """Forward and backward passes of an iteration by Megatron's schedule.
+        """Run the forward and backward passes of an iteration in Megatron's schedule.
 
         Args:
             batches: this rank's micro-batches.
-            forward_step: Megatron's: (iterator over batches, chunk) -> (output, function of it that returns the loss
-                and a dict).
+            forward_step: (iterator over batches, chunk) -> (output, function of the output that returns the loss and a
+                dict), as Megatron's schedule takes it.
 
         Returns:
-            the dicts, on the last pipeline stage; elsewhere nothing.
+            the dicts of all micro-batches on the last pipeline stage; an empty list on other stages.
         """
         return run_schedule(forward_step, self.wrapped, batches, self.pgs, forward_only=forward_only)
 
@@ -116,9 +116,9 @@ class TrainedNetwork:
         """Add the gradients of one micro-batch.
 
         Args:
-            loss: of this rank's samples; with context parallelism the loss of whole samples, the same on all ranks.
-            weight: of the micro-batch among this rank's: 1 / number of micro-batches, if they are equally large.
-            is_last: whether it is the last before `finish_gradients`; earlier ones are not reduced over ranks.
+            loss: loss of this rank's samples; with context parallelism the loss of whole samples, equal on CP ranks.
+            weight: share of the micro-batch in this rank's samples: 1 / number of micro-batches of equal size.
+            is_last: whether `finish_gradients` follows; gradients are reduced over ranks only then.
             others: further networks that this backward pass reaches.
         """
         assert self.pgs.pp_size == 1, "pipeline stages need Megatron's schedule: accumulate"
@@ -126,18 +126,18 @@ class TrainedNetwork:
             if not is_last:
                 for chunk in (chunk for network in (self, *others) for chunk in network.wrapped):
                     stack.enter_context(chunk.no_sync())
-            # Megatron's DDP averages over data- and context-parallel ranks, but the latter hold parts of one gradient.
+            # Megatron's DDP averages over DP and CP ranks, but the gradients of CP ranks are parts of one gradient.
             (loss * (weight * self.pgs.cp_size)).backward()
 
     def finish_gradients(self) -> None:
-        """Reduce what `backward` has added over all ranks, as Megatron's schedule ends."""
+        """Reduce the gradients of `backward` over all ranks, as Megatron's schedule does at its end."""
         finalize_gradients(self.wrapped, self.pgs)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Within this context gradients pass through the network to its inputs, and its weights get none.
+        """Context in which gradients pass through the network to its inputs, and its weights get none.
 
-        It must hold from the forward pass to the end of the backward pass: recomputation runs the forward pass again.
+        The context must last until the end of the backward pass, because recomputation runs the forward pass again.
         """
         trained = [parameter for parameter in self.chunks.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -149,7 +149,7 @@ class TrainedNetwork:
                 parameter.requires_grad_(True)
 
     def step(self, iteration: int, loss: float) -> StepOutcome:
-        """Clip, step and average after `iteration` steps; leave all alone if loss or norm is not finite on any rank."""
+        """Clip, step and average after `iteration` steps; change nothing if loss or norm is not finite on any rank."""
         settings, iterations = self.settings, self._train_iters
         set_learning_rates(self.optimizer.param_groups, iteration + 1, iterations, settings)
         rate = learning_rate(iteration + 1, iterations, settings, settings.lr, settings.min_lr)
@@ -167,7 +167,7 @@ class TrainedNetwork:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within this context the network evaluates, with the averaged weights if there are any."""
+        """Context in which the network is in evaluation mode, with the averaged weights if there are any."""
         for chunk in self.wrapped:
             chunk.eval()
         try:
@@ -178,7 +178,7 @@ class TrainedNetwork:
                 chunk.train()
 
     def restart(self) -> None:
-        """Take the weights as they are now for the start: no momentum, no memory in the average."""
+        """Start anew from the present weights: clear the optimizer state, and set the average to the weights."""
         forget_moments(self.optimizer)
         if self.average is not None:
             self.average.restart()
@@ -192,10 +192,10 @@ class TrainedNetwork:
         return self._record | {"average": self.average is not None, "optimizer": optimizer}
 
     def section(self, *, with_optimizer: bool = True, with_average: bool = True) -> dict[str, Any]:
-        """What a checkpoint holds of the network: a nested dict of Megatron's sharded tensors, all keys by name.
+        """The network's section of a checkpoint: a nested dict of Megatron's sharded tensors, all keys by name.
 
         Args:
-            with_average: if the network keeps one.
+            with_average: include the moving average, if the network keeps one.
         """
         content: dict[str, Any] = {}
         if self.average is not None and with_average:
@@ -220,12 +220,12 @@ class TrainedNetwork:
 
 
 def plain_config() -> TransformerConfig:
-    """Megatron's settings for a network that is whole on every rank and made of no module of Megatron's."""
+    """Megatron's settings for a network that is whole on every rank and has no Megatron modules."""
     return TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
 
 
 def prefixed(content: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """A nested dict whose sharded tensors' keys begin with `prefix`, in place."""
+    """Prepend `prefix` to the keys of the sharded tensors of a nested dict, in place."""
 
     def rename(leaf: Any) -> Any:
         if isinstance(leaf, ShardedBase):

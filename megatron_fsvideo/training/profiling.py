@@ -3,7 +3,7 @@
 Per rank, below `--tensorboard-dir` or else `--save`:
 
     profile/rank0_iterations_11_12.pt.trace.json.gz    for ui.perfetto.dev, chrome://tracing or TensorBoard's plugin
-    profile/rank0_iterations_11_12.txt                 operations by the time that they took themselves
+    profile/rank0_iterations_11_12.txt                 operations, by their own time without that of callees
     profile/rank0_iterations_11_12.memory.pickle       for pytorch.org/memory_viz (--record-memory-history)
 """
 
@@ -21,14 +21,14 @@ MEMORY_HISTORY_EVENTS = 1_000_000
 class IterationProfiler:
     """Records iterations `profile_step_start` + 1 to `profile_step_end`, counted from 1 over the whole run.
 
-    A run that resumes within them records the rest. As a context manager it writes what was recorded when the run ends
-    earlier.
+    A run that resumes within this range records the rest of it. If the run ends earlier, the context's exit writes the
+    iterations recorded so far.
 
     Args:
-        folder: where to write; None only if nothing is recorded.
+        folder: output folder; None only if nothing is recorded.
 
     Raises:
-        ValueError: no folder, or `record_memory_history` without a CUDA device.
+        ValueError: there is no folder, or `record_memory_history` is set without a CUDA device.
     """
 
     def __init__(self, profiling: ProfilingConfig, folder: Path | None = None, rank: int = 0) -> None:
@@ -36,7 +36,7 @@ class IterationProfiler:
         self._folder = folder
         self._rank = rank
         self._profile: profile | None = None
-        self._first = self._last = 0  # recorded iterations; none is being recorded while the first is 0
+        self._first = self._last = 0  # range of recorded iterations; the first is 0 while nothing is recorded
         wanted = profiling.profile or profiling.record_memory_history
         if wanted and folder is None:
             raise ValueError("--profile and --record-memory-history write below --tensorboard-dir or --save: give one")
@@ -48,7 +48,7 @@ class IterationProfiler:
         self._is_wanted = wanted and rank in profiling.profile_ranks
 
     def begin(self, iteration: int) -> None:
-        """Before an iteration."""
+        """Start recording if the next iteration is the first to record."""
         settings = self._profiling
         is_due = settings.profile_step_start < iteration <= settings.profile_step_end
         if not self._is_wanted or self._first or not is_due:
@@ -64,7 +64,7 @@ class IterationProfiler:
             self._profile.start()
 
     def end(self, iteration: int) -> None:
-        """After an iteration."""
+        """Stop recording and write if this iteration was the last to record."""
         if self._first:
             self._last = iteration
             if iteration >= self._profiling.profile_step_end:
@@ -98,6 +98,6 @@ NO_PROFILE = IterationProfiler(ProfilingConfig())
 
 
 def profile_folder(logging: LoggingConfig, checkpoint: CheckpointConfig) -> Path | None:
-    """Below which profiles are written."""
+    """Folder below which profiles are written."""
     folder = logging.tensorboard_dir or checkpoint.save
     return Path(folder) if folder else None

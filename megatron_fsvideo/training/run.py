@@ -1,4 +1,4 @@
-"""A training run from its job to its end: the same for every task."""
+"""Runs a training job of any task from start to end."""
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing

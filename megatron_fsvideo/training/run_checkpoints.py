@@ -1,4 +1,4 @@
-"""A run's checkpoints: where it continues from, and how all its networks are saved; the same for every job.
+"""Loads and saves the checkpoints of a run of any job.
 
 starting_point.py holds the rule, checkpoint/distributed.py reads, checkpoint/writer.py writes. A checkpoint has one
 section for each named network, with keys `<network>.{model,ema,optimizer}.*`, and a job.json that describes each.
@@ -33,18 +33,18 @@ class RunCheckpoints:
     """Loads and saves a run. Every rank calls each method at the same iterations, except `is_saving`.
 
     Args:
-        describe: what a checkpoint says besides the networks; called at each load and save.
-        new_stage: `--new-stage`: the data and the schedule change, all else goes on.
-        train_iters: the iteration at which the run will end.
-        extra_files: called on every rank at each save; what else rank 0 writes into the checkpoint's folder.
-        initialize: starts the networks from `--init-from`'s folder.
+        describe: returns the run's description without its networks; called at each load and save.
+        new_stage: `--new-stage` is given: the data and the schedule change, everything else continues.
+        train_iters: iteration at which the run will end.
+        extra_files: called on every rank at each save; returns further files that rank 0 writes into the folder.
+        initialize: starts the networks from the folder of `--init-from`.
 
     Raises:
         ValueError: the --save folder cannot be written, or another run writes into it.
 
     Attributes:
-        loaded: the record of the checkpoint or release that was loaded from; None for a fresh start.
-        start: where the run began, after `load`.
+        loaded: record of the checkpoint or release that was loaded; None for initial weights.
+        start: starting point of the run, set by `load`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class RunCheckpoints:
             pgs.on_rank_zero(self._claim_folder)
 
     def close(self) -> None:
-        """Let other runs write into the --save folder."""
+        """Release the --save folder, so that other runs can write into it."""
         if self._writer is not None and self._pgs.is_rank_zero:
             self._lock.release()
 
@@ -95,7 +95,7 @@ class RunCheckpoints:
         """Write a checkpoint from which `state.iteration + 1` can be done, or begin to (`async_save`).
 
         Raises:
-            SaveError: it, or the one before it, could not be written. FolderLockedError: another run has the folder.
+            SaveError: this save or the one before failed. FolderLockedError: another run has the folder.
         """
         self._pgs.on_rank_zero(self._lock.check)
         record = RunRecord(state.iteration, state.consumed_samples, _records(networks), self._describe())
@@ -114,7 +114,7 @@ class RunCheckpoints:
         )
 
     def is_saving(self) -> bool:
-        """Whether this rank still writes a checkpoint in the background. Ranks may answer differently."""
+        """Whether this rank is still writing a checkpoint in the background; ranks may differ."""
         return self._writer is not None and self._writer.is_writing()
 
     def finish(self) -> None:
@@ -127,7 +127,7 @@ class RunCheckpoints:
             self._writer.finish()
 
     def _claim_folder(self) -> None:
-        """Find out now, and not at the first save, that the folder cannot be written or is another run's."""
+        """Lock the folder; fail before the first save if it cannot be written or belongs to another run."""
         try_folder(self._config.save)
         self._lock.acquire()
         if self._lock.was_abandoned:
@@ -186,7 +186,7 @@ def _read(checkpoint: Checkpoint, networks: Mapping[str, TrainedNetwork], with_o
         content = {name: _read_old_autoencoder(checkpoint.path, name, part) for name, part in state.items()}
     else:
         for name, part in state.items():
-            # Earlier versions named the tensors of their only network without its name.
+            # In earlier versions the keys of the only network lacked its name.
             prefixes = {f"{name}.model.": saved.model_prefix(name), f"{name}.ema.": saved.average_prefix(name)}
             apply_prefix_mapping(part, prefixes)
         content = checkpoint.load(state)

@@ -1,4 +1,4 @@
-"""When a run leaves before its last iteration: a signal asks it to (SLURM, spot machines, Ctrl-C) or its time is up."""
+"""Ends a run before its last iteration, at a signal (SLURM, spot machines, Ctrl-C) or a time limit."""
 
 import os
 import signal
@@ -11,21 +11,21 @@ from types import FrameType, TracebackType
 import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# What a shell says of a program that SIGINT ended.
+# Exit code that a shell reports for a program that SIGINT ended.
 EXIT_INTERRUPTED = 130
-# torchrun passes on the SIGINT that a terminal has sent to its ranks already.
+# torchrun forwards a SIGINT that the terminal has already sent to its ranks.
 _SAME_INTERRUPT_SECONDS = 1.0
 
 
 class ExitRequest:
-    """Within this context SIGTERM, SIGUSR1 and SIGINT are noted instead of ending the process; a second SIGINT ends it.
+    """Context in which SIGTERM, SIGUSR1 and SIGINT are recorded instead of ending the process; a second SIGINT ends it.
 
-    One rank may know what the others do not: `flags` is what this one knows, and what all ranks make of it together
-    (the flags that any of them has) is for `explain`.
+    A signal may reach only some ranks. `flags` are the flags of this rank; `explain` takes those that any rank has set,
+    which are equal on all ranks.
 
     Args:
-        handle_signals: False leaves the signals alone: they end the process.
-        limit_minutes: age of this process at which it should leave; None for no limit.
+        handle_signals: False leaves the signals' default effect, which ends the process.
+        limit_minutes: age of this process at which the run should leave; None for no limit.
     """
 
     def __init__(self, handle_signals: bool, limit_minutes: float | None) -> None:
@@ -54,7 +54,7 @@ class ExitRequest:
         return [number in self._received for number in SIGNALS] + [limit is not None and age_minutes() >= limit]
 
     def explain(self, flags: list[bool]) -> str | None:
-        """Why to leave, or None to stay."""
+        """The reason to leave, or None to continue."""
         reasons = [signal.Signals(number).name for number in SIGNALS]
         reasons.append(f"exit_duration_in_mins {self._limit_minutes} is over")
         return " and ".join(reason for reason, flag in zip(reasons, flags, strict=True) if flag) or None
@@ -73,7 +73,7 @@ class _Interrupts:
         threading.Thread(target=self._read, name="interrupts", daemon=True).start()
 
     def close(self) -> None:
-        """Let signals pass again."""
+        """Restore the handling of signals."""
         signal.set_wakeup_fd(self._previous)
         self._writing.close()
 
@@ -93,5 +93,5 @@ class _Interrupts:
 
 
 def age_minutes() -> float:
-    """How long this process has lived: start-up and loading count, as they do for a scheduler."""
+    """Minutes since this process started, including start-up and loading, as a scheduler counts them."""
     return (time.time() - psutil.Process().create_time()) / 60

@@ -1,6 +1,6 @@
-"""Everything that a restarted run must know besides weights and optimizer: two counters.
+"""The two counters that a restarted run needs in addition to weights and optimizer state.
 
-Nothing else is needed, because all randomness belongs to (seed, sample, epoch) and the order of the data is a function
+Nothing else is needed: all random numbers depend on (seed, sample, epoch) and the order of the data is a function
 of (seed, consumed_samples): there is no generator state to save.
 """
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 @dataclass
 class TrainState:
-    """Where a run is.
+    """Progress of a run.
 
     Attributes:
-        iteration: optimizer steps done.
-        consumed_samples: samples those steps used, over all ranks.
+        iteration: number of optimizer steps done.
+        consumed_samples: number of samples used by those steps, over all ranks.
     """
 
     iteration: int = 0
@@ -29,16 +29,16 @@ class TrainState:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step reports.
+    """Report of one optimizer step.
 
     Attributes:
-        metrics: name -> value; the names that every run has are `loss`, `grad_norm` and `learning_rate`.
+        metrics: name -> value; every run has `loss`, `grad_norm` and `learning_rate`.
         num_samples: samples used, over all ranks.
-        num_tokens: tokens processed, over all ranks; 0 where that is no useful number.
+        num_tokens: tokens processed, over all ranks; 0 for a network without tokens.
         flops: floating-point operations of the model's forward and backward passes, over all ranks; 0 if not counted.
         data_wait: seconds spent waiting for data.
         images: name -> picture uint8 [height, width, 3] for TensorBoard, on rank zero.
-        skipped: why the weights were not changed (a loss or gradient that is not finite), with the samples' names.
+        skipped: why the weights did not change (loss or gradient not finite), with the names of the samples.
     """
 
     metrics: dict[str, float]

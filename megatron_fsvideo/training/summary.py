@@ -1,4 +1,4 @@
-"""What a run says of itself before its first iteration: a few plain lines."""
+"""The summary that a run prints before its first iteration."""
 
 from megatron_fsvideo.checkpoint.starting_point import StartingPoint
 from megatron_fsvideo.config import CheckpointConfig, TrainingConfig
@@ -15,7 +15,7 @@ def start_summary(
     checkpoint: CheckpointConfig,
     pgs: ProcessGroups,
 ) -> list[str]:
-    """Networks, layout, data, where the run begins and where it saves. Every rank calls this."""
+    """Lines about networks, layout, data, starting point and --save folder. Every rank calls this."""
     lines = []
     for name, network in task.networks.items():
         total, trained = network.count_parameters()

@@ -1,4 +1,4 @@
-"""What the loop and the checkpoints ask of a job at work."""
+"""The interface between a task and the training loop with its checkpoints."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from megatron_fsvideo.training.state import StepResult, TrainState
 
 @dataclass(frozen=True)
 class Generated:
-    """What a task has generated to be looked at.
+    """Figures and pictures that a task generated during training.
 
     Attributes:
         metrics: name -> value, logged as a validation.
@@ -30,46 +30,46 @@ class Task(ABC):
     """A job's networks, data and losses. Every rank calls each method at the same iterations.
 
     Attributes:
-        networks: what is trained and saved, by the name of its section in checkpoints.
+        networks: name of the section in checkpoints -> network that is trained and saved.
     """
 
     networks: Mapping[str, TrainedNetwork]
 
     @abstractmethod
     def train_step(self, state: TrainState) -> StepResult:
-        """One optimizer step on the batch after `state.consumed_samples`. Must not change `state`."""
+        """Do one optimizer step on the batch after `state.consumed_samples`, without changing `state`."""
 
     @abstractmethod
     def validate(self) -> dict[str, float]:
-        """Validation metrics, by name; called only when `eval_iters` is positive."""
+        """Return validation metrics by name; called only when `eval_iters` is positive."""
 
     @abstractmethod
     def describe(self) -> RunDescription:
-        """What a checkpoint says of the run besides its trained networks; frozen ones are named in it."""
+        """Describe the run for a checkpoint, including frozen networks, without the trained ones."""
 
     def generate(self, state: TrainState) -> Generated | None:
-        """What is to be shown after this iteration; None where nothing is due."""
+        """Generate what is due after this iteration; None if nothing is due."""
         return None
 
     def summary(self) -> list[str]:
-        """Lines about the data, for whoever starts the run."""
+        """Return lines about the data for the start-up summary."""
         return []
 
     def begins(self, record: RunRecord | None) -> None:  # noqa: B027  most tasks need nothing but the networks
-        """Called once, when the networks have the weights to start with.
+        """Prepare for training; called once, after the networks have their starting weights.
 
         Args:
-            record: of the checkpoint that they were loaded from; None for initial weights.
+            record: record of the checkpoint that was loaded; None for initial weights.
         """
 
     def inherit(self, source: Path) -> None:
-        """Begin with the networks of another run (`--init-from`).
+        """Initialize the networks from another run (`--init-from`).
 
         Raises:
-            ValueError: this job cannot.
+            ValueError: this job does not support it.
         """
         raise ValueError(f"--init-from {source}: this job begins with another run's weights by --load and --finetune")
 
     def extra_files(self) -> ExtraFiles | None:
-        """What else lies in a checkpoint's folder."""
+        """Further files for a checkpoint's folder."""
         return None
