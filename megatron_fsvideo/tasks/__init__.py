@@ -1,1 +1,1 @@
-"""What each job trains, on what data and for what loss; how runs are run is the business of `training`."""
+"""The tasks: networks, data and losses of each job. `training` runs them."""

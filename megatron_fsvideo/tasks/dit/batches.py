@@ -1,4 +1,4 @@
-"""Where the DiT's training step gets its batches: each data-parallel rank's share, on every rank of its model."""
+"""The batches of the DiT's training step: each data-parallel rank's share, on every rank of its model."""
 
 import time
 from collections.abc import Mapping
@@ -18,13 +18,13 @@ from megatron_fsvideo.parallel.groups import ProcessGroups
 
 
 class BatchSource:
-    """Global batches in order, from a number of consumed samples on.
+    """Reads global batches in order, starting after a number of consumed samples.
 
     Tensor-parallel rank 0 reads and sends to its group; every pipeline stage and context-parallel rank reads the same
     samples for itself. With `num_workers`, a thread fetches the next step's batches while this step is computed.
 
     Attributes:
-        batch_sizes: samples of a step of each bucket.
+        batch_sizes: number of samples of a step, by bucket.
 
     Args:
         shuffle: False for validation: stored order.
@@ -67,7 +67,7 @@ class BatchSource:
         self._next: Future[tuple[GlobalBatch, list[StoredBatch]]] | None = None
 
     def next(self) -> tuple[list[StoredBatch], int, int]:
-        """This rank's micro-batches in host memory, the global batch's number of samples, the tokens of one sample."""
+        """Return this rank's micro-batches in host memory, the global batch size, and the tokens of one sample."""
         started = time.perf_counter()
         thread = self._pgs.tp_host_thread
         plan, batches = (self._next or thread.submit(self._fetch)).result()
@@ -77,7 +77,7 @@ class BatchSource:
         return batches, len(plan.samples), self._tokens[plan.bucket]
 
     def close(self) -> None:
-        """Wait for what is being fetched, as the other ranks of the tensor-parallel group do, and stop the readers."""
+        """Wait for the batch being fetched, as the group's other tensor-parallel ranks do, and stop the readers."""
         if self._next is not None:
             self._next.result()
         if self._loader is not None:
@@ -93,7 +93,7 @@ class BatchSource:
         return plan, [broadcast_batch(batch, size, scale, text_length, self._pgs) for batch in batches]
 
     def sample_names(self) -> dict[int, str]:
-        """Sample id -> name, for messages, of the whole global batch that `next` gave last."""
+        """Map sample ids to names, for messages, for the global batch that `next` returned last."""
         assert self._plan is not None, "next was called"
         refs = self._plan.samples
         keys = [self._dataset.sample_key(ref.stream_index, ref.position) for ref in refs]
@@ -101,7 +101,7 @@ class BatchSource:
 
 
 def step_sizes(tokens: Mapping[Bucket, int], training: TrainingConfig, data: DataConfig) -> dict[Bucket, int]:
-    """Samples of an optimizer step of each bucket: the same for every layout.
+    """Number of samples of an optimizer step, by bucket; equal for all layouts.
 
     Args:
         tokens: of one sample of each bucket.
@@ -110,7 +110,7 @@ def step_sizes(tokens: Mapping[Bucket, int], training: TrainingConfig, data: Dat
 
 
 def describe_batches(name: str, dataset: LatentDataset, job: DiTJob) -> str:
-    """A line for a user: the folders, and samples and batch of each bucket."""
+    """One line for the user: folders, and samples and batch size of each bucket."""
     counts: dict[Bucket, int] = {}
     for stream in dataset.streams:
         counts[stream.bucket] = counts.get(stream.bucket, 0) + stream.num_samples
@@ -120,14 +120,14 @@ def describe_batches(name: str, dataset: LatentDataset, job: DiTJob) -> str:
 
 
 def sample_order(dataset: LatentDataset, job: DiTJob) -> dict[str, Any]:
-    """What decides which samples a batch holds, for the checkpoint's record."""
+    """Settings that decide which samples a batch holds, for the checkpoint's record."""
     sizes = step_sizes(dataset.bucket_tokens(job.model.patch_size), job.training, job.data)
     settings = {"seed": job.training.seed} | {f"the batch of {bucket}": size for bucket, size in sizes.items()}
     return order_record("the computed shuffle", settings, dataset.list_records)
 
 
 def sharing(tokens: Mapping[Bucket, int], job: DiTJob, dp_size: int) -> dict[Bucket, Sharing]:
-    """How `dp_size` data-parallel ranks cut the batches of each bucket.
+    """How `dp_size` data-parallel ranks divide the batches of each bucket.
 
     Args:
         tokens: of one sample of each bucket.
@@ -148,17 +148,17 @@ def sharing(tokens: Mapping[Bucket, int], job: DiTJob, dp_size: int) -> dict[Buc
 
 
 def training_filter(data: DataConfig) -> SampleFilter:
-    """Which samples of the training data are used.
+    """The filter of training samples.
 
     Raises:
-        ValueError: `sample_list` is no file, or names nothing.
+        ValueError: `sample_list` is not a file, or names no sample.
     """
     keys = None if data.sample_list is None else read_sample_list(data.sample_list)
     return SampleFilter(data.bucket_frames, data.bucket_resolution, keys)
 
 
 def validation_filter(data: DataConfig) -> SampleFilter:
-    """The filter of validation samples: the shapes of training, but every sample."""
+    """The filter of validation samples: all samples with the shapes of training."""
     return SampleFilter(data.bucket_frames, data.bucket_resolution)
 
 
@@ -184,7 +184,7 @@ def check_batches(dataset: LatentDataset, job: DiTJob, dp_size: int) -> None:
     """Refuse batches that `dp_size` data-parallel ranks cannot share.
 
     Raises:
-        ValueError: with each bucket's numbers.
+        ValueError: the batches cannot be shared; the message has each bucket's numbers.
     """
     tokens = dataset.bucket_tokens(job.model.patch_size)
     micro_batch_sizes(step_sizes(tokens, job.training, job.data), sharing(tokens, job, dp_size))

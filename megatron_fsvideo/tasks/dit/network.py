@@ -1,4 +1,4 @@
-"""The DiT as a network in training, built from the groups of a job that concern it."""
+"""Builds the DiT as a network in training from the groups of a job that concern it."""
 
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from megatron_fsvideo.training.network import TrainedNetwork
 
 
 class TrainsDiT(Protocol):
-    """The groups of a job that say how a DiT is built and trained."""
+    """Groups of a job from which a DiT is built and trained."""
 
     model: DiTConfig
     parallel: DiTParallelConfig
@@ -21,10 +21,10 @@ class TrainsDiT(Protocol):
 
 
 def build_dit_network(job: TrainsDiT, pgs: ProcessGroups, record: dict[str, Any] | None = None) -> TrainedNetwork:
-    """A DiT with initial weights. It needs neither data nor folders.
+    """Build a DiT with initial weights. This needs neither data nor folders.
 
     Args:
-        record: what its record says besides the model.
+        record: entries of the network's record besides the model.
 
     Raises:
         ValueError: the layout does not fit the model, or this machine cannot run the backend.

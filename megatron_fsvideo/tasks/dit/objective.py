@@ -1,6 +1,6 @@
-"""What the DiT learns from one micro-batch: draws, condition and the per-sample error (paper section 3).
+"""The DiT's objective for one micro-batch: random draws, condition and error of each sample (paper section 3).
 
-Every number drawn belongs to (seed, sample, epoch, role), so all layouts and all restarts draw the same.
+Every random number depends on (seed, sample, epoch, role), so that all layouts and restarts draw the same numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,11 +32,11 @@ LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class NoisyBatch:
-    """A micro-batch at its noise levels: the model's inputs and its target.
+    """A micro-batch with noise: the model's inputs and its target.
 
     Attributes:
         noisy_latents, target: [b, c, t, h, w]; the target is the velocity.
-        sigmas: [b].
+        sigmas: noise levels [b].
     """
 
     noisy_latents: Tensor
@@ -52,7 +52,7 @@ class DiTObjective:
         null_text: the empty prompt's encoding [l, e], zero padded to the batches' length.
 
     Attributes:
-        errors: sample ids and velocity errors of the micro-batches since it was cleared; on the last stage.
+        errors: on the last stage, sample ids and velocity errors of the micro-batches since the list was cleared.
     """
 
     def __init__(self, job: DiTJob, null_text: Tensor, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class DiTObjective:
     def training_step(
         self, iterator: Iterator[StoredBatch], wrapped: DistributedDataParallel
     ) -> tuple[Tensor, LossFunction]:
-        """The prediction, and a function of it that is the loss, with loss and velocity error as `sums` [2]."""
+        """Return the prediction, and a function of it that gives the loss, with loss and error as `sums` [2]."""
         batch = next(iterator).to(self.device)
         diffusion, seed = self.job.diffusion, self.job.training.seed
         denoiser = Denoiser(wrapped.module, diffusion.prediction_type)
@@ -83,7 +83,7 @@ class DiTObjective:
     def validation_step(
         self, iterator: Iterator[StoredBatch], wrapped: DistributedDataParallel
     ) -> tuple[Tensor, LossFunction]:
-        """The prediction, and a function of it that sums errors, bounds and samples: `sums` [3, noise levels]."""
+        """Return the prediction, and a function of it that sums errors, bounds, samples: `sums` [3, noise levels]."""
         batch = next(iterator).to(self.device)
         denoiser = Denoiser(wrapped.module, self.job.diffusion.prediction_type)
         noisy = self._make_noisy(batch, validation_draws(batch, self.job.diffusion, self.job.training.seed), None)
@@ -105,7 +105,7 @@ class DiTObjective:
 
 
 def training_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise [b, c, t, h, w], noise levels [b] and which texts are dropped [b] for training."""
+    """Draw noise [b, c, t, h, w], noise levels [b] and the mask of dropped texts [b] for training."""
     shape = batch.latents.shape[1:]
     noise = [torch.randn(shape, generator=generator) for generator in _generators(batch, seed, "noise")]
     normals = [torch.randn((), generator=generator) for generator in _generators(batch, seed, "sigma")]
@@ -120,7 +120,7 @@ def training_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tuple
 
 
 def validation_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise, sigmas and dropped text of a validation batch: training's noise levels, no text dropped, fixed draws."""
+    """Fixed draws of a validation batch: noise, the noise levels of training, and no dropped text."""
     shape = batch.latents.shape[1:]
     ids = [sample_generator(seed, int(number), 0, "validation") for number in batch.sample_ids]
     normals = torch.stack([torch.randn((), generator=generator) for generator in ids])
@@ -148,11 +148,11 @@ def make_noisy(
     diffusion: DiffusionConfig,
     hidden: Tensor | None = None,
 ) -> NoisyBatch:
-    """Put the draws on the batch.
+    """Apply noise and conditions to a batch.
 
     Args:
         null_text: the empty prompt's encoding [l, e], zero padded to the batch's length.
-        hidden: bool [b], whose first frame is not given; None gives the first frame of all clips, but of images.
+        hidden: mask bool [b] of samples whose first frame is hidden; None hides it for images only.
     """
     latents = batch.latents
     if hidden is None:
@@ -168,11 +168,11 @@ def make_noisy(
 def velocity_mse(prediction: Tensor, noisy: NoisyBatch, denoiser: Denoiser) -> Tensor:
     """Mean squared velocity error of each whole sample [b], fp32.
 
-    The squares are summed over the context-parallel ranks before anything non-linear is done with them: the root of a
-    sum over all tokens is not the mean of the roots over each rank's tokens.
+    The squares are summed over the context-parallel ranks before any non-linear function of them: the root of a sum
+    over all tokens differs from the mean of the roots over each rank's tokens.
 
     Args:
-        prediction: from `denoiser.predict`, for this context-parallel rank's tokens.
+        prediction: result of `denoiser.predict` for this context-parallel rank's tokens.
     """
     noisy_tokens, target = (denoiser.local_tokens(x) for x in (noisy.noisy_latents, noisy.target))
     velocity = denoiser.to_local_velocity(prediction, noisy_tokens, noisy.sigmas)
@@ -181,7 +181,7 @@ def velocity_mse(prediction: Tensor, noisy: NoisyBatch, denoiser: Denoiser) -> T
 
 
 def pad_rows(text: Tensor, length: int) -> Tensor:
-    """Zero rows after text [l, e], to `length` rows."""
+    """Pad text [l, e] with zero rows to `length` rows."""
     return torch.nn.functional.pad(text, (0, 0, 0, length - len(text)))
 
 

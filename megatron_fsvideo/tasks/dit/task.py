@@ -33,7 +33,7 @@ class DiTTask(Task):
     """The network, the data and the objective of a DiT job.
 
     Attributes:
-        networks: `dit` alone.
+        networks: the network `dit`.
 
     Raises:
         ValueError: the dataset, the layout and the model do not fit each other.
@@ -92,7 +92,7 @@ class DiTTask(Task):
         )
 
     def validate(self) -> dict[str, float]:
-        """Velocity error in normalised latents with fixed noise, also by noise level, of the averaged weights."""
+        """Velocity error of the averaged weights on normalised latents with fixed noise, also by noise level."""
         assert self.valid_dataset is not None, "checked when the job was made"
         source = self._batches(self.valid_dataset, 0, shuffle=False)
         sums = torch.zeros(3, NUM_SIGMA_BINS, dtype=torch.float64, device=self.pgs.device)
@@ -114,7 +114,7 @@ class DiTTask(Task):
         return metrics
 
     def generate(self, state: TrainState) -> Generated | None:
-        """The validation videos, at their interval and at the end."""
+        """Generate the validation videos at their interval and at the end."""
         is_last = state.iteration == self.job.training.train_iters
         if self.videos is None or (state.iteration % self.job.sampling.sample_interval and not is_last):
             return None
@@ -123,7 +123,7 @@ class DiTTask(Task):
         return Generated({"video_latent_mse": error}, {} if sheet is None else {"validation_videos": sheet})
 
     def describe(self) -> RunDescription:
-        """The data, whose scale is the loaded weights' after loading."""
+        """Describe the data. After loading, their scale is that of the loaded weights."""
         return RunDescription(to_dict(self.job), self.dataset.description(), sample_order(self.dataset, self.job))
 
     def summary(self) -> list[str]:
@@ -132,16 +132,16 @@ class DiTTask(Task):
         return [describe_batches(name, data, self.job) for name, data in named.items() if data is not None]
 
     def begins(self, record: RunRecord | None) -> None:
-        """Normalise the latents as those that the loaded weights were trained on, whatever this dataset's scale is."""
+        """Normalise the latents with the scale that the loaded weights were trained with, not with this dataset's."""
         self._warn_of_frozen_routers()
         if record is None or record.run.data is None:
-            return  # initial weights, or another model's, which know no latents yet
+            return  # initial weights, or weights of another model, have no scale yet
         for dataset in (self.dataset, self.valid_dataset):
             if dataset is not None:
                 dataset.scale = LatentScale(record.run.data["latent_mean"], record.run.data["latent_std"])
 
     def _warn_of_frozen_routers(self) -> None:
-        """Say on the first rank of each stage if its routers cannot learn, with the weights as they are now."""
+        """Print a warning on the first rank of each stage if its routers cannot learn from the present weights."""
         count = count_frozen_routers(self.network.chunks)
         if count and self.pgs.tp_rank == self.pgs.dp_cp_rank == 0:
             print(
@@ -168,7 +168,7 @@ class DiTTask(Task):
         return BatchSource(dataset, self.job, self.pgs, consumed_samples=consumed_samples, shuffle=shuffle)
 
     def _mean_over_batch(self, collected: list[dict[str, Tensor]], num_microbatches: int) -> list[float]:
-        """Loss and velocity error of the global batch, on every rank: only the last stage has `collected`."""
+        """Loss and velocity error of the global batch, on every rank. Only the last stage has `collected`."""
         sums = torch.zeros(2, device=self.pgs.device)
         for entry in collected:
             sums += entry["sums"]
@@ -178,7 +178,7 @@ class DiTTask(Task):
         return all_reduce_sum(all_reduce_sum(sums, self.pgs.dp), self.pgs.pp)
 
     def _blame(self) -> str:
-        """Which samples of the last global batch have no finite loss, else all of them; every rank calls this."""
+        """Name the samples of the last batch without a finite loss, or all if there are none; every rank calls this."""
         assert self._source is not None, "there was an iteration"
         broken = set().union(*gather_objects(self.objective.broken_samples()))
         names = self._source.sample_names()

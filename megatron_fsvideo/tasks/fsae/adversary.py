@@ -1,4 +1,4 @@
-"""The discriminator's side of GAN training: its network, and the gradients of its loss with the R1 penalty."""
+"""The discriminator in GAN training: its network, and the gradients of its loss with the R1 penalty."""
 
 from dataclasses import replace
 
@@ -15,13 +15,13 @@ from megatron_fsvideo.training.network import TrainedNetwork, plain_config
 
 
 class Adversary:
-    """The discriminator and how it learns.
+    """The discriminator with its training.
 
-    It has the autoencoder's learning rate, AdamW betas and schedule, neither weight decay nor clipping: with R1 only in
-    every n-th step, n times as large, clipping would undo it.
+    The discriminator has the autoencoder's learning rate, AdamW betas and schedule, and no weight decay. Its gradients
+    are not clipped: R1 comes only in every n-th step, n times as large, and clipping would remove that factor.
 
     Attributes:
-        network: `discriminator`.
+        network: the trained network `discriminator`.
     """
 
     def __init__(self, job: FSAEJob, pgs: ProcessGroups) -> None:
@@ -40,18 +40,18 @@ class Adversary:
         self._has_autocast = job.training.bf16 and self._device != "cpu"
 
     def learns_alone(self, iteration: int) -> bool:
-        """Whether the autoencoder rests in the step after `iteration` steps."""
+        """Whether only the discriminator is trained in the step after `iteration` steps."""
         return iteration < self.config.discriminator_warmup_iters
 
     def generator_loss(self, reconstruction: Tensor) -> Tensor:
-        """The adversarial loss of reconstructions [b, 3, f, h, w]; call it, and its backward, in `network.frozen()`."""
+        """Adversarial loss of reconstructions [b, 3, f, h, w]; run it and its backward pass in `network.frozen()`."""
         with self._autocast():
             return generator_loss(self.model(_wide(reconstruction)))
 
     def backward(
         self, video: Tensor, reconstruction: Tensor, iteration: int, weight: float, is_last: bool
     ) -> dict[str, Tensor]:
-        """Add the discriminator's gradients of one micro-batch; returns the parts of its loss.
+        """Add the discriminator's gradients of one micro-batch, and return the parts of its loss.
 
         Args:
             weight, is_last: as `TrainedNetwork.backward` takes them.
@@ -62,21 +62,21 @@ class Adversary:
                 loss = discriminator_loss(self.model(video), fake)
                 self.network.backward(loss, weight, is_last)
                 return {"discriminator": loss.detach()}
-        # Second derivatives are taken in fp32.
+        # R1 needs second derivatives, which are computed in fp32.
         real_video = video.detach().requires_grad_(True)
         real = self.model(real_video)
         penalty = r1_penalty(real_video, real)
         loss = discriminator_loss(real, fake)
-        # One backward pass for both: R1 alone gives the last biases no gradient.
+        # One backward pass serves both losses: R1 alone gives the last biases no gradient.
         scale = self.config.r1_gamma / 2 * self.config.r1_interval
         self.network.backward(loss + scale * penalty, weight, is_last)
         return {"discriminator": loss.detach(), "r1": penalty.detach()}
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Begin with another run's discriminator.
+        """Initialize the discriminator from another run's.
 
         Raises:
-            ValueError: of another architecture.
+            ValueError: the other discriminator has another architecture.
         """
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         expected = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
@@ -94,5 +94,5 @@ class Adversary:
 
 
 def _wide(video: Tensor) -> Tensor:
-    """At least fp32: a bf16 decoder's video meets fp32 weights where there is no autocast."""
+    """Convert to at least fp32: without autocast, a bf16 video from the decoder would meet fp32 weights."""
     return video.to(torch.promote_types(video.dtype, torch.float32))

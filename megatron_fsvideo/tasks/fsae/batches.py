@@ -1,4 +1,4 @@
-"""Which clips an autoencoder's step reads: images or videos, crops or buckets; a function of the step's number."""
+"""The clips of an autoencoder's step: images or videos, crops or buckets. They depend only on the step's number."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,11 +25,11 @@ class BatchPlan:
     """The batch of one step.
 
     Attributes:
-        num_samples: over all ranks.
+        num_samples: number of samples over all ranks.
         micro_batch_size: samples of one forward pass.
         bucket: shape of the clips.
-        is_shared: whether the frames of each clip lie on the ranks of a context-parallel group; else each rank of it
-            gets clips of its own.
+        is_shared: whether the ranks of a context-parallel group share the frames of each clip; if not, each rank gets
+            whole clips.
     """
 
     num_samples: int
@@ -39,18 +39,18 @@ class BatchPlan:
 
 
 class FSAEBatches:
-    """Batches of an autoencoder job.
+    """Plans and reads the batches of an autoencoder job.
 
     Attributes:
-        batch_sizes: samples of a step of each bucket of videos; empty without buckets.
+        batch_sizes: number of samples of a step, by bucket of videos; empty without buckets.
         valid_clips: held-out clips [n, 3, f, h, w], or None when the job does not validate.
 
     Raises:
-        ValueError: batches that do not divide, buckets that the autoencoder cannot divide, no videos, or none held out
-            although `eval_iters` is positive.
+        ValueError: ranks cannot share the batches, the autoencoder cannot divide a bucket, there are no videos, or none
+            are held out although `eval_iters` is positive.
 
     Args:
-        dp_size, cp_size: data-parallel groups, and ranks that share a clip's frames.
+        dp_size, cp_size: number of data-parallel groups, and of ranks that share a clip's frames.
     """
 
     def __init__(self, job: FSAEJob, dp_size: int, cp_size: int = 1) -> None:
@@ -72,7 +72,7 @@ class FSAEBatches:
             self.valid_clips = held_out.fixed_clips(count, job.data.num_frames, job.data.valid_side)
 
     def sample_order(self) -> dict[str, Any]:
-        """What decides which clips a batch holds, for the checkpoint's record."""
+        """Settings that decide which clips a batch holds, for the checkpoint's record."""
         training, phase = self.job.training, self.job.phase
         settings: dict[str, Any] = {"seed": training.seed, "buckets": list(self.job.data.buckets)}
         settings |= {f"the batch of {bucket}": size for bucket, size in self.batch_sizes.items()} or {
@@ -90,7 +90,7 @@ class FSAEBatches:
         return order_record("clips drawn at random", settings, [list_record("the shots of video_dir", lines)])
 
     def summary(self) -> list[str]:
-        """Lines for a user: shots, shapes and batches."""
+        """Lines for the user: shots, shapes and batches."""
         training, data, phase = self.job.training, self.job.data, self.job.phase
         clips = self._clips if self._bucketed is None else self._bucketed
         assert clips is not None
@@ -121,11 +121,11 @@ class FSAEBatches:
         return BatchPlan(self.batch_sizes[bucket], self._micro_batch_sizes[bucket], bucket, is_shared)
 
     def read(self, first: int, plan: BatchPlan) -> Tensor:
-        """The micro-batch that begins with sample `first`: [micro_batch_size, 3, f, h, w] in [-1, 1]."""
+        """Read the micro-batch that begins with sample `first`: [micro_batch_size, 3, f, h, w] in [-1, 1]."""
         return torch.stack([self._ahead.take((first + k, plan.bucket)) for k in range(plan.micro_batch_size)])
 
     def expect(self, iteration: int, consumed_samples: int, place: Callable[[BatchPlan], tuple[int, int]]) -> None:
-        """Let the threads of `num_workers` read this rank's clips of the step after `iteration` steps, and of the next.
+        """Let `num_workers` threads read this rank's clips of the step after `iteration` steps, and of the next step.
 
         Args:
             place: plan -> this rank's number, and the number of ranks, among those that share the batch.
@@ -148,7 +148,7 @@ class FSAEBatches:
         return self._clips.random_clip(number, bucket.num_frames, bucket.height)
 
     def _size_batches(self, buckets: Sequence[Bucket]) -> None:
-        """The job's batch sizes are the largest bucket's; smaller clips come in larger batches."""
+        """Batch sizes by bucket: the job's sizes for the largest bucket, larger ones for smaller clips."""
         training = self.job.training
         self.batch_sizes = global_batch_sizes(
             {bucket: self._cost(bucket) for bucket in buckets},
@@ -174,21 +174,21 @@ class FSAEBatches:
         return 1 < self.cp_size <= num_latents // MIN_LATENTS
 
     def _work(self, bucket: Bucket) -> float:
-        """Pixels of one clip that one rank's decoder makes, which sets how many clips fit."""
+        """Number of pixels of one clip that one rank's decoder makes. It limits the number of clips in memory."""
         return self._decoded(bucket) / (self.cp_size if self._is_shared(bucket) else 1)
 
     def _decoded(self, bucket: Bucket) -> int:
-        """Pixels of one clip that the decoder makes: those of its patch."""
+        """Number of pixels of one clip that the decoder makes: those of its patch."""
         memory, cell = self.job.memory, cell_size(self.job.model)
         height = min(bucket.height, cell * memory.patch_rows or bucket.height)
         width = min(bucket.width, cell * memory.patch_columns or bucket.width)
         return bucket.num_frames * height * width
 
     def _cost(self, bucket: Bucket) -> int:
-        """Pixels of one clip that pass through a network in training, a backward pass counted twice.
+        """Number of pixels of one clip that pass through the networks in training; a backward pass counts twice.
 
-        The encoder sees the whole clip, the decoder a patch. By the whole clip's pixels alone, a step on short or small
-        clips would decode as many patches of them as fit into one large clip, which is many times the work.
+        The encoder sees the whole clip, the decoder a patch. If only the clip's pixels counted, a step on short or
+        small clips would decode as many of their patches as fit into one large clip, which is many times the work.
         """
         memory = self.job.memory
         learns_whole = self.job.phase.trains_encoder and not memory.encoder_tile
@@ -213,7 +213,7 @@ class FSAEBatches:
             bucket.check_factors(self.job.model.spatial_factor, self.job.model.temporal_factor)
         bucketed, held_out = open_bucketed_clips(data, buckets, seed)
         for is_image in {self.job.phase.image_fraction > 0 or self.job.phase.image_warmup_iters > 0, False}:
-            bucketed.choose_bucket(0, is_image)  # refused now rather than at the first such batch
+            bucketed.choose_bucket(0, is_image)  # refuse it now rather than at the first such batch
         return None, bucketed, held_out
 
     def _check_batches(self) -> None:

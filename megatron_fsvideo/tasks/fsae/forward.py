@@ -1,4 +1,4 @@
-"""What gradients flow through in one forward pass: the autoencoder, and in phase 4 the projection of its latents."""
+"""The forward pass of the trained modules: the autoencoder, and in phase 4 the projection of its latents."""
 
 from typing import NamedTuple
 
@@ -15,14 +15,14 @@ from megatron_fsvideo.models.fsae.model import noisy
 
 
 class ForwardOutput(NamedTuple):
-    """What the losses are computed from.
+    """The tensors from which the losses are computed.
 
     Attributes:
-        latents: [b, c, t, h, w], of the process's frames.
-        reconstruction: [b, 3, f, H, W], or None when a transform replaces it; of `region` only.
-        transformed: decoded from the transformed latents, or None without a transform.
-        projected: latents [b, e, t, rows, columns] at the size of the vision features, or None.
-        region: of the process's frames, what the reconstruction is of; None for all.
+        latents: latents [b, c, t, h, w] of the process's frames.
+        reconstruction: video [b, 3, f, H, W] of `region`; None if a transform replaces it.
+        transformed: video decoded from the transformed latents; None without a transform.
+        projected: projected latents [b, e, t, rows, columns] at the size of the vision features, or None.
+        region: part of the process's frames that the reconstruction covers; None for all.
     """
 
     latents: Tensor
@@ -36,8 +36,8 @@ class FSAEForward:
     """The forward pass of a phase.
 
     Args:
-        trains_encoder: else the encoder is frozen, and its forward pass keeps nothing for a backward pass.
-        projection: of the latents to the vision features, trained with them.
+        trains_encoder: False freezes the encoder: its forward pass then keeps nothing for a backward pass.
+        projection: module that maps latents to vision features, trained with the autoencoder.
     """
 
     def __init__(
@@ -66,12 +66,12 @@ class FSAEForward:
         """Encode a whole video [b, 3, f, h, w] and decode as the losses need it.
 
         Args:
-            latent_noise: as `FSAE.forward` takes it.
-            transform: of the latents, with role added or replacing.
+            latent_noise: noise for the latents, as in `FSAE.forward`.
+            transform: transform of the latents. Its role says whether it adds a reconstruction or replaces it.
             feature_size: rows and columns of the vision features; None projects nothing.
-            noise_seed: of the noise inside a Standard or Lite decoder.
-            box: what of this process's latents the decoder's outer stages see; None for all.
-            shards: which frames this process encodes and decodes; None for all.
+            noise_seed: seed of the noise inside a Standard or Lite decoder.
+            box: part of this process's latents that the decoder's outer stages see; None for all.
+            shards: frames that this process encodes and decodes; None for all.
         """
         mine = video if shards is None else shards.of(video)
         if not self.trains_encoder:

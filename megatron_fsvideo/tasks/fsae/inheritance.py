@@ -1,4 +1,4 @@
-"""From one training phase to the next: which weights a phase inherits, and which it must start itself.
+"""The step from one training phase to the next: weights that a phase inherits, and weights that start fresh.
 
 | phase | from | fresh in the autoencoder | discriminator |
 |---|---|---|---|
@@ -30,7 +30,7 @@ def inherit_autoencoder(source: Path, fsae: FSAE) -> list[str]:
         decoder, and what touches a stage of the decoder whose width changes.
 
     Raises:
-        ValueError: not an autoencoder, or one that does not fit.
+        ValueError: the folder holds no autoencoder, or one that does not fit.
     """
     folder = resolve_release(source)
     content, weights = load_release(folder)
@@ -53,7 +53,7 @@ def inherit_discriminator(source: Path, adversary: Adversary) -> bool:
     """Go on with an earlier phase's discriminator; False if there is none beside its weights (phase 1, a release).
 
     Raises:
-        ValueError: one of another architecture.
+        ValueError: the earlier discriminator has another architecture.
     """
     name, checkpoint = adversary.network.name, resolve_release(source).parent
     stored: StoredWeights

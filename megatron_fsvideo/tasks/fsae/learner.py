@@ -1,4 +1,4 @@
-"""What learns in an autoencoder job, and how it learns from one micro-batch; without data and folders.
+"""The networks of an autoencoder job and their training on one micro-batch, without data and folders.
 
 encode -> (noise, transform) -> decode -> losses -> backward -> the discriminator's losses -> backward
 """
@@ -28,17 +28,17 @@ from megatron_fsvideo.training.network import TrainedNetwork, plain_config
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass.
+    """The input of one forward pass.
 
     Attributes:
         video: whole clips [b, 3, f, h, w] in [-1, 1].
         first: number of the first sample.
-        iteration: optimizer steps done.
-        transform: of the video or of its latents; None for none.
-        box: what of this process's latents the decoder's outer stages see; None for all.
-        shards: which frames are this process's; None for all.
-        weight: of it among this rank's samples of the step.
-        is_last: whether it is this rank's last of the step.
+        iteration: number of optimizer steps done.
+        transform: transform of the video or of its latents, or None.
+        box: part of this process's latents that the decoder's outer stages see; None for all.
+        shards: this process's frames; None for all.
+        weight: share of the micro-batch in this rank's samples of the step.
+        is_last: whether the micro-batch is this rank's last in the step.
     """
 
     video: Tensor
@@ -52,7 +52,7 @@ class MicroBatch:
 
 
 class Passed(NamedTuple):
-    """A forward pass: its output, the video that was encoded, its vision features, the transform of its latents."""
+    """Result of a forward pass: output, encoded video, vision features of the video, and transform of the latents."""
 
     output: ForwardOutput
     video: Tensor
@@ -93,18 +93,18 @@ class FSAELearner:
             self.networks["discriminator"] = self.adversary.network
 
     def rests(self, iteration: int) -> bool:
-        """Whether the autoencoder rests in the step after `iteration` steps, and the discriminator learns alone."""
+        """Whether only the discriminator is trained in the step after `iteration` steps."""
         return self.adversary is not None and self.adversary.learns_alone(iteration)
 
     def adversary_under(self, transform: LatentTransform | None) -> Adversary | None:
-        """Transformed latents make videos of any size: the discriminator sees plain ones only."""
+        """The adversary; None if a transform replaces the plain video, the only one that the discriminator can see."""
         return self.adversary if transform is None or transform.role == "added" else None
 
     def learn(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """Add the gradients of a micro-batch to all networks; its loss and the loss's parts."""
+        """Add the gradients of a micro-batch to all networks; return its loss and the parts of the loss."""
         learns = not self.rests(batch.iteration)
         adversary = self.adversary_under(batch.transform)
-        weight = batch.weight / self.pgs.cp_size  # each rank of a clip has a loss of its own, of which the mean counts
+        weight = batch.weight / self.pgs.cp_size  # each rank of a clip has its own loss; their mean counts
         with adversary.network.frozen() if adversary is not None else nullcontext():
             with torch.set_grad_enabled(learns):
                 passed = self.run(batch)
@@ -116,7 +116,7 @@ class FSAELearner:
         return {"loss": loss.detach(), **parts}
 
     def run(self, batch: MicroBatch) -> Passed:
-        """The forward pass."""
+        """Run the forward pass."""
         video, transform = batch.video, batch.transform
         if transform is not None and transform.role == "before_encoding":
             video, transform = transform.of_video(video, self.model.spatial_factor), None
@@ -130,7 +130,7 @@ class FSAELearner:
         return Passed(output, video, features, transform)
 
     def losses(self, batch: MicroBatch, passed: Passed) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a forward pass, and its parts by name."""
+        """Compute the loss of a forward pass, and its parts by name."""
         return self.objective(
             passed.output,
             passed.video,
@@ -142,7 +142,7 @@ class FSAELearner:
         )
 
     def discriminate(self, batch: MicroBatch, passed: Passed, weight: float) -> dict[str, Tensor]:
-        """Add the discriminator's gradients; the parts of its loss."""
+        """Add the discriminator's gradients, and return the parts of its loss."""
         assert self.adversary is not None
         with torch.no_grad():
             fake = whole_reconstruction(passed.output, batch.shards)
@@ -151,11 +151,11 @@ class FSAELearner:
         return self.adversary.backward(real, fake, batch.iteration, weight, batch.is_last)
 
     def step(self, iteration: int, adversary: Adversary | None, loss: float) -> dict[str, float]:
-        """Step what has learnt, unless the loss is not finite; gradient norms and the learning rate.
+        """Step the networks with gradients if the loss is finite; return gradient norms and the learning rate.
 
         Args:
-            adversary: whose discriminator has learnt.
-            loss: the same on all ranks.
+            adversary: adversary whose discriminator has gradients.
+            loss: loss of the step, equal on all ranks.
         """
         metrics = {"grad_norm": 0.0, "learning_rate": 0.0}
         learning = [] if self.rests(iteration) else list(self._autoencoding)
@@ -171,7 +171,7 @@ class FSAELearner:
         return metrics
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 arithmetic in the forward pass, if the job asks for it; the weights are fp32."""
+        """Context with bfloat16 arithmetic in the forward pass if the job asks for it. The weights are fp32."""
         return torch.autocast(self.pgs.device.type, torch.bfloat16, enabled=self.job.training.bf16)
 
     def _latent_noise(self, first: int, video: Tensor) -> Tensor | None:

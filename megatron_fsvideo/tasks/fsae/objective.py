@@ -1,6 +1,6 @@
-"""What the autoencoder minimises (paper sections 2.2.1 and 2.2.2): means over all elements.
+"""The autoencoder's loss (paper sections 2.2.1 and 2.2.2). All terms are means over all elements.
 
-L_ae    = L1 + 0.1 LPIPS + 0.1 L_GAN              the adversary from phase 2 on
+L_ae    = L1 + 0.1 LPIPS + 0.1 L_GAN              L_GAN from phase 2 on
 L_total = L_ae + 0.5 (L_v-mcos + L_v-mdms)        phase 4, equation 4
 """
 
@@ -27,10 +27,10 @@ SCALES = (2, 4)
 
 
 class FSAEObjective:
-    """The losses of a job's phase, weighted.
+    """The weighted losses of a job's phase.
 
     Attributes:
-        dino: the vision model whose features the latents are aligned with, in phase 4.
+        dino: vision model with whose features the latents are aligned in phase 4.
     """
 
     def __init__(self, job: FSAEJob, device: torch.device) -> None:
@@ -45,7 +45,7 @@ class FSAEObjective:
             self.dino = load_vision_features(job.alignment.vf_encoder_path, device, job.alignment.vf_grid)
 
     def features(self, video: Tensor) -> Tensor | None:
-        """What the latents of a video [b, 3, f, h, w] are aligned with, [b, e, t, rows, columns]; None without VF."""
+        """Vision features [b, e, t, rows, columns] for the latents of a video [b, 3, f, h, w]; None without VF."""
         return None if self.dino is None else pool_features(self.dino(video), self.job.model.temporal_factor)
 
     def __call__(
@@ -59,15 +59,15 @@ class FSAEObjective:
         adversary: Adversary | None = None,
         shards: FrameShards | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and its unweighted parts by name; with `shards` the mean over its processes is the clip's.
+        """Compute the loss, and its unweighted parts by name. With `shards` the clip's loss is the processes' mean.
 
         Args:
             video: the whole clip, [b, 3, f, h, w].
-            fsae: whose encoder's last layer the adaptive weight looks at.
-            features: from `features`.
-            transform: that made `output.transformed`.
+            fsae: autoencoder; the adaptive weight uses the gradient at its encoder's last layer.
+            features: result of `features`.
+            transform: transform that made `output.transformed`.
             adversary: None leaves the adversarial loss out.
-            shards: which frames of the clip `output` has; None for all.
+            shards: frames of the clip that `output` has; None for all.
         """
         loss, parts = torch.zeros((), device=video.device), {}
         if output.reconstruction is not None:
@@ -112,14 +112,14 @@ class FSAEObjective:
 
 
 def load_vision_features(path: str, device: torch.device, grid: int) -> DINOv2Features | EfficientNetFeatures:
-    """DINOv2 from a folder, or the stand-in that comes as a package, by its name; errors as `load_dinov2`."""
+    """Load DINOv2 from a folder, or by name its stand-in from a package; raises the errors of `load_dinov2`."""
     if path == efficientnet_features.NAME:
         return EfficientNetFeatures(grid).to(device)
     return load_dinov2(path, device, grid)
 
 
 def whole_reconstruction(output: ForwardOutput, shards: FrameShards | None) -> Tensor:
-    """The clip's reconstructed frames (of a patch, where one was decoded) from all processes, with gradients."""
+    """Gather the clip's reconstructed frames (of its patch, if one was decoded) from all processes, with gradients."""
     assert output.reconstruction is not None
     return output.reconstruction if shards is None else shards.join(output.reconstruction)
 
@@ -151,32 +151,32 @@ def reconstruction_loss(
 
 
 def gradient_l1(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """L1 distance of the differences between neighbouring pixels, rows + columns: it rewards edges."""
+    """L1 distance of the differences between neighbouring pixels, rows + columns. It favours sharp edges."""
     error = reconstruction - video
     return error.diff(dim=3).abs().mean() + error.diff(dim=4).abs().mean()
 
 
 def multiscale_l1(reconstruction: Tensor, video: Tensor) -> Tensor:
-    """L1 distance of frames averaged over 2x2 and over 4x4 pixels, summed: it rewards right colours over areas."""
+    """Sum of the L1 distances of frames averaged over 2x2 and over 4x4 pixels. It favours right colours of areas."""
     error = reconstruction - video
     return torch.stack([F.avg_pool3d(error, (1, scale, scale)).abs().mean() for scale in SCALES]).sum()
 
 
 def latent_penalty(latents: Tensor) -> Tensor:
-    """By how much the mean square of the latents exceeds 1, a scalar.
+    """Excess of the latents' mean square over 1, a scalar.
 
-    Nothing else sets their scale, and Muon's steps do not shrink with the gradient: left alone the scale runs away, and
-    residual branches of unit size no longer matter beside it.
+    No other loss limits their scale, and Muon's steps do not shrink with the gradient. Without this penalty the scale
+    grows without bound, and residual branches of unit size lose their effect.
     """
     return torch.relu(latents.float().square().mean() - 1)
 
 
 def draw_latent_noise(seed: int, first: int, shape: tuple[int, ...], strength: float) -> Tensor:
-    """Noise for the latents of samples first, first + 1, ...: [b, c, t, h, w], each sample at its own level.
+    """Draw noise [b, c, t, h, w] for the latents of samples first, first + 1, ..., each sample at its own level.
 
     Args:
         shape: (b, c, t, h, w).
-        strength: levels are uniform in [0, strength].
+        strength: upper bound of the levels, which are uniform in [0, strength].
     """
     rows = []
     for index in range(first, first + shape[0]):

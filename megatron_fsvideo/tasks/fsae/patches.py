@@ -1,4 +1,4 @@
-"""Which part of a clip the decoder's outer stages and the losses see, and which cuts a job allows."""
+"""The patch of a clip that the decoder's outer stages and the losses see, and the patches that a job allows."""
 
 import torch
 from torch import Tensor
@@ -13,12 +13,12 @@ from megatron_fsvideo.parallel.seeds import sample_generator
 
 
 def draw_patch(fsae: FSAE, job: FSAEJob, first: int, video: Tensor) -> PatchBox | None:
-    """The patch of the micro-batch that begins with sample `first`; None where the whole is decoded.
+    """Draw the patch of the micro-batch that begins with sample `first`; None if the whole clip is decoded.
 
-    A function of seed and sample alone: resumed runs and all processes of a clip draw the same place.
+    The place depends on seed and sample alone, so that resumed runs and all processes of a clip draw the same.
 
     Args:
-        video: what this process encodes, [b, 3, f, h, w].
+        video: frames that this process encodes, [b, 3, f, h, w].
     """
     memory = job.memory
     if not memory.decodes_patch:
@@ -32,7 +32,7 @@ def draw_patch(fsae: FSAE, job: FSAEJob, first: int, video: Tensor) -> PatchBox 
 
 
 def whole_region(region: VideoRegion, shards: FrameShards | None) -> VideoRegion:
-    """The region of the whole clip that all processes' regions make up."""
+    """The region of the whole clip that the regions of all processes form."""
     if shards is None:
         return region
     return VideoRegion(slice(0, shards.num_frames), region.rows, region.columns)
@@ -42,7 +42,7 @@ def check_memory_flags(job: FSAEJob) -> None:
     """Refuse patches and tiles that the model or a loss does not allow.
 
     Raises:
-        ValueError: naming flag and numbers.
+        ValueError: the model or a loss does not allow them; the message has the flag and the numbers.
     """
     memory, cp_size = job.memory, job.parallel.context_parallel_size
     if memory.encoder_tile:

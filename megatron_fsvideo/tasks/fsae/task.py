@@ -1,8 +1,8 @@
 """The autoencoder's task: phases 1 to 6 of its training on video files (paper section 2.2).
 
-A run from scratch may begin with single frames (`image_warmup_iters`): they are cheap and settle everything spatial.
-Where they end, the temporal taps move (`begin_video`) and the optimizer starts anew. Everything random is a function of
-(seed, sample number), so that a restarted run repeats an unbroken one.
+A run from scratch may begin with single frames (`image_warmup_iters`), which train all spatial weights at low cost. At
+the first videos the temporal taps move (`begin_video`) and the optimizer starts anew. All random numbers depend on
+(seed, sample number), so that a restarted run equals an uninterrupted one.
 """
 
 import math
@@ -29,7 +29,7 @@ from megatron_fsvideo.training.task import Task
 
 
 class FSAETask(Task):
-    """The learner and the clips of an autoencoder job.
+    """Training of an autoencoder on the clips of a job.
 
     Raises:
         ValueError: batches that do not divide, no videos, none held out although `eval_iters` is positive, or weights
@@ -77,7 +77,7 @@ class FSAETask(Task):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """PSNR and SSIM on held-out shots, over all frames and for the last one."""
+        """PSNR and SSIM on held-out shots, over all frames and for the last frame."""
         valid_clips = self.batches.valid_clips
         assert valid_clips is not None, "checked when the job was made"
         sums = torch.zeros(4, dtype=torch.float64, device=self.pgs.device)
@@ -92,16 +92,16 @@ class FSAETask(Task):
         return {"psnr": psnr_sum / count, "psnr_last_frame": last_sum / count, "ssim": ssim_sum / count}
 
     def describe(self) -> RunDescription:
-        """The phase may not change when a run continues."""
+        """Describe the run; its phase may not change when the run continues."""
         fixed = {"phase": self.job.phase.phase}
         return RunDescription(to_dict(self.job), order=self.batches.sample_order(), fixed=fixed)
 
     def summary(self) -> list[str]:
-        """Shots, shapes and batches."""
+        """Lines about shots, shapes and batches."""
         return self.batches.summary()
 
     def inherit(self, source: Path) -> None:
-        """Begin with an earlier phase's networks (`--init-from`)."""
+        """Initialize the networks from those of an earlier phase (`--init-from`)."""
         learner = self.learner
         fresh = inherit_autoencoder(source, learner.model)
         learner.fsae.restart()
@@ -112,7 +112,7 @@ class FSAETask(Task):
                 print(f"discriminator: {f'from {source}' if has_discriminator else 'fresh'}", flush=True)
 
     def extra_files(self) -> ExtraFiles | None:
-        """The autoencoder, with averaged weights, as a release folder `model`, which others load."""
+        """Write the autoencoder with its averaged weights as a release folder `model`."""
         fsae = self.learner.fsae
         with fsae.averaged():
             weights = {name: tensor.to("cpu", copy=True) for name, tensor in self.learner.model.state_dict().items()}
@@ -130,19 +130,19 @@ class FSAETask(Task):
             self.learner.fsae.restart()
 
     def _blame(self, broken: list[str], plan: BatchPlan, state: TrainState) -> str:
-        """Which clips of the run had a loss that is not finite, else all of the batch; every rank calls this."""
+        """Name the clips whose loss was not finite, or the whole batch if there are none; every rank calls this."""
         ranges = [name for names in gather_objects(broken) for name in names]
         first = state.consumed_samples
         return f"clips {' '.join(ranges) or f'{first}-{first + plan.num_samples - 1}'} of shape {plan.bucket}"
 
     def _place(self, plan: BatchPlan) -> tuple[int, int]:
-        """(which, of how many) parts of the batch this rank computes."""
+        """Return (number of this rank's part of the batch, number of parts)."""
         if plan.is_shared:
             return self.pgs.dp_rank, self.pgs.dp_size
         return self.pgs.dp_cp_rank, self.pgs.dp_cp_size
 
     def _draw_transform(self, plan: BatchPlan, state: TrainState) -> LatentTransform | None:
-        """One for the whole step, so that all ranks do the same."""
+        """Draw one transform for the whole step, so that all ranks use the same."""
         if self.learner.rests(state.iteration):
             return None
         factor, seed = self.learner.model.spatial_factor, self.job.training.seed
