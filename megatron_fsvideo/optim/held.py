@@ -17,7 +17,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
 
-from megatron_fsvideo.optim.muon import OwnedMuonBF16, OwnedMuonFP32
+from megatron_fsvideo.optim.muon import OwnedMuon
 from megatron_fsvideo.parallel.cpu_backend import megatron_on_cpu
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset and shape of a box
@@ -96,7 +96,7 @@ def spread_weights(optimizer: ChainedOptimizer) -> None:
     """Gather the whole weights on every data-parallel rank, after each rank has written the ranges that it holds."""
     with megatron_on_cpu():
         for link in optimizer.chained_optimizers:
-            if isinstance(link, OwnedMuonBF16 | OwnedMuonFP32):
+            if isinstance(link, OwnedMuon):
                 link.exchange.weights_to_shards()
         for chunk in optimizer.model_chunks:  # only links of the chain that are Megatron's distributed optimizer
             chunk.start_param_sync(force_sync=True)
@@ -134,7 +134,7 @@ def _held(link: MegatronOptimizer) -> Iterator[Held]:
         pairs = chain(pairs, _zipped(link.fp32_from_fp32_groups, link.fp32_from_fp32_groups))
     else:
         pairs = ((parameter, parameter) for parameter in link.get_parameters())
-    is_alone = isinstance(link, OwnedMuonBF16 | OwnedMuonFP32)
+    is_alone = isinstance(link, OwnedMuon)
     for parameter, master in pairs:
         yield Held(parameter, master, 0, parameter.numel(), False, is_alone, link.optimizer)
 

@@ -123,18 +123,19 @@ def build_muon(
         groups = [group | {"params": [p for p in group["params"] if exchange.owns(p)]} for group in groups]
     muon = Muon(groups, pgs.tp, dtype)
     link: MegatronOptimizer
-    if exchange is not None:
-        link = (OwnedMuonBF16 if config.bf16 else OwnedMuonFP32)(muon, config, exchange)
-    elif config.bf16:
-        link = Float16OptimizerWithFloat16Params(muon, config, None, None)
+    if config.bf16:
+        kind = Float16OptimizerWithFloat16Params if exchange is None else _OwnedMuonBF16
+        link = kind(muon, config, None, None)
     else:
-        link = FP32Optimizer(muon, config, None)
+        link = (FP32Optimizer if exchange is None else _OwnedMuonFP32)(muon, config, None)
+    if exchange is not None:
+        link.exchange = exchange
     link.grad_stats_parallel_group = pgs.collection.mp if exchange is None else pgs.collection.intra_dist_opt
     link.tp_group = pgs.tp
     return link
 
 
-class _OwnedMuon:
+class OwnedMuon:
     """Mixin for Megatron's optimizers: each data-parallel rank updates only the matrices that it owns."""
 
     exchange: MatrixExchange
@@ -151,20 +152,12 @@ class _OwnedMuon:
         return has_stepped
 
 
-class OwnedMuonBF16(_OwnedMuon, Float16OptimizerWithFloat16Params):
+class _OwnedMuonBF16(OwnedMuon, Float16OptimizerWithFloat16Params):
     """Muon with fp32 masters of this rank's own bf16 matrices."""
 
-    def __init__(self, muon: Muon, config: MegatronOptimizerConfig, exchange: MatrixExchange) -> None:
-        super().__init__(muon, config, None, None)
-        self.exchange = exchange
 
-
-class OwnedMuonFP32(_OwnedMuon, FP32Optimizer):
+class _OwnedMuonFP32(OwnedMuon, FP32Optimizer):
     """Muon on this rank's own fp32 matrices."""
-
-    def __init__(self, muon: Muon, config: MegatronOptimizerConfig, exchange: MatrixExchange) -> None:
-        super().__init__(muon, config, None)
-        self.exchange = exchange
 
 
 def _sliced_dim(weight: Tensor) -> int | None:

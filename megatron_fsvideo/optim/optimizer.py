@@ -98,17 +98,17 @@ def parameter_groups(
     by_kind: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in parameters:
         rule = rules[parameter]
-        by_kind.setdefault((not rule.decays, -rule.lr_mult), []).append(parameter)
+        by_kind.setdefault((rule.decays, rule.lr_mult), []).append(parameter)
     floor = optimizer.min_lr / optimizer.lr
     return [
         {
-            "params": by_kind[kind],
-            "max_lr": -kind[1] * max_lr,
-            "min_lr": -kind[1] * floor * max_lr,
-            "lr": -kind[1] * max_lr,
-            "weight_decay": 0.0 if kind[0] else optimizer.weight_decay,
+            "params": by_kind[decays, lr_mult],
+            "max_lr": lr_mult * max_lr,
+            "min_lr": lr_mult * floor * max_lr,
+            "lr": lr_mult * max_lr,
+            "weight_decay": optimizer.weight_decay if decays else 0.0,
         }
-        for kind in sorted(by_kind)
+        for decays, lr_mult in sorted(by_kind, reverse=True)
     ]
 
 
