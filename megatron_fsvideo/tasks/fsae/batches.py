@@ -37,6 +37,11 @@ class BatchPlan:
     bucket: Bucket
     is_shared: bool = False
 
+    def part(self, consumed_samples: int, rank: int, num_ranks: int) -> range:
+        """The numbers of the samples of one of `num_ranks` equal parts, in a step after `consumed_samples`."""
+        size = self.num_samples // num_ranks
+        return range(consumed_samples + rank * size, consumed_samples + (rank + 1) * size)
+
 
 class FSAEBatches:
     """Plans and reads the batches of an autoencoder job.
@@ -58,7 +63,8 @@ class FSAEBatches:
         self.dp_size = dp_size
         self.cp_size = cp_size
         self._check_batches()
-        self._clips, self._bucketed, held_out = self._open()
+        self._clips, held_out = self._open()
+        self._bucketed = self._clips if isinstance(self._clips, BucketedClips) else None
         self._ahead = ReadAhead(self._clip, job.data.num_workers)
         self.batch_sizes: dict[Bucket, int] = {}
         self._micro_batch_sizes: dict[Bucket, int] = {}
@@ -80,21 +86,17 @@ class FSAEBatches:
         }
         if phase.image_fraction or phase.image_warmup_iters:
             settings["image_batch_size"] = phase.image_batch_size
-        clips = self._clips if self._bucketed is None else self._bucketed
-        assert clips is not None
-        sizes = {path: getsize(path) for path in {shot.path for shot in clips.shots}}
+        sizes = {path: getsize(path) for path in {shot.path for shot in self._clips.shots}}
         lines = (
             f"{relpath(shot.path, self.job.data.video_dir)} {sizes[shot.path]} {shot.start} {shot.num_frames}"
-            for shot in clips.shots
+            for shot in self._clips.shots
         )
         return order_record("clips drawn at random", settings, [list_record("the shots of video_dir", lines)])
 
     def summary(self) -> list[str]:
         """Lines for the user: shots, shapes and batches."""
         training, data, phase = self.job.training, self.job.data, self.job.phase
-        clips = self._clips if self._bucketed is None else self._bucketed
-        assert clips is not None
-        shots = f"{len(clips.shots):,} shots of {len({shot.path for shot in clips.shots}):,} files"
+        shots = f"{len(self._clips.shots):,} shots of {len({shot.path for shot in self._clips.shots}):,} files"
         whole = Bucket(data.num_frames, data.resolution, data.resolution)
         sizes = self.batch_sizes or {whole: training.global_batch_size}
         serving = {} if self._bucketed is None else {b: f" ({self._bucketed.num_shots(b):,} shots)" for b in sizes}
@@ -133,18 +135,14 @@ class FSAEBatches:
         keys: list[tuple[int, Bucket]] = []
         for number in (iteration, iteration + 1):
             plan = self.plan(number)
-            rank, num_ranks = place(plan)
-            per_rank = plan.num_samples // num_ranks
-            first = consumed_samples + rank * per_rank
-            keys += [(sample, plan.bucket) for sample in range(first, first + per_rank)]
+            keys += [(sample, plan.bucket) for sample in plan.part(consumed_samples, *place(plan))]
             consumed_samples += plan.num_samples
         self._ahead.expect(keys)
 
     def _clip(self, key: tuple[int, Bucket]) -> Tensor:
         number, bucket = key
-        if self._bucketed is not None:
-            return self._bucketed.random_clip(number, bucket)
-        assert self._clips is not None
+        if isinstance(self._clips, BucketedClips):
+            return self._clips.random_clip(number, bucket)
         return self._clips.random_clip(number, bucket.num_frames, bucket.height)
 
     def _size_batches(self, buckets: Sequence[Bucket]) -> None:
@@ -170,8 +168,7 @@ class FSAEBatches:
 
     def _is_shared(self, bucket: Bucket) -> bool:
         """Whether a clip is long enough for the ranks of a context-parallel group."""
-        num_latents = (bucket.num_frames - 1) // self.job.model.temporal_factor + 1
-        return 1 < self.cp_size <= num_latents // MIN_LATENTS
+        return 1 < self.cp_size <= self.job.model.compression.latent_frames(bucket.num_frames) // MIN_LATENTS
 
     def _work(self, bucket: Bucket) -> float:
         """Number of pixels of one clip that one rank's decoder makes. It limits the number of clips in memory."""
@@ -203,18 +200,17 @@ class FSAEBatches:
         generator = sample_generator(self.job.training.seed, iteration, 0, "image_batch")
         return float(torch.rand((), generator=generator)) < phase.image_fraction
 
-    def _open(self) -> tuple[ClipDataset | None, BucketedClips | None, ClipDataset | None]:
+    def _open(self) -> tuple[ClipDataset | BucketedClips, ClipDataset | None]:
         data, seed = self.job.data, self.job.training.seed
         if not data.buckets:
-            clips, held_out = open_clips(data, seed)
-            return clips, None, held_out
+            return open_clips(data, seed)
         buckets = [Bucket.parse(text) for text in data.buckets]
         for bucket in buckets:
             bucket.check_factors(self.job.model.spatial_factor, self.job.model.temporal_factor)
         bucketed, held_out = open_bucketed_clips(data, buckets, seed)
         for is_image in {self.job.phase.image_fraction > 0 or self.job.phase.image_warmup_iters > 0, False}:
             bucketed.choose_bucket(0, is_image)  # refuse it now rather than at the first such batch
-        return None, bucketed, held_out
+        return bucketed, held_out
 
     def _check_batches(self) -> None:
         training, data, dp_size = self.job.training, self.job.data, self.dp_size
@@ -238,5 +234,5 @@ class FSAEBatches:
         if self.cp_size > 1 and not data.buckets and not self._is_shared(Bucket(data.num_frames, 1, 1)):
             raise ValueError(
                 f"clips of {data.num_frames} frames cannot be shared by context_parallel_size {self.cp_size}, which "
-                f"needs at least {self.job.model.temporal_factor * (MIN_LATENTS * self.cp_size - 1) + 1}"
+                f"needs at least {self.job.model.compression.video_frames(MIN_LATENTS * self.cp_size)}"
             )

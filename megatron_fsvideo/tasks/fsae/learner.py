@@ -178,9 +178,8 @@ class FSAELearner:
         strength = self.job.losses.latent_noise
         if strength == 0:
             return None
-        factor = self.model.spatial_factor
-        frames = (video.shape[2] - 1) // self.model.temporal_factor + 1
-        shape = (len(video), self.model.latent_channels, frames, video.shape[3] // factor, video.shape[4] // factor)
+        sizes = self.job.model.compression.latent_shape(*video.shape[2:])
+        shape = (len(video), self.model.latent_channels, *sizes)
         return draw_latent_noise(self.job.training.seed, first, shape, strength).to(self.pgs.device)
 
     def _network(

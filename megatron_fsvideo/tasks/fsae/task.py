@@ -49,18 +49,16 @@ class FSAETask(Task):
         plan = self.batches.plan(state.iteration)
         self.batches.expect(state.iteration, state.consumed_samples, self._place)
         transform = self._draw_transform(plan, state)
-        rank, num_ranks = self._place(plan)
-        per_rank = plan.num_samples // num_ranks
-        first = state.consumed_samples + rank * per_rank
+        samples = plan.part(state.consumed_samples, *self._place(plan))
 
         sums: dict[str, float] = {}
         broken: list[str] = []
-        weight = plan.micro_batch_size / per_rank
-        for start in range(first, first + per_rank, plan.micro_batch_size):
+        weight = plan.micro_batch_size / len(samples)
+        for start in samples[:: plan.micro_batch_size]:
             video = self.batches.read(start, plan).to(self.pgs.device)
             shards = FrameShards.of_clip(self.pgs.cp, video.shape[2]) if plan.is_shared else None
             box = draw_patch(self.learner.model, self.job, start, video if shards is None else shards.of(video))
-            is_last = start + plan.micro_batch_size == first + per_rank
+            is_last = start + plan.micro_batch_size == samples.stop
             parts = self.learner.learn(
                 MicroBatch(video, start, state.iteration, transform, box, shards, weight=weight, is_last=is_last)
             )
