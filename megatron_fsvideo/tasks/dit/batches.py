@@ -14,6 +14,7 @@ from megatron_fsvideo.data.latent_shards import sample_id
 from megatron_fsvideo.data.sample_order import order_record
 from megatron_fsvideo.data.sampler import BucketSampler, GlobalBatch
 from megatron_fsvideo.data.stored_batch import StoredBatch, broadcast_batch
+from megatron_fsvideo.models.codecs import LatentScale
 from megatron_fsvideo.parallel.groups import ProcessGroups
 
 
@@ -22,9 +23,6 @@ class BatchSource:
 
     Tensor-parallel rank 0 reads and sends to its group; every pipeline stage and context-parallel rank reads the same
     samples for itself. With `num_workers`, a thread fetches the next step's batches while this step is computed.
-
-    Attributes:
-        batch_sizes: number of samples of a step, by bucket.
 
     Args:
         shuffle: False for validation: stored order.
@@ -47,9 +45,9 @@ class BatchSource:
         self._dataset = dataset
         self._plan: GlobalBatch | None = None
         self._tokens = dataset.bucket_tokens(job.model.patch_size)
-        self.batch_sizes = step_sizes(self._tokens, job.training, job.data)
-        sizes = micro_batch_sizes(self.batch_sizes, sharing(self._tokens, job, pgs.dp_size))
-        sampler = BucketSampler(dataset.streams, self.batch_sizes, job.training.seed, shuffle)
+        batch_sizes = step_sizes(self._tokens, job.training, job.data)
+        sizes = micro_batch_sizes(batch_sizes, sharing(self._tokens, job, pgs.dp_size))
+        sampler = BucketSampler(dataset.streams, batch_sizes, job.training.seed, shuffle)
         self._plans = sampler.batches(consumed_samples)
         self._loader: BatchLoader | None = None
         if pgs.tp_rank == 0:
@@ -147,19 +145,31 @@ def sharing(tokens: Mapping[Bucket, int], job: DiTJob, dp_size: int) -> dict[Buc
     }
 
 
-def training_filter(data: DataConfig) -> SampleFilter:
-    """The filter of training samples.
+def open_training_data(job: DiTJob, dp_size: int) -> LatentDataset:
+    """The samples that a job trains on.
 
     Raises:
-        ValueError: `sample_list` is not a file, or names no sample.
+        ValueError: no dataset, or one that does not fit the model or the layout; `sample_list` is not a file, or
+            names no sample.
     """
-    keys = None if data.sample_list is None else read_sample_list(data.sample_list)
-    return SampleFilter(data.bucket_frames, data.bucket_resolution, keys)
+    keys = None if job.data.sample_list is None else read_sample_list(job.data.sample_list)
+    return _open(job.data.data_path, keys, None, job, dp_size)
 
 
-def validation_filter(data: DataConfig) -> SampleFilter:
-    """The filter of validation samples: all samples with the shapes of training."""
-    return SampleFilter(data.bucket_frames, data.bucket_resolution)
+def open_validation_data(job: DiTJob, dp_size: int, scale: LatentScale) -> LatentDataset | None:
+    """All validation samples of the shapes of training, or None when the job does not validate.
+
+    Args:
+        scale: that of the training data, which normalises these latents too.
+
+    Raises:
+        ValueError: no dataset, or one that does not fit the model or the layout.
+    """
+    if job.training.eval_iters == 0:
+        return None
+    if not job.data.valid_data_path:
+        raise ValueError("eval_iters is positive, but valid_data_path names no dataset")
+    return _open(job.data.valid_data_path, None, scale, job, dp_size)
 
 
 def check_data_fits_model(dataset: LatentDataset, model: DiTConfig, parallel: DiTParallelConfig) -> None:
@@ -180,11 +190,14 @@ def check_data_fits_model(dataset: LatentDataset, model: DiTConfig, parallel: Di
         check_token_count(num_tokens, f"bucket {bucket} of {dataset.folders[0]}", parallel)
 
 
-def check_batches(dataset: LatentDataset, job: DiTJob, dp_size: int) -> None:
-    """Refuse batches that `dp_size` data-parallel ranks cannot share.
-
-    Raises:
-        ValueError: the batches cannot be shared; the message has each bucket's numbers.
-    """
+def _open(
+    data_path: tuple[str, ...], keys: frozenset[str] | None, scale: LatentScale | None, job: DiTJob, dp_size: int
+) -> LatentDataset:
+    data = job.data
+    sample_filter = SampleFilter(data.bucket_frames, data.bucket_resolution, keys)
+    dataset = LatentDataset(data_path, data.max_bad_fraction, scale, sample_filter)
+    check_data_fits_model(dataset, job.model, job.parallel)
     tokens = dataset.bucket_tokens(job.model.patch_size)
+    # Refused now rather than when the first batch is read.
     micro_batch_sizes(step_sizes(tokens, job.training, job.data), sharing(tokens, job, dp_size))
+    return dataset

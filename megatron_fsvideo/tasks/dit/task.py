@@ -16,12 +16,10 @@ from megatron_fsvideo.models.flops import dit_training_flops
 from megatron_fsvideo.parallel.groups import ProcessGroups, all_reduce_sum, gather_objects
 from megatron_fsvideo.tasks.dit.batches import (
     BatchSource,
-    check_batches,
-    check_data_fits_model,
     describe_batches,
+    open_training_data,
+    open_validation_data,
     sample_order,
-    training_filter,
-    validation_filter,
 )
 from megatron_fsvideo.tasks.dit.network import build_dit_network
 from megatron_fsvideo.tasks.dit.objective import NUM_SIGMA_BINS, DiTObjective, pad_rows
@@ -41,11 +39,8 @@ class DiTTask(Task):
 
     def __init__(self, job: DiTJob, pgs: ProcessGroups) -> None:
         self.job, self.pgs = job, pgs
-        filtered = training_filter(job.data)
-        self.dataset = LatentDataset(job.data.data_path, job.data.max_bad_fraction, sample_filter=filtered)
-        check_data_fits_model(self.dataset, job.model, job.parallel)
-        check_batches(self.dataset, job, pgs.dp_size)
-        self.valid_dataset = self._open_validation()
+        self.dataset = open_training_data(job, pgs.dp_size)
+        self.valid_dataset = open_validation_data(job, pgs.dp_size, self.dataset.scale)
         codec = self.dataset.description()["autoencoder"]
         self.network = build_dit_network(job, pgs, {"codec": codec, "diffusion": to_dict(job.diffusion)})
         self.networks = {self.network.name: self.network}
@@ -150,19 +145,6 @@ class DiTTask(Task):
                 file=sys.stderr,
                 flush=True,
             )
-
-    def _open_validation(self) -> LatentDataset | None:
-        if self.job.training.eval_iters == 0:
-            return None
-        data = self.job.data
-        if not data.valid_data_path:
-            raise ValueError("eval_iters is positive, but valid_data_path names no dataset")
-        dataset = LatentDataset(
-            data.valid_data_path, data.max_bad_fraction, self.dataset.scale, validation_filter(data)
-        )
-        check_data_fits_model(dataset, self.job.model, self.job.parallel)
-        check_batches(dataset, self.job, self.pgs.dp_size)
-        return dataset
 
     def _batches(self, dataset: LatentDataset, consumed_samples: int, shuffle: bool) -> BatchSource:
         return BatchSource(dataset, self.job, self.pgs, consumed_samples=consumed_samples, shuffle=shuffle)
