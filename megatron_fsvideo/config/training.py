@@ -117,6 +117,10 @@ class StageConfig(Checked):
     """Begin a new stage from the checkpoint in --load. Weights, moving average, optimizer state and iteration continue;
     data and schedule are those of this run (train_iters includes earlier stages). Ignored once --save holds a
     checkpoint."""
+    latent_scale: Literal["checkpoint", "data"] = "checkpoint"
+    """DiT: mean and standard deviation that normalise the latents, where a run begins with loaded weights. checkpoint
+    keeps those that the weights were trained with; data takes those of this run's dataset, to which the weights must
+    adapt."""
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,20 @@ def test_a_switch_keeps_weights_average_and_optimizer_bit_for_bit(flags, world_s
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), name
 
 
+def test_a_stage_may_take_the_scale_of_its_own_data(data, image_stage, tmp_path):
+    argv = second_stage(data, image_stage, tmp_path / "run", "--latent-scale", "data", "--exit-interval", "2")
+    ((mean, std),) = run_workers(scale_of, 1, argv)
+    assert mean == [0.0] * 4 and std == [3.0] * 4, "the second stage's data say so"
+
+
+def scale_of(argv: list[str]) -> tuple[list[float], list[float]]:
+    job = parse_job(DiTJob, DIT_PRESETS, argv)
+    task, _, _ = begin_dit(job, groups.initialize(job.parallel))
+    scale = task.dataset.scale
+    groups.shutdown()
+    return list(scale.mean), list(scale.std)
+
+
 def logged(folder: Path) -> list[dict[str, float]]:
     names = ("iteration", "consumed_samples", "loss", "grad_norm", "learning_rate")
     return [{name: row[name] for name in names} for row in read_metrics(folder / "logs" / METRICS_FILE)]

@@ -129,7 +129,7 @@ class DiTTask(Task):
     def begins(self, record: RunRecord | None) -> None:
         """Normalise the latents with the scale that the loaded weights were trained with, not with this dataset's."""
         self._warn_of_frozen_routers()
-        if record is None or record.run.data is None:
+        if record is None or record.run.data is None or self.job.stage.latent_scale == "data":
             return  # initial weights, or weights of another model, have no scale yet
         for dataset in (self.dataset, self.valid_dataset):
             if dataset is not None:
