@@ -38,7 +38,7 @@ class AccountJob(FSAEJob):
 
 
 def main() -> None:
-    """Parse, count, print, write."""
+    """Parse the command line, count, print and write."""
     job = parse_job(AccountJob, FSAE_PRESETS)
     from counted_step import account
 

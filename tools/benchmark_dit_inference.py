@@ -5,8 +5,8 @@
     python tools/benchmark_dit_inference.py --preset dit_debug --base-grid 2 4 4 --base-steps 2 --refiner-grid 2 4 8 \
         --refiner-steps 2 --text-length 8 --image-length 5                                       # seconds on a CPU
 
-The base DiT with guidance (30 steps, 60 evaluations, 384x640x121) and the refiner (8 steps, 768x1280x121). Encoders,
-autoencoder and upsampler are not in it, as they are not in Table 4. Under torchrun with --context-parallel-size or
+Timed are the base DiT with guidance (30 steps, 60 evaluations, 384x640x121) and the refiner (8 steps, 768x1280x121).
+Encoders, autoencoder and upsampler are left out, as in Table 4. Under torchrun with --context-parallel-size or
 --tensor-model-parallel-size several devices share each sample. docs/benchmarks.md says how to read the figures.
 """
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from megatron_fsvideo.models.dit import DiTModel
     from megatron_fsvideo.parallel.groups import ProcessGroups
 
-# Table 4: seconds of 60 + 8 evaluations in bf16 by number of H100s, no offloading (the first is the paper's estimate).
+# Table 4: number of H100s -> seconds of 60 + 8 evaluations in bf16 without offloading (the first is an estimate).
 PAPER_SECONDS = {1: 27.4, 2: 19.4}
 GUIDANCE_SCALE = 5.0
 
@@ -93,7 +93,7 @@ class BenchmarkJob:
             check_token_count(self.rows(stage).tokens, f"the {stage.name}'s grid {stage.grid}", self.parallel)
 
     def rows(self, stage: Stage) -> Rows:
-        """Rows of one sample in a stage."""
+        """Number of rows of one sample in a stage."""
         t, h, w = (side // patch for side, patch in zip(stage.grid, self.model.patch_size, strict=True))
         return Rows(t * h * w, self.benchmark.text_length, self.benchmark.image_length)
 
@@ -107,7 +107,7 @@ class BenchmarkJob:
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the two DiTs at work."""
+    """One of the two DiTs with its samples and steps."""
 
     name: str
     grid: tuple[int, int, int]
@@ -116,12 +116,12 @@ class Stage:
 
     @property
     def evaluations(self) -> int:
-        """Forward passes of one sample."""
+        """Number of forward passes of one sample."""
         return self.steps * (2 if self.is_guided else 1)
 
 
 def stages(job: BenchmarkJob) -> list[Stage]:
-    """Base and refiner."""
+    """The two stages, base and refiner."""
     flags = job.benchmark
     return [
         Stage("base", flags.base_grid, flags.base_steps, True),
@@ -130,7 +130,7 @@ def stages(job: BenchmarkJob) -> list[Stage]:
 
 
 def random_model(job: BenchmarkJob, pgs: ProcessGroups) -> DiTModel:
-    """A DiT with random weights, drawn where they live: gains about 1, everything else about 0."""
+    """Build a DiT with random weights, drawn on its device: gains near 1, all others near 0."""
     import torch
 
     from megatron_fsvideo.models.dit import build_dit
@@ -144,7 +144,7 @@ def random_model(job: BenchmarkJob, pgs: ProcessGroups) -> DiTModel:
 
 
 def velocity_function(job: BenchmarkJob, model: DiTModel, stage: Stage, pgs: ProcessGroups) -> Velocity:
-    """The stage's velocity under random conditions, with guidance where it has some."""
+    """The velocity function of a stage under random conditions, with guidance if the stage uses it."""
     import torch
 
     from megatron_fsvideo.diffusion.conditions import first_frame_condition
@@ -175,7 +175,7 @@ def velocity_function(job: BenchmarkJob, model: DiTModel, stage: Stage, pgs: Pro
 
 
 def timed_sampling(job: BenchmarkJob, velocity: Velocity, stage: Stage, steps: int, pgs: ProcessGroups) -> float:
-    """Seconds of a whole sampling."""
+    """Measure the seconds of one complete sampling."""
     import torch
 
     from megatron_fsvideo.diffusion.samplers import euler_sample, euler_sigmas
@@ -201,7 +201,7 @@ def _wait(pgs: ProcessGroups) -> None:
 
 
 def measure(job: BenchmarkJob, pgs: ProcessGroups) -> dict[str, Any]:
-    """Warm up with one step of each stage, then generate `runs` times; the figures."""
+    """Warm up with one step of each stage, generate `runs` times, and return the figures."""
     import torch
 
     from megatron_fsvideo.parallel.machine import describe_measurement, device_name
@@ -239,7 +239,7 @@ def measure(job: BenchmarkJob, pgs: ProcessGroups) -> dict[str, Any]:
 def figures(
     job: BenchmarkJob, stage: Stage, seconds: list[float], peak: float | None, num_devices: int
 ) -> dict[str, Any]:
-    """Time of a stage, its operations, and the time that these take at the device's peak."""
+    """Time of a stage, its operations, and their time at the device's peak rate."""
     work = stage.evaluations * total(forward_flops(job.model, job.rows(stage)))
     median = statistics.median(seconds)
     roofline = work / (1e12 * peak * num_devices) if peak else None
@@ -272,7 +272,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def run(job: BenchmarkJob) -> None:
-    """Measure, show, write."""
+    """Measure, print the table and write the report."""
     import torch
 
     from megatron_fsvideo.parallel import groups
@@ -281,7 +281,7 @@ def run(job: BenchmarkJob) -> None:
     if job.benchmark.num_threads:
         torch.set_num_threads(job.benchmark.num_threads)
     pgs = groups.initialize(job.parallel)
-    torch.manual_seed(job.training.seed)  # the same on all ranks: they share each sample
+    torch.manual_seed(job.training.seed)  # equal on all ranks, which share each sample
     result = measure(job, pgs)
     if pgs.is_rank_zero:
         show(result)

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 ContenderName = Literal["ours", "ours_without_memory", "diffusers"]
 CONTENDERS = OURS, WITHOUT_MEMORY, DIFFUSERS = get_args(ContenderName)
 
-# What diffusers keeps in fp32 when it loads a model in bf16.
+# Modules that diffusers keeps in fp32 when it loads a model in bf16.
 DIFFUSERS_FP32 = ("rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3")
 
 Step = Callable[[], None]
@@ -114,18 +114,18 @@ class BenchmarkJob:
 
     @property
     def num_microbatches(self) -> int:
-        """Forward and backward passes in a step."""
+        """Number of forward and backward passes in a step."""
         return self.training.global_batch_size // self.training.micro_batch_size
 
     @property
     def rows(self) -> Rows:
-        """Rows of a sample."""
+        """Number of rows of a sample."""
         t, h, w = (side // patch for side, patch in zip(self.benchmark.latent_grid, self.model.patch_size, strict=True))
         return Rows(t * h * w, self.benchmark.text_length, self.benchmark.image_length)
 
 
 def synthetic_batch(job: BenchmarkJob, device: torch.device) -> dict[str, Tensor]:
-    """One micro-batch of random inputs, and a target [b, c, t, h, w]."""
+    """Make one micro-batch of random inputs, and a target [b, c, t, h, w]."""
     import torch
 
     model, flags, batch = job.model, job.benchmark, job.training.micro_batch_size
@@ -141,7 +141,7 @@ def synthetic_batch(job: BenchmarkJob, device: torch.device) -> dict[str, Tensor
 
 
 def our_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
-    """Our model and one optimizer step of it: Megatron's schedule, DDP buffers, clipping and AdamW."""
+    """Build our model and its optimizer step: Megatron's schedule, DDP buffers, clipping and AdamW."""
     import torch
 
     from megatron_fsvideo.models.dit import patchify
@@ -173,7 +173,7 @@ def our_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
 
 
 def diffusers_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
-    """diffusers' Wan and one optimizer step of it: gradients copied to fp32 master weights, clipping, torch's AdamW."""
+    """Build diffusers' Wan and its optimizer step: gradients copied to fp32 masters, clipping, torch's AdamW."""
     import torch
     from torch import nn
 
@@ -215,7 +215,7 @@ def diffusers_step(job: BenchmarkJob) -> tuple[nn.Module, Step]:
 
 
 def build_wan(job: BenchmarkJob, device: torch.device) -> nn.Module:
-    """diffusers' transformer of our sizes, in the types that it trains in."""
+    """Build diffusers' transformer of our sizes, in its types for training."""
     diffusers = require("diffusers", "test")
     config = job.model
     with device:
@@ -244,7 +244,7 @@ def build_wan(job: BenchmarkJob, device: torch.device) -> nn.Module:
 
 
 def work(job: BenchmarkJob) -> None:
-    """A contender's process: warm up, then do what the lines on stdin ask for until they end."""
+    """Run a contender's process: warm up, then obey the commands on stdin until it closes."""
     import torch
 
     flags = job.benchmark
@@ -252,7 +252,7 @@ def work(job: BenchmarkJob) -> None:
         torch.set_num_threads(flags.num_threads)
     torch.manual_seed(job.training.seed)
     if flags.worker == DIFFUSERS:
-        torch.set_flush_denormal(True)  # as ours does
+        torch.set_flush_denormal(True)  # as our optimizer does
         model, step = diffusers_step(job)
     else:
         has_memory = flags.worker == OURS
@@ -288,14 +288,14 @@ def _peak_memory() -> int:
 
 
 def measure(job: BenchmarkJob) -> dict[str, Any]:
-    """Let the contenders take turns; the figures."""
+    """Let the contenders take turns, and return the figures."""
     import torch
 
     from megatron_fsvideo.parallel.machine import describe_measurement
 
     flags = job.benchmark
     if flags.num_threads:
-        torch.set_num_threads(flags.num_threads)  # for the record; the contenders' processes set theirs
+        torch.set_num_threads(flags.num_threads)  # for the report; each contender's process sets its own number
     resident = {name: Contender(name) for name in flags.contenders} if flags.resident else {}
     seconds: dict[str, list[list[float]]] = {name: [] for name in flags.contenders}
     known: dict[str, dict[str, int]] = {name: {} for name in flags.contenders}
@@ -318,7 +318,7 @@ def measure(job: BenchmarkJob) -> dict[str, Any]:
 
 
 def figures(job: BenchmarkJob, name: str, seconds: list[list[float]]) -> dict[str, Any]:
-    """Speed of one contender from its seconds, by round."""
+    """Compute the speed of one contender from its seconds by round."""
     from megatron_fsvideo.parallel.machine import device_name
 
     model = replace(job.model, layer_memory=job.model.layer_memory and name == OURS)
@@ -337,7 +337,7 @@ def figures(job: BenchmarkJob, name: str, seconds: list[list[float]]) -> dict[st
 
 
 def ratios(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, float]]:
-    """Step times by one another."""
+    """Compute the ratios of the contenders' step times."""
     pairs = ((WITHOUT_MEMORY, DIFFUSERS), (OURS, WITHOUT_MEMORY), (OURS, DIFFUSERS))
     return {
         f"{above} / {below}": ratio(seconds[above], seconds[below])
@@ -347,7 +347,7 @@ def ratios(seconds: dict[str, list[list[float]]]) -> dict[str, dict[str, float]]
 
 
 def sizes(job: BenchmarkJob) -> dict[str, Any]:
-    """What all contenders have in common."""
+    """The sizes that all contenders have in common."""
     model, training = job.model, job.training
     return {
         "num_layers": model.num_layers,
@@ -378,7 +378,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Parse, measure, show, write."""
+    """Parse the command line, measure, print the table and write the report."""
     job = parse_job(BenchmarkJob, presets_for(BenchmarkJob, DIT_PRESETS))
     if job.benchmark.worker:
         return work(job)

@@ -111,10 +111,10 @@ class Subject:
 
     Attributes:
         factors: (frames, pixels) per latent position.
-        latent_channels: of the latents.
-        parts: what encodes, and what decodes.
+        latent_channels: number of latent channels.
+        parts: the modules that encode, and those that decode.
         encode: video -> latents.
-        first_frame: first frame -> features for the decoder; None without such.
+        first_frame: first frame -> features for the decoder; None if the decoder takes none.
         decode: (latents, features) -> video.
     """
 
@@ -126,7 +126,7 @@ class Subject:
     decode: Callable[[Tensor, list[Tensor] | None], Tensor]
 
     def latent_shape(self, clip: tuple[int, int, int]) -> tuple[int, ...]:
-        """[1, c, t, h, w] of a clip's (frames, height, width)."""
+        """Latent shape [1, c, t, h, w] of a clip (frames, height, width)."""
         frames, side = self.factors
         return 1, self.latent_channels, (clip[0] - 1) // frames + 1, clip[1] // side, clip[2] // side
 
@@ -139,12 +139,12 @@ def clip_shape(flags: BenchmarkFlags) -> tuple[int, int, int]:
 
 
 def contender_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subject:
-    """One of CONTENDERS with random weights on `device`."""
+    """Build one of CONTENDERS with random weights on `device`."""
     return (our_subject if name in OURS else foreign_subject)(flags, name, device)
 
 
 def our_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subject:
-    """FSAE-Standard or FSAE-Lite, whole, streamed or tiled."""
+    """Build FSAE-Standard or FSAE-Lite, whole, streamed or tiled."""
     import torch
 
     from megatron_fsvideo.models.fsae import FSAE
@@ -173,7 +173,7 @@ def our_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subje
 
 
 def foreign_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> Subject:
-    """A VAE of diffusers as it is called there: Wan goes through time in slices by itself, LTX-Video does not."""
+    """Build a VAE of diffusers with its default calls: Wan's slices time by itself, LTX-Video's does not."""
     import torch
 
     diffusers = require("diffusers", "eval")
@@ -197,7 +197,7 @@ def foreign_subject(flags: BenchmarkFlags, name: str, device: torch.device) -> S
 
 
 def fill(model: nn.Module, flags: BenchmarkFlags, device: torch.device) -> None:
-    """Random weights for a model on the meta device, which keep the size of signals."""
+    """Give a model on the meta device random weights that preserve the scale of activations."""
     from megatron_fsvideo.parallel.dtypes import DTYPES
 
     model.to(DTYPES[flags.dtype]).to_empty(device=device).eval().requires_grad_(False)
@@ -209,7 +209,7 @@ def fill(model: nn.Module, flags: BenchmarkFlags, device: torch.device) -> None:
 
 
 def work(flags: BenchmarkFlags) -> None:
-    """A contender's process: warm up and count, then take the turns that the lines on stdin ask for."""
+    """Run a contender's process: warm up and count, then take the turns that the lines on stdin request."""
     import torch
 
     from megatron_fsvideo.parallel.dtypes import DTYPES
@@ -243,10 +243,10 @@ def work(flags: BenchmarkFlags) -> None:
 
 
 def count(call: Callable[[], Any], device: torch.device, shape: Sequence[int] | None) -> dict[str, int] | None:
-    """One call's operations and allocated bytes, by counting while it runs; None where memory runs out.
+    """Count the operations and the allocated bytes of one call while it runs; None if memory runs out.
 
     Raises:
-        ValueError: a result of another shape than `shape`, or one that is not finite.
+        ValueError: the result has another shape than `shape`, or is not finite.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
@@ -265,7 +265,7 @@ def count(call: Callable[[], Any], device: torch.device, shape: Sequence[int] | 
 
 
 def turn(call: Callable[[], Any], iterations: int, device: torch.device) -> dict[str, Any]:
-    """Seconds of each call, on the clock and of this process's threads, and the most memory it held meanwhile."""
+    """Measure each call's wall seconds, CPU seconds of this process, and peak memory."""
     import torch
 
     from megatron_fsvideo.benchmarking.peak_memory import process_peak, reset_process_peak
@@ -283,7 +283,7 @@ def turn(call: Callable[[], Any], iterations: int, device: torch.device) -> dict
         cpu_seconds.append(time.process_time() - cpu_started)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else process_peak()
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # the others need it
+        torch.cuda.empty_cache()  # the other contenders need the memory
     return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_memory_bytes": peak}
 
 
@@ -295,13 +295,13 @@ def _wait_for(device: torch.device) -> None:
 
 
 def measure(flags: BenchmarkFlags) -> dict[str, Any]:
-    """Let the contenders take turns; the figures."""
+    """Let the contenders take turns, and return the figures."""
     import torch
 
     from megatron_fsvideo.parallel.machine import describe_measurement
 
     if flags.num_threads:
-        torch.set_num_threads(flags.num_threads)  # for the record; the contenders' processes set theirs
+        torch.set_num_threads(flags.num_threads)  # for the report; each contender's process sets its own number
     resident = {name: Contender(name) for name in flags.contenders} if flags.resident else {}
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in flags.contenders}
     facts: dict[str, dict[str, Any]] = {}
@@ -328,7 +328,7 @@ def measure(flags: BenchmarkFlags) -> dict[str, Any]:
 
 
 def figures(flags: BenchmarkFlags, facts: dict[str, Any], turns: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One contender's figures by phase; None for one that memory did not suffice for."""
+    """One contender's figures by phase; None for a phase that ran out of memory."""
     row: dict[str, Any] = {"parameters": facts["parameters"], "latent": facts["latent"]}
     for phase, counted in facts["phases"].items():
         if counted is None:
@@ -352,9 +352,9 @@ def figures(flags: BenchmarkFlags, facts: dict[str, Any], turns: Sequence[dict[s
 
 
 def ratios(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Ours by theirs: seconds (with the least and the greatest of a round), FLOPs and bytes of each phase of both.
+    """Ratios of our figures to theirs in each phase: seconds (median, least and greatest round), FLOPs and bytes.
 
-    CPU seconds are without what other programs took; with one thread and no GPU, the time on an idle machine.
+    CPU seconds exclude the time of other programs. With one thread and no GPU they equal the time on an idle machine.
     "first frame + decode" is a decoder's whole work for a video whose first frame is given as pixels.
     """
     found: dict[str, dict[str, Any]] = {}
@@ -412,7 +412,7 @@ def _ratio_words(what: str, value: float | dict[str, float]) -> str:
 
 
 def main() -> None:
-    """Parse, measure, show, write."""
+    """Parse the command line, measure, print the table and write the report."""
     flags = parse_job(BenchmarkJob).benchmark
     if flags.worker:
         return work(flags)

@@ -5,7 +5,7 @@
     python tools/benchmark_layer_memory.py --hidden-size 256 --tokens 496 --num-layers 8 --num-threads 1    # a CPU
 
 Layer l of 2 .. L mixes l states; the backward pass runs in the order of training and pulls each state's gradient once.
-`einsum` is what one would write without kernels: stack, einsum and autograd, which adds each layer's gradients to
+`einsum` is the implementation without kernels: stack, einsum and autograd, which adds each layer's gradients to
 those of the states. Bandwidth is the least number of bytes that must move by the time taken, whatever an
 implementation moves. docs/benchmarks.md says how to read the figures.
 """
@@ -89,7 +89,7 @@ def implementations_of(flags: BenchmarkFlags) -> tuple[str, ...]:
 
 
 def settings_of(flags: BenchmarkFlags) -> MixSettings:
-    """The settings of layer memory, as the model has them."""
+    """The model's settings of layer memory."""
     from megatron_fsvideo.kernels import MixSettings
 
     return MixSettings(flags.layer_memory_norm == "normalized", EPSILON)
@@ -103,7 +103,7 @@ class Case:
         states: X_0 .. X_{L-1}, each [s, b, h]; layer l reads the first l.
         logits: layer l -> [s, b, l], fp32.
         shift, scale: [b, h], fp32.
-        gradient: of every layer's output, and of every state besides [s, b, h].
+        gradient: gradient [s, b, h] of every layer's output, and direct gradient of every state.
     """
 
     states: list[Tensor]
@@ -122,13 +122,13 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time what runs inside."""
+        """Context whose run time is added to the span `name`."""
         start = self._now()
         yield
         self._spans.append((name, start, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """The sum of each name's spans."""
+        """Seconds of each name, summed over its spans."""
         import torch
 
         if self._on_gpu:
@@ -171,7 +171,7 @@ def make_case(flags: BenchmarkFlags, device: torch.device) -> Case:
 
 
 def run_mixer(mixer: Mixer, case: Case, settings: MixSettings, watch: Stopwatch) -> tuple[Tensor, list[Tensor]]:
-    """Forward and backward as the bank calls them; the last layer's output and the states' gradients."""
+    """Run forward and backward as the bank does; return the last layer's output and the states' gradients."""
     results, reads, gradients = [], [], []
     with watch("forward"):
         for number, logits in case.logits.items():
@@ -255,7 +255,7 @@ def copy_once(states: list[Tensor], targets: list[Tensor], watch: Stopwatch) -> 
 
 
 def measure(flags: BenchmarkFlags, device: torch.device) -> dict[str, Any]:
-    """Let the implementations take turns; the figures."""
+    """Let the implementations take turns, and return the figures."""
     import torch
 
     from megatron_fsvideo.parallel.machine import describe_measurement
@@ -266,7 +266,7 @@ def measure(flags: BenchmarkFlags, device: torch.device) -> dict[str, Any]:
     for name in implementations_of(flags):
         programs[name] = _program(name, case, settings_of(flags))
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in programs}
-    for index in range(flags.rounds + 1):  # the first compiles and warms up
+    for index in range(flags.rounds + 1):  # the first pass compiles and warms up
         for name, program in programs.items():
             watch = Stopwatch(device)
             program(watch)
@@ -292,7 +292,7 @@ def _program(name: str, case: Case, settings: MixSettings) -> Callable[[Stopwatc
 def by_operation(
     turns: list[dict[str, float]], moved: dict[str, int], copy: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Figures of forward and backward, and of the operations that they consist of where they are apart."""
+    """Figures of forward and backward, and of their separate operations where the implementation has them."""
     moved = moved | {phase: sum(moved[name] for name in names) for phase, names in OPERATIONS.items()}
     found = {name: figures([turn[name] for turn in turns], moved[name]) for name in turns[0]}
     for row in found.values():
@@ -301,7 +301,7 @@ def by_operation(
 
 
 def figures(seconds: list[float], moved: int) -> dict[str, Any]:
-    """Median and bandwidth of passes that took so long."""
+    """Median and bandwidth from the seconds of passes."""
     median = statistics.median(seconds)
     return {"seconds": median, "seconds_by_round": seconds, "bytes": moved, "bytes_per_second": moved / median}
 
@@ -321,7 +321,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def run(flags: BenchmarkFlags) -> None:
-    """Measure, show, write."""
+    """Measure, print the table and write the report."""
     import torch
 
     check_outputs([flags.json] if flags.json else [], overwrite=flags.overwrite)

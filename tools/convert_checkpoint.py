@@ -77,7 +77,7 @@ def start_job(flags: ConvertFlags) -> DiTJob | None:
 
 
 def report(conversion: Conversion, flags: ConvertFlags) -> None:
-    """Print what was written, and every weight that is not the source's."""
+    """Print the output, and every weight that does not come from the source."""
     source = conversion.source
     print(
         f"{source.where} ({source.kind}) -> {flags.output} ({flags.output_format}): {len(conversion.infos)} weights, "
@@ -90,7 +90,7 @@ def report(conversion: Conversion, flags: ConvertFlags) -> None:
 
 
 def convert(flags: ConvertFlags) -> None:
-    """Check everything, write, report."""
+    """Check everything, write the target and report."""
     from tqdm import tqdm
 
     from megatron_fsvideo.checkpoint.safetensors_shards import parse_size

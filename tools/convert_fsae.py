@@ -8,7 +8,7 @@
     python tools/convert_fsae.py --preset fsae_lite --load standard --save lite
 
 Writes a release folder (for pretrain_fsae.py --init-from) and prints every tensor that starts fresh.
-`--match-dc-ae` makes the FSAE of a DC-AE's own sizes instead: its images, frame by frame.
+`--match-dc-ae` makes an FSAE with the sizes of the DC-AE instead, which decodes the DC-AE's images frame by frame.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class ConvertJob:
 
 
 def run(job: ConvertJob) -> None:
-    """Convert, write, and list what is new."""
+    """Convert, write, and list the tensors that start fresh."""
     from megatron_fsvideo.checkpoint.release import check_release_folder, save_fsae
 
     check_release_folder(job.convert.save, overwrite=job.convert.overwrite)
@@ -83,10 +83,10 @@ def main() -> None:
 
 
 def convert(job: ConvertJob) -> tuple[FSAE, list[str], list[str]]:
-    """(the autoencoder, its tensors that start fresh, source tensors without use).
+    """Return (the autoencoder, its tensors that start fresh, source tensors that are not used).
 
     Raises:
-        ValueError: nothing that can be read there, or an FSAE that cannot become the one asked for.
+        ValueError: the source cannot be read, or cannot become the requested FSAE.
     """
     import torch
 
@@ -117,10 +117,10 @@ def convert(job: ConvertJob) -> tuple[FSAE, list[str], list[str]]:
 
 
 def read_tensors(source: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, of those in a folder, or of a torch file, of which no code is run.
+    """Read all tensors of a safetensors file, a folder of them, or a torch file, without running code from it.
 
     Raises:
-        ValueError: none there, a damaged one, or a torch file with more than tensors in it.
+        ValueError: there is no file, it is damaged, or it is a torch file with objects other than tensors.
     """
     from megatron_fsvideo.models.frozen.weight_files import read_weight_file
 

@@ -36,7 +36,7 @@ ADAM_MOMENTS = 2
 
 
 class ByteCounter(TorchDispatchMode):
-    """Bytes of the tensors that operators have made and nobody has freed yet.
+    """Counts the bytes of tensors that operators have made and that are not freed yet.
 
     Attributes:
         live, peak: bytes now, and the most since `part` was entered last.
@@ -50,14 +50,14 @@ class ByteCounter(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run an operator and count what it made."""
+        """Run an operator and count its new tensors."""
         result = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._count, result)
         return result
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """What happens within is called `name`."""
+        """Context whose allocations are counted under `name`."""
         self.peak = self.live
         yield
         self.parts[name] = (self.live, self.peak)
@@ -108,18 +108,18 @@ class CountedNetwork(TrainedNetwork):
         (loss * weight).backward()
 
     def make_moments(self) -> None:
-        """AdamW's, which the first step makes."""
+        """Create AdamW's moments, as the first step does."""
         if not self.moments:
             self.moments = [torch.zeros(size) for size in self._sizes for _ in range(ADAM_MOMENTS)]
 
 
 class CountedStep:
-    """What the autoencoder's task does with one micro-batch, without files, videos and checkpoints.
+    """The autoencoder's training on one micro-batch, without files, videos and checkpoints.
 
     Args:
-        job: whose perceptual trunk gets random weights.
-        counter: notes the parts.
-        group: ranks that share the clip; None for one rank.
+        job: the job; its perceptual trunk gets random weights.
+        counter: records bytes by part.
+        group: process group that shares the clip; None for one rank.
     """
 
     def __init__(self, job: FSAEJob, counter: ByteCounter, group: dist.ProcessGroup | None) -> None:
@@ -128,7 +128,7 @@ class CountedStep:
         pgs = SimpleNamespace(device=torch.device("cpu"), cp_size=size, dp_cp_size=size)
         losses = replace(job.losses, perceptual_weight=0.0)
         silent = replace(job, losses=losses, alignment=AlignmentConfig(vf_weight=0.0))
-        # torch cannot move a module of fake tensors, not even to where it is.
+        # torch cannot move a module of fake tensors, not even to its own device.
         with counter.part("weights and average"), patch.object(nn.Module, "to", lambda module, device: module):
             self.learner = FSAELearner(silent, pgs, CountedNetwork)
         with counter.part("perceptual network"):
@@ -137,12 +137,12 @@ class CountedStep:
                 self.learner.objective.perceptual = PerceptualLoss(VGG16Trunk(), None, "random VGG16")
 
     def run(self, clip: Bucket) -> None:
-        """Forward, losses, backward, discriminator with R1; the first time AdamW's moments are made after it."""
+        """Run forward, losses, backward, and the discriminator with R1. The first call also creates AdamW's moments."""
         size, learner = self.job.training.micro_batch_size, self.learner
         with self.counter.part("clip"):
             video = torch.zeros(size, 3, clip.num_frames, clip.height, clip.width)
         shards = None if self.group is None else FrameShards.of_clip(self.group, clip.num_frames)
-        with unset_fake_temporarily():  # a place has numbers
+        with unset_fake_temporarily():  # the place of a box needs real numbers
             box = draw_patch(learner.model, self.job, 0, video if shards is None else shards.of(video))
         batch = MicroBatch(video, 0, self.job.adversary.discriminator_warmup_iters, None, box, shards, 1.0, True)
         frozen = learner.adversary.network.frozen() if learner.adversary is not None else nullcontext()
@@ -163,10 +163,10 @@ class CountedStep:
 
 
 def account(job: FSAEJob, clip: Bucket, *, fake: bool = True) -> dict[str, Any]:
-    """Bytes of a step by part; with `fake` off it is run for real, which small sizes allow.
+    """Count the bytes of a step by part. With `fake` off the step uses real tensors, which fit at small sizes.
 
     Returns:
-        peak_gb and its part; and per part what it leaves allocated and its own peak, in GB.
+        peak_gb and the part of the peak; for each part the GB it leaves allocated and its own peak.
     """
     group = _fake_group(job.parallel.context_parallel_size)
     counter = ByteCounter()
@@ -195,7 +195,7 @@ _STEP_PARTS = ("clip", "forward pass", "losses", "backward pass", "discriminator
 
 
 def _fake_group(size: int) -> dist.ProcessGroup | None:
-    """A group that sends nothing, in which this is a rank in the middle."""
+    """A process group that sends nothing, in which this process is a rank in the middle."""
     if size == 1:
         return None
     from torch.testing._internal.distributed.fake_pg import FakeStore

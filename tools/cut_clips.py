@@ -3,7 +3,7 @@
     python tools/cut_clips.py --video-dir films --output clips.jsonl --num-frames 121
     python tools/preprocess_latents.py --manifest clips.jsonl --split train ...
 
-No film is written anew: a line says path, start and num_frames, and the caption of the film (FILM.txt beside it, or the
+No film is re-encoded: a line has path, start and num_frames, and the caption of the film (FILM.txt beside it, or the
 column `caption` of --manifest), which may be changed clip by clip. Shots of fewer than 17 frames are left out. An index
 by tools/index_shots.py is used where there is one.
 """

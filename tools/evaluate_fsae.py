@@ -102,7 +102,7 @@ class EvaluateJob:
 
 
 def evaluate(job: EvaluateJob) -> None:
-    """Reconstruct, measure, write."""
+    """Reconstruct the clips, measure, and write the report."""
     from megatron_fsvideo.data.contact_sheet import write_contact_sheet
     from megatron_fsvideo.evaluation.autoencoders import check_names
     from megatron_fsvideo.evaluation.clips import list_clips
@@ -113,7 +113,7 @@ def evaluate(job: EvaluateJob) -> None:
 
     flags, team = job.evaluate, join_team()
     device = team.device(job.measure.device)
-    # Everything that can be refused is refused before the videos are looked at.
+    # All refusals that need no video come before the videos are read.
     check_outputs(output_files(flags), overwrite=flags.overwrite)
     data = clip_choice(flags)
     judges = load_judges(job.measure, data, device)
@@ -152,14 +152,14 @@ def main() -> None:
 
 
 def output_files(flags: EvaluateFlags) -> tuple[Path, Path, Path]:
-    """The report, the latents' statistics and the contact sheet."""
+    """Paths of the report, the latents' statistics and the contact sheet."""
     out = Path(flags.out)
     stem = out if out.suffix == ".json" else out.with_name(out.name + ".json")
     return out, stem.with_suffix(".latents.json"), stem.with_suffix(".png")
 
 
 def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
-    """The clips to judge: what the flags say, else what the training run held out, else the paper's 17x256x256."""
+    """The clips to judge: those of the flags, else those that training held out, else the paper's 17x256x256."""
     from megatron_fsvideo.checkpoint.release import resolve_release
     from megatron_fsvideo.checkpoint.save_folder import JOB_FILE
 
@@ -173,7 +173,7 @@ def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
         if getattr(flags, name) is not None
     }
     resolution = flags.resolution or trained.valid_side
-    # Other videos have another index.
+    # The index of other videos does not apply.
     others = {"shot_index": flags.shot_index, "valid_video_dir": None, "valid_shot_index": None}
     chosen = replace(
         trained, video_dir=flags.video_dir, resolution=resolution, valid_resolution=None, **others, **given
@@ -186,7 +186,7 @@ def clip_choice(flags: EvaluateFlags) -> VideoDataConfig:
 
 
 def load_judges(flags: MeasureFlags, data: VideoDataConfig, device: torch.device) -> Judges:
-    """The networks that the flags name."""
+    """Load the judging networks that the flags name."""
     from megatron_fsvideo.evaluation.reconstruction import Judges
     from megatron_fsvideo.models.frozen.i3d import MIN_FRAMES, load_i3d
     from megatron_fsvideo.models.frozen.perceptual import load_perceptual_loss
@@ -202,7 +202,7 @@ def load_judges(flags: MeasureFlags, data: VideoDataConfig, device: torch.device
 
 
 def load_autoencoders(flags: EvaluateFlags, measure: MeasureFlags, device: torch.device) -> list[Autoencoder]:
-    """The one of --load, then those of --compare."""
+    """Load the autoencoder of --load, then those of --compare."""
     from megatron_fsvideo.checkpoint.release import load_fsae, resolve_release
     from megatron_fsvideo.evaluation.autoencoders import ForeignAutoencoder, OurAutoencoder, parse_comparison
     from megatron_fsvideo.models.codecs.identity import fingerprint
@@ -213,7 +213,7 @@ def load_autoencoders(flags: EvaluateFlags, measure: MeasureFlags, device: torch
     for kind, folder in [("fsae", flags.load), *map(parse_comparison, flags.compare)]:
         if kind == "fsae":
             fsae = load_fsae(folder)
-            # The fingerprint is that of the stored weights, whatever they are then rounded to.
+            # The fingerprint is that of the stored weights, before they are rounded.
             origin = str(resolve_release(folder)), fingerprint(fsae)
             decode = measure.noise, measure.first_frame, measure.noise_seed
             loaded.append(OurAutoencoder(fsae.to(device, dtype), *origin, *decode))
@@ -223,17 +223,17 @@ def load_autoencoders(flags: EvaluateFlags, measure: MeasureFlags, device: torch
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` of the indices below `count`, evenly spread."""
+    """Choose `wanted` evenly spread indices below `count`."""
     import torch
 
     return torch.linspace(0, count - 1, max(1, min(wanted, count))).round().int().tolist()
 
 
 def readable_clips(listed: ClipList, found: list[dict[int, Reconstructed | str]]) -> tuple[list[int], dict[str, str]]:
-    """Indices of the clips that were read, and name -> reason of all files and clips that were not.
+    """Find the indices of readable clips, and name -> reason for all files and clips that could not be read.
 
     Raises:
-        ValueError: none was read.
+        ValueError: no clip could be read.
     """
     failed = {k: reason for part in found for k, reason in part.items() if isinstance(reason, str)}
     skipped = listed.skipped | {listed.clips[k].name: reason for k, reason in failed.items()}
@@ -268,7 +268,7 @@ def table_rows(names: list[str], autoencoders: list[Autoencoder], results: list[
 def about_clips(
     flags: EvaluateFlags, data: VideoDataConfig, clips: list[Shot], skipped: dict[str, str]
 ) -> dict[str, Any]:
-    """What was judged."""
+    """Description of the judged clips."""
     return {
         "num_frames": data.num_frames,
         "resolution": data.resolution,
@@ -299,10 +299,10 @@ def statistics_entry(autoencoder: Autoencoder, results: list[Reconstructed]) -> 
 def sheet_rows(
     names: list[str], autoencoders: list[Autoencoder], results: list[list[Reconstructed]]
 ) -> list[tuple[str, Tensor]]:
-    """The shown clips: the original, then every reconstruction of it.
+    """Rows of the contact sheet: each shown clip, followed by its reconstructions.
 
     Args:
-        names: of the rows of all autoencoders, as in the table.
+        names: names of the rows of all autoencoders, as in the table.
     """
     from megatron_fsvideo.evaluation.reconstruction import ORIGINAL
 
@@ -317,7 +317,7 @@ def sheet_rows(
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:
-    """To four decimals."""
+    """Round a number to four decimals."""
     return {name: round(value, 4) for name, value in values.items()}
 
 

@@ -76,7 +76,7 @@ class GenerateJob:
 
 
 def requests_of(flags: GenerateFlags) -> list[Request]:
-    """The requests of the flags or of the --requests file, whose outputs can be written.
+    """The requests of the flags or of the --requests file, checked so that their outputs can be written.
 
     Raises:
         ValueError: neither or both are given, a request cannot be read, or its files would destroy something.
@@ -95,7 +95,7 @@ def requests_of(flags: GenerateFlags) -> list[Request]:
 
 
 def write_result(request: Request, clip: torch.Tensor, fps: float, record: dict[str, Any]) -> None:
-    """The mp4, the contact sheet and the record beside it, with what is the same for all requests."""
+    """Write the mp4, the contact sheet and the record, which includes the settings of all requests."""
     from megatron_fsvideo.data.contact_sheet import write_contact_sheet
     from megatron_fsvideo.data.video import write_video
 
@@ -105,7 +105,7 @@ def write_result(request: Request, clip: torch.Tensor, fps: float, record: dict[
 
 
 def record_of(job: GenerateJob, pipeline: ImageToVideoPipeline, sampling: Sampling, fps: float) -> dict[str, Any]:
-    """Everything beside the request that is needed to repeat a clip."""
+    """All settings besides the request that are needed to repeat a clip."""
     dit = pipeline.dit
     return {
         "flags": asdict(job.generate) | asdict(job.parts) | asdict(sampling) | {"fps": fps},

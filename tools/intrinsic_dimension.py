@@ -79,7 +79,7 @@ class DimensionJob:
 
 
 def run(job: DimensionJob) -> None:
-    """Encode or read, estimate, write."""
+    """Encode clips or read latents, estimate, and write the report."""
     from megatron_fsvideo.parallel.team import join_team, leave_team
 
     flags, team = job.dimension, join_team()
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def encoded(job: DimensionJob, team: Team) -> Iterator[tuple[str, Tensor, dict[str, str]]]:
-    """(name, points, skipped clips) for each length of clips."""
+    """Encode and return (name, points, skipped clips) for each length of clips."""
     from megatron_fsvideo.checkpoint.release import load_fsae
     from megatron_fsvideo.evaluation.autoencoders import Facts
     from megatron_fsvideo.models.codecs import FSAECodec
@@ -113,7 +113,7 @@ def encoded(job: DimensionJob, team: Team) -> Iterator[tuple[str, Tensor, dict[s
     assert job.dimension.load is not None
     codec = FSAECodec(load_fsae(job.dimension.load, device, DTYPES[clips.dtype]))
     facts = Facts(job.dimension.load, codec.compression.spatial, codec.compression.temporal, codec.latent_channels)
-    # All lengths before the first is encoded.
+    # Check all lengths before the first is encoded.
     for num_frames in clips.num_frames:
         facts.check_clip(num_frames, clips.resolution)
     for num_frames in clips.num_frames:
@@ -121,7 +121,7 @@ def encoded(job: DimensionJob, team: Team) -> Iterator[tuple[str, Tensor, dict[s
 
 
 def of_length(codec: FSAECodec, num_frames: int, job: DimensionJob, team: Team) -> tuple[str, Tensor, dict[str, str]]:
-    """(name, points, skipped files and clips) of clips of one length."""
+    """Return (name, points, skipped files and clips) of clips of one length."""
     from megatron_fsvideo.evaluation.clips import list_clips
     from megatron_fsvideo.evaluation.gride import check_number
     from megatron_fsvideo.evaluation.latent_points import encode_clips
@@ -140,7 +140,7 @@ def of_length(codec: FSAECodec, num_frames: int, job: DimensionJob, team: Team) 
 
 
 def stored(flags: DimensionFlags, team: Team) -> Iterator[tuple[str, Tensor, dict[str, str]]]:
-    """(path, points, nothing skipped); reading is quick, so one process does it."""
+    """Read and return (path, points, nothing skipped). One process reads, because reading is quick."""
     from megatron_fsvideo.evaluation.latent_points import read_points
 
     for path in flags.latents if team.leads else ():
@@ -148,7 +148,7 @@ def stored(flags: DimensionFlags, team: Team) -> Iterator[tuple[str, Tensor, dic
 
 
 def estimate(name: str, points: Tensor, skipped: dict[str, str], max_neighbors: int) -> dict[str, Any]:
-    """What the JSON says of a set of points, and the line to print."""
+    """Estimate for a set of points: its entry in the JSON, and the line to print."""
     from megatron_fsvideo.evaluation.gride import drop_duplicates, intrinsic_dimension, table_row
 
     for clip, reason in skipped.items():

@@ -5,7 +5,7 @@
     python tools/plan_layout.py --preset dit_14b --num-gpus 64 --frames 121 --height 768 --width 1280 \
         --tensor-model-parallel-size 8 --micro-batch-size 1 --recompute-granularity full
 
-What is left out is searched. Nothing is built and no GPU is needed: it is arithmetic on rates that are flags.
+Values without a flag are searched. No model is built and no GPU is needed: the plan is arithmetic on given rates.
 docs/planning.md derives the memory, which tests compare with the allocator's bytes.
 """
 
@@ -45,7 +45,7 @@ PRESETS = presets_for(PlanJob, DIT_PRESETS)
 
 
 def flags_of(plan: Plan) -> str:
-    """The model, as it was given, and the layout as flags of pretrain_dit.py."""
+    """The given model and the layout, as flags of pretrain_dit.py."""
     case, parallel, preset = plan.case, plan.case.parallel, given_preset()
     base = build_job(PlanJob, PRESETS[preset]).model if preset else DiTConfig()
     words = [f"--preset {preset}"] if preset else []
@@ -94,7 +94,7 @@ def describe(plan: Plan, rates: RateConfig) -> dict[str, Any]:
 
 
 def show_table(plans: list[Plan]) -> None:
-    """One line a plan."""
+    """Print one line for each plan."""
     print(
         f"{'TP':>3} {'SP':>3} {'CP':>3} {'PP':>3} {'DP':>3} {'micro':>5} recompute {'GB/rank':>8} {'s/step':>7}", end=""
     )
@@ -109,7 +109,7 @@ def show_table(plans: list[Plan]) -> None:
 
 
 def show_details(plan: Plan, job: PlanJob) -> None:
-    """Memory, messages, time and work of one plan."""
+    """Print memory, messages, time and work of one plan."""
     case, facts = plan.case, describe(plan, job.rates)
     print(f"\nmemory of a rank of stage {plan.stage} (GB), {facts['parameters_per_rank'] / 1e9:.3f}B parameters")
     for name, size in plan.memory.items():
@@ -137,7 +137,7 @@ def show_details(plan: Plan, job: PlanJob) -> None:
 
 
 def refusals(found: Search, plan: PlanConfig) -> dict[str, int]:
-    """Reason -> number of layouts that it ruled out, memory included."""
+    """Map each reason, memory included, to the number of layouts that it ruled out."""
     if not found.too_large:
         return found.refused
     limit, least = plan.gpu_memory_gb - plan.reserved_memory_gb, found.too_large[0].memory_bytes / 1e9
@@ -146,7 +146,7 @@ def refusals(found: Search, plan: PlanConfig) -> dict[str, int]:
 
 
 def show(found: Search, job: PlanJob) -> None:
-    """Print what was found."""
+    """Print the result of the search."""
     plan, rows = job.plan, job.plan.rows(job.model)
     print(
         f"{plan.frames}x{plan.height}x{plan.width}: {rows.tokens} tokens a sample, {plan.batch} samples a step on "
@@ -167,7 +167,7 @@ def show(found: Search, job: PlanJob) -> None:
 
 
 def main() -> None:
-    """Parse, search, show."""
+    """Parse the command line, search, and print the result."""
     job = parse_job(PlanJob, PRESETS)
     found = search(job.model, job.plan, job.rates)
     if job.plan.json:

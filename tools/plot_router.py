@@ -1,4 +1,4 @@
-"""Plot where layer memory looks: the mean routing weight per layer and source state (paper Figure 6).
+"""Plot the mean routing weight of layer memory per layer and source state (paper Figure 6).
 
     python tools/plot_router.py --load runs/dit --data-path runs/latents --out runs/router.png
 
@@ -57,7 +57,7 @@ class PlotJob:
 
 
 def plot(job: PlotJob) -> None:
-    """Load, look, write."""
+    """Load the model, collect routing weights, and write the plots."""
     from megatron_fsvideo.inference.loading import load_dit
     from megatron_fsvideo.parallel import groups
 
@@ -78,10 +78,10 @@ def main() -> None:
 
 
 def open_dataset(job: PlotJob, dit: LoadedDiT) -> LatentDataset:
-    """The dataset, normalised as the model was trained.
+    """Open the dataset with the normalisation that the model was trained with.
 
     Raises:
-        ValueError: another autoencoder's latents, or other sizes.
+        ValueError: the latents are of another autoencoder, or of other sizes.
     """
     from megatron_fsvideo.data.latent_dataset import LatentDataset
     from megatron_fsvideo.models.codecs import LatentScale, is_same_encoder, spell_autoencoder
@@ -114,7 +114,7 @@ def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGr
     for index, stream in enumerate(dataset.streams):
         number = min(flags.num_samples, stream.num_samples)
         refs = [SampleRef(index, position, 0) for position in range(number)]
-        # Every data-parallel rank looks at all samples, which changes neither.
+        # Every data-parallel rank reads all samples. Repeated samples change neither maxima nor means.
         for first in range(0, number, flags.micro_batch_size):
             batch = read_batch(dataset, refs[first : first + flags.micro_batch_size]).to(pgs.device)
             draws = validation_draws(batch, diffusion, flags.seed)
@@ -126,7 +126,7 @@ def collect(job: PlotJob, dit: LoadedDiT, dataset: LatentDataset, pgs: ProcessGr
 
 
 def write(flags: PlotFlags, dit: LoadedDiT, weights: dict[str, Tensor], num_samples: int) -> None:
-    """The picture of the maxima, that of the means beside it, and the JSON of both."""
+    """Write the picture of the maxima, the picture of the means beside it, and the JSON of both."""
     from megatron_fsvideo.evaluation.router_figure import write_router_figure
     from megatron_fsvideo.models.dit.router_weights import KINDS
 
@@ -146,7 +146,7 @@ def write(flags: PlotFlags, dit: LoadedDiT, weights: dict[str, Tensor], num_samp
         "states": list(range(num_layers)),
     }
     for statistic, kinds in weights.items():
-        # JSON has no NaN: a null says that a layer does not read a state.
+        # JSON has no NaN: null means that a layer does not read a state.
         values[statistic] = {
             name.replace(" ", "_"): [[None if weight != weight else weight for weight in row] for row in part]
             for name, part in zip(KINDS, kinds.tolist(), strict=True)

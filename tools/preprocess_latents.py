@@ -102,7 +102,7 @@ def run(job: PreprocessJob) -> None:
 
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logging.basicConfig(level=logging.INFO, format=f"[rank {rank}] %(message)s")
-    # Everything that can be refused without a model is refused before one is loaded.
+    # All refusals that need no model come before a model is loaded.
     buckets = tuple(Bucket.parse(text) for text in job.encode.buckets)
     clips = ClipOptions(buckets, job.encode.fps, job.encode.frame_stride)
     try_folder(job.encode.output)
@@ -150,7 +150,7 @@ def _load_encoders(job: PreprocessJob) -> Encoders:
     device, dtype = torch.device(name), DTYPES[job.work.dtype]
     codec = load_codec(job.encode.fsae)
     check_cache(Path(job.encode.output), codec.identity)
-    # The small encoders gain nothing from bf16 on a CPU.
+    # On a CPU bf16 does not speed up the small encoders.
     condition_dtype = dtype if device.type != "cpu" else torch.float32
     names, downloads = (job.encode.text_encoder, job.encode.image_encoder), job.encode.allow_download
     length = job.encode.text_max_length

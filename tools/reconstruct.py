@@ -1,4 +1,4 @@
-"""Encode a video and decode it again: what an autoencoder keeps of it.
+"""Encode a video and decode it again, to show what an autoencoder keeps.
 
     python tools/reconstruct.py IN.mp4 OUT.mp4 --load runs/fsae --side-by-side
 
@@ -82,7 +82,7 @@ class ReconstructJob:
 
 
 def main() -> None:
-    """Parse, reconstruct, write."""
+    """Parse the command line, reconstruct and write."""
     arguments = sys.argv[1:]
     paths = list(islice((a for a in arguments if not a.startswith("-")), 2))
     if "--help" not in arguments and (len(paths) < 2 or arguments[:2] != paths):
@@ -103,7 +103,7 @@ def run(job: ReconstructJob, source: str, target: str) -> None:
     flags, tiling = job.reconstruct, job.tiling
     dtype = torch.bfloat16 if flags.dtype == "bf16" else torch.float32
     fsae = load_fsae(flags.load, flags.device, dtype)
-    # Slices of a decoder that streams do not overlap, and may be one latent.
+    # Slices of a streaming decoder do not overlap, and may have one latent frame.
     overlap = 0 if fsae.decoder.streams else tiling.overlap_frames
     tiles = Tiling(tiling.slice_frames, overlap, tiling.tile_rows, tiling.tile_columns, tiling.tile_overlap)
     psnr = reconstruct(FSAECodec(fsae, tiling=tiles), source, target, flags)
@@ -114,7 +114,7 @@ def reconstruct(codec: FSAECodec, source: str, target: str, flags: ReconstructFl
     """Write the reconstruction of a file; returns the mean PSNR in dB.
 
     Raises:
-        ValueError: a damaged file, or an fps of nothing.
+        ValueError: the file is damaged, or the fps of the flags is not positive.
     """
     import numpy as np
     import torch
@@ -145,10 +145,10 @@ def _reconstructed(
     flags: ReconstructFlags,
     psnrs: list[float],
 ) -> Iterator[Tensor]:
-    """Frames uint8 [h, w, 3 or two of them] of the video to write; adds the PSNR of each to `psnrs`.
+    """Frames uint8 [h, w or 2 w, 3] of the video to write; appends the PSNR of each to `psnrs`.
 
     Args:
-        source: begins a pass over the `count` frames to take.
+        source: starts a pass over the `count` frames to reconstruct.
     """
     import torch
     from tqdm import tqdm
@@ -164,7 +164,7 @@ def _reconstructed(
     else:
         decoded = decode_frames(codec.fsae, latents, None, flags.noise_seed, codec.tiling)
     originals = source()
-    # The last latent's frames may be more than there are.
+    # The last latent may decode to more frames than the video has.
     with tqdm(total=count, unit="frame", delay=2, disable=None) as bar:
         for chunk in decoded:
             for frame in from_unit(chunk[0].clamp(-1, 1)):
@@ -179,7 +179,7 @@ def _reconstructed(
 
 
 def _chunks(frames: Iterator[np.ndarray], size: int, factor: int) -> Iterator[Tensor]:
-    """The frames as [1, 3, size or fewer, h, w] in [-1, 1], sides padded to multiples of `factor`."""
+    """Cut the frames into [1, 3, size or fewer, h, w] in [-1, 1], with sides padded to multiples of `factor`."""
     import numpy as np
     import torch
 
@@ -192,14 +192,14 @@ def _chunks(frames: Iterator[np.ndarray], size: int, factor: int) -> Iterator[Te
 
 
 def _padded(frame: Tensor, factor: int) -> Tensor:
-    """[h, w, 3] with its last row and column repeated to multiples of `factor`."""
+    """Pad an image [h, w, 3] to multiples of `factor` by repeating its last row and column."""
     from megatron_fsvideo.models.fsae.tiling import pad_to_grid
 
     return pad_to_grid(frame.movedim(-1, 0)[:, None], factor)[:, 0].movedim(0, -1)
 
 
 def _frames(source: str, table: FrameTable, numbers: list[int]) -> Iterator[np.ndarray]:
-    """Each numbered frame of the file, as often as it is named."""
+    """Yield each numbered frame of the file, as often as its number occurs."""
     from megatron_fsvideo.data.video import VideoReader
 
     with VideoReader(source, table) as reader:

@@ -6,8 +6,8 @@ Every phase is a command that you could type; it is printed before it runs. Fini
 this again, an interrupted one goes on from its newest checkpoint; remove the folder to start over. At the end it holds
 report.json, report.md and reconstructions.png.
 
-Where the paper has weights that are not at hand here, a small ImageNet network that comes as a package stands in:
-EfficientNet-Lite0 for VGG16 in the perceptual loss, and for DINOv2 in phase 4. Figures are not the paper's.
+A small ImageNet network from a package replaces weights of the paper that need a download: EfficientNet-Lite0 stands in
+for VGG16 in the perceptual loss, and for DINOv2 in phase 4. The figures are therefore not the paper's.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from megatron_fsvideo.data.phases import Phases
 
 PRESET = "fsae_quickstart"
 ITERATIONS = {1: 660, 2: 96, 3: 56, 4: 32, 5: 160, 6: 120}
-SHORTEST = 4  # iterations of a phase, however small --scale is
+SHORTEST = 4  # fewest iterations of a phase, however small --scale is
 
 _PERCEPTUAL = "--perceptual-weight 0.1 --perceptual-trunk efficientnet-lite0"
 _ADVERSARY = (
@@ -29,7 +29,7 @@ _ADVERSARY = (
 _MIXED = "--buckets 9x128x128 17x64x64 33x64x64 --micro-batch-size 1 --encoder-tile 64 --patch-rows 12"
 _MIXED += " --patch-columns 12 --perceptual-frames 8 --recompute-granularity full"
 _FINETUNE = "--muon-lr 0.005 --lr 5e-4"
-# As the paper's phases: the decoder alone, with attention to the first frame and noise.
+# As in the paper's phases, only the decoder is trained, with attention to the first frame and noise.
 _DECODER = "--latent-noise 0 --muon-lr 0.01 --lr 1e-3 --first-frame-head-dim 32"
 
 FLAGS = {
@@ -62,7 +62,7 @@ class AllPhasesJob:
 
 
 def all_phases(flags: AllPhasesFlags) -> None:
-    """Fetch films, train the phases, judge them all."""
+    """Fetch films, train the phases, and judge all of them."""
     out = Path(flags.output_dir)
     phases = Phases(out)
     videos = Path(flags.video_dir) if flags.video_dir else out / "videos"

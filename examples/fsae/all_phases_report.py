@@ -56,7 +56,7 @@ class ReportJob:
 
 
 def main() -> None:
-    """Parse, reconstruct, measure, write."""
+    """Parse the command line, reconstruct, measure and write."""
     flags = parse_job(ReportJob).report
     folder = Path(flags.folder)
     videos = held_out_clips(flags)
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def held_out_clips(flags: ReportFlags) -> Tensor:
-    """Held-out clips [n, 3, f, h, w], equal for all phases.
+    """Read the held-out clips [n, 3, f, h, w], equal for all phases.
 
     Raises:
         ValueError: no shot is held out.
@@ -97,7 +97,7 @@ def held_out_clips(flags: ReportFlags) -> Tensor:
 
 @torch.no_grad()
 def reconstruct(fsae: FSAE, videos: Tensor, with_features: bool) -> Tensor:
-    """Each clip by itself, clamped to [-1, 1]."""
+    """Reconstruct each clip by itself, clamped to [-1, 1]."""
     clips = []
     for video in videos.split(1):
         features = fsae.first_frame_features(video[:, :, :1]) if with_features else None
@@ -107,7 +107,7 @@ def reconstruct(fsae: FSAE, videos: Tensor, with_features: bool) -> Tensor:
 
 @torch.no_grad()
 def measure(reconstructions: Tensor, videos: Tensor, perceptual: PerceptualLoss) -> dict[str, float]:
-    """Means over clips; PSNR in dB."""
+    """Measures of the reconstructions, as means over clips; PSNR in dB."""
     frames = psnr_per_frame(reconstructions, videos)
     pairs = list(zip(reconstructions.split(1), videos.split(1), strict=True))
     values = {
@@ -121,7 +121,7 @@ def measure(reconstructions: Tensor, videos: Tensor, perceptual: PerceptualLoss)
 
 
 def differences(rows: list[dict]) -> list[dict]:
-    """What the later decoders gain or lose: each measure of one row minus that of another."""
+    """Gain or loss of the later decoders: each measure of one row minus that of another."""
     by_kind = {(row["phase"], row["first_frame_features"]): row for row in rows}
     pairs = {
         "Standard minus causal (phase 4)": ((5, True), (4, False)),

@@ -17,7 +17,7 @@ from megatron_fsvideo.data.outputs import write_json
 from megatron_fsvideo.data.phases import Phases
 from megatron_fsvideo.data.text_files import read_jsonl
 
-# Deep rather than wide: with more layers there is more to remember. Muon off: the paper trains with AdamW.
+# Deep rather than wide: more layers give layer memory more states. Muon is off: the paper trains with AdamW.
 MODEL = "--preset dit_quickstart --num-layers 12 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 512"
 TRAINING = "--optimizer adam --lr 1e-3 --log-interval 1"
 SWITCHES = {"with layer memory": "--layer-memory", "without": "--no-layer-memory"}
@@ -49,7 +49,7 @@ class CompareJob:
 
 
 def train(flags: CompareFlags, phases: Phases, seed: int, switch: str) -> Path:
-    """One run; returns its metrics file."""
+    """Train one run and return its metrics file."""
     folder = Path(flags.output_dir) / f"seed{seed}{switch}"
     command = ["python", "pretrain_dit.py", *MODEL.split(), *TRAINING.split(), switch, "--seed", str(seed)]
     command += ["--data-path", flags.latents, "--valid-data-path", flags.valid_latents, "--eval-iters", "8"]
@@ -60,7 +60,7 @@ def train(flags: CompareFlags, phases: Phases, seed: int, switch: str) -> Path:
 
 
 def read_curve(metrics: Path) -> tuple[list[float], float]:
-    """(loss of each iteration, validation error at the end) of one run."""
+    """Read (loss of each iteration, validation error at the end) of one run."""
     rows = [row for _, row in read_jsonl(metrics)]
     losses = [row["loss"] for row in rows if "loss" in row]
     return losses, [row for row in rows if "validation_velocity_mse" in row][-1]["validation_velocity_mse"]

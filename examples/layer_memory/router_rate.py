@@ -68,7 +68,7 @@ class RateJob:
 
 
 class WatchedTask(DiTTask):
-    """A DiT's task that looks at the routers' logits."""
+    """A DiT's task that records the routers' logits."""
 
     def __init__(self, job: DiTJob, pgs: ProcessGroups) -> None:
         super().__init__(job, pgs)
@@ -78,7 +78,7 @@ class WatchedTask(DiTTask):
                 module.register_forward_pre_hook(self._look)
 
     def train_step(self, state: TrainState) -> StepResult:
-        """One step; what was seen before it is forgotten."""
+        """Do one step; records of earlier steps are cleared."""
         self.greatest.clear()
         self.hard.clear()
         return super().train_step(state)
@@ -99,7 +99,7 @@ class WatchedTask(DiTTask):
 
 
 def clips(seed: int, count: int) -> Iterator[OwnClip]:
-    """Smooth fields that drift by a cell a latent frame; the text is the direction's embedding."""
+    """Make smooth fields that drift by one cell per latent frame; the text is the direction's embedding."""
     generator = torch.Generator().manual_seed(seed)
     embeddings = text_embeddings()
     for k in range(count):
@@ -118,7 +118,7 @@ def text_embeddings() -> dict[str, Tensor]:
 
 
 def write_data(folder: Path, seed: int, count: int) -> Path:
-    """A latent dataset of `count` clips, unless it is there."""
+    """Write a latent dataset of `count` clips, unless it exists."""
     if not (folder / DATASET_FILE).exists():
         autoencoder = AutoencoderRecord("drifting fields", "drifting fields", 8, 4, CHANNELS)
         writer = LatentShardWriter(folder, LatentSpace(autoencoder, TextRecord("names", TEXT_WIDTH, 2), ImageRecord()))
@@ -128,7 +128,7 @@ def write_data(folder: Path, seed: int, count: int) -> Path:
 
 
 def measure(flags: RateFlags, seed: int, factor: int) -> dict[str, float]:
-    """One run, or what it left."""
+    """Do one run, or read the results of a finished one."""
     root = Path(flags.output_dir)
     result = root / f"seed{seed}_factor{factor}.json"
     if result.exists():
@@ -147,7 +147,7 @@ def measure(flags: RateFlags, seed: int, factor: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """All runs, the table and the verdict."""
+    """Do all runs, and print the table and the verdict."""
     flags = parse_job(RateJob).rate
     rows = [[measure(flags, seed, factor) for factor in FACTORS] for seed in range(flags.num_seeds)]
     for row in rows:

@@ -73,7 +73,7 @@ class FetchJob:
 
 
 def main() -> None:
-    """Fetch what is missing and print whom to thank."""
+    """Fetch missing films and print their credits."""
     folder = Path(parse_job(FetchJob).fetch.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for film in FILMS:
@@ -87,7 +87,7 @@ def fetch(film: Film, target: Path) -> None:
     """Download the film's package and write the film, checked, to `target`.
 
     Raises:
-        ValueError: pip cannot get the package, or the file in it is another.
+        ValueError: pip cannot download the package, or the file in it has another checksum.
     """
     with tempfile.TemporaryDirectory() as folder:
         # moviepy's wheel lacks its documentation, where the trailer is.
@@ -109,7 +109,7 @@ def fetch(film: Film, target: Path) -> None:
 
 
 def _member(archive: Path, suffix: str) -> bytes:
-    """The one member of a wheel or source archive whose name ends so."""
+    """Read the only member of a wheel or source archive with this end of its name."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             (name,) = (name for name in wheel.namelist() if name.endswith(suffix))

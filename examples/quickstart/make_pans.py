@@ -30,7 +30,7 @@ from megatron_fsvideo.data.video import VideoReader, resize_and_crop, resize_sho
 # Rows and columns that the window moves by, in units of the travel.
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 CAPTIONS = {
-    # Short: in a sentence of nine tokens that differs in one word, the word is learnt much later.
+    # Short captions: in a sentence of nine tokens that differs in one word, the word is learnt much later.
     "left": "pan left",
     "right": "pan right",
     "up": "pan up",
@@ -42,9 +42,9 @@ WINDOW = {"train": (0.45, 0.7), "heldout": (0.45, 0.62)}
 CLIPS_PER_FILE = 64
 # Frames beside a cut may be blended with the other shot by the codec or a dissolve.
 MARGIN = 4
-# Places tried for a held-out window.
+# Number of places tried for a held-out window.
 PLACES = 8
-# Frames decoded at once: full-size frames are large.
+# Number of frames decoded at once; full-size frames are large.
 CHUNK = 32
 
 
@@ -83,7 +83,7 @@ class PanJob:
 
 @dataclass(frozen=True)
 class Still:
-    """A frame uint8 [h, w, 3] and where it is from."""
+    """A frame uint8 [h, w, 3] and its origin."""
 
     image: torch.Tensor
     source: str
@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def load_shot(shot: Shot, reader: VideoReader, short_side: int) -> torch.Tensor:
-    """All frames uint8 [f, h, w, 3] of a shot but those beside its ends, scaled down."""
+    """Load all frames uint8 [f, h, w, 3] of a shot except those next to its ends, scaled down."""
     parts = []
     for start in range(shot.start + MARGIN, shot.end - MARGIN, CHUNK):
         parts.append(reader.read(start, min(CHUNK, shot.end - MARGIN - start), short_side=short_side))
@@ -130,7 +130,7 @@ def load_shot(shot: Shot, reader: VideoReader, short_side: int) -> torch.Tensor:
 
 
 def load_shots(shots: list[Shot], bucket: Bucket) -> dict[str, torch.Tensor]:
-    """Shot name -> its frames, as large as the smallest window needs. Each film is decoded once."""
+    """Map each shot's name to its frames, at the size of the smallest window. Each film is decoded once."""
     short_side = int(np.ceil(max(bucket.height, bucket.width) / WINDOW["train"][0]))
     loaded = {}
     for path in dict.fromkeys(shot.path for shot in shots):
@@ -140,11 +140,11 @@ def load_shots(shots: list[Shot], bucket: Bucket) -> dict[str, torch.Tensor]:
 
 
 def train_pans(stills: list[Still], bucket: Bucket, flags: PanFlags, rng: np.random.Generator) -> Iterator[PanClip]:
-    """Pans of random direction, place, size and mirroring; every direction equally often."""
+    """Make pans of random direction, place, size and mirroring, with equally many in each direction."""
     for index in range(flags.train_clips):
         direction = list(DIRECTIONS)[index % len(DIRECTIONS)]
         still = stills[rng.integers(len(stills))]
-        # Mirrored before the move, so that left stays left.
+        # The still is mirrored before the move, so that left stays left.
         image = still.image.flip(1) if rng.random() < 0.5 else still.image
         image = _scaled(image, bucket, rng.uniform(*WINDOW["train"]))
         moves = [flags.travel * step for step in DIRECTIONS[direction]]
@@ -156,9 +156,9 @@ def train_pans(stills: list[Still], bucket: Bucket, flags: PanFlags, rng: np.ran
 
 
 def heldout_pans(stills: list[Still], bucket: Bucket, flags: PanFlags, rng: np.random.Generator) -> Iterator[PanClip]:
-    """All four moves from each of a few first frames, taken evenly from all held-out stills.
+    """Make all four moves from each of a few first frames, taken evenly from all held-out stills.
 
-    Of several places in a still the one with most detail is taken: which way plain sky moves cannot be seen.
+    Of several places in a still, the one with most detail is used, because a move over plain sky cannot be seen.
     """
     for index in np.linspace(0, len(stills) - 1, flags.heldout_frames).round().astype(int):
         still = stills[index]
@@ -188,7 +188,7 @@ def pan(image: torch.Tensor, bucket: Bucket, start: list[int], moves: list[int])
 
 
 def detail(image: torch.Tensor) -> float:
-    """How much uint8 [h, w, 3] changes from pixel to pixel, along the axis in which it changes less."""
+    """Mean change of an image uint8 [h, w, 3] between neighbouring pixels, along the axis with less change."""
     values = image.float().mean(2)
     return min(values.diff(dim=axis).abs().mean().item() for axis in (0, 1))
 
@@ -196,7 +196,7 @@ def detail(image: torch.Tensor) -> float:
 def real_clips(
     shots: dict[str, torch.Tensor], bucket: Bucket, count: int, rng: np.random.Generator
 ) -> Iterator[PanClip]:
-    """Clips of the films themselves, every second frame, from random places in training shots."""
+    """Cut clips from the films, every second frame, at random places in training shots."""
     span = 2 * (bucket.num_frames - 1) + 1
     names = [name for name, frames in shots.items() if len(frames) >= span]
     places = np.array([len(shots[name]) - span + 1 for name in names])
@@ -207,7 +207,7 @@ def real_clips(
 
 
 def write_clips(folder: Path, split: str, clips: list[PanClip]) -> Iterator[dict[str, object]]:
-    """Write clips, many to a film, and give their manifest lines."""
+    """Write clips, many to a film, and return their manifest lines."""
     for number, begin in enumerate(range(0, len(clips), CLIPS_PER_FILE)):
         group = clips[begin : begin + CLIPS_PER_FILE]
         path = f"{split}-{number:03d}.mp4"

@@ -1,4 +1,4 @@
-"""What the quickstart ends with: generation requests, the contact sheet, the sample and report.json.
+"""Write the quickstart's results: generation requests, the contact sheet, the sample and report.json.
 
     python examples/quickstart/report.py --quickstart-dir runs/quickstart --only-requests     (before generation)
     python examples/quickstart/report.py --quickstart-dir runs/quickstart                     (after it)
@@ -47,7 +47,7 @@ class ReportJob:
 
 @dataclass
 class Case:
-    """One held-out clip: its truth, the prompt's direction, and where its generation is."""
+    """One held-out clip: true frames, direction of the prompt, and file of the generated clip."""
 
     truth: torch.Tensor
     caption: str
@@ -70,7 +70,7 @@ def heldout_cases(folder: Path) -> list[Case]:
 
 
 def write_requests(folder: Path, cases: list[Case]) -> None:
-    """First frames as PNG, and one line for tools/generate.py each."""
+    """Write the first frames as PNG, and one line for tools/generate.py for each."""
     (folder / "first_frames").mkdir(exist_ok=True)
     lines = []
     for number, case in enumerate(cases):
@@ -83,7 +83,7 @@ def write_requests(folder: Path, cases: list[Case]) -> None:
 
 @torch.no_grad()
 def reconstruct(folder: Path, cases: list[Case]) -> list[torch.Tensor]:
-    """What the autoencoder makes of the truth: the best a DiT on its latents could do."""
+    """Reconstruct the true clip with the autoencoder, the best result a DiT on its latents could reach."""
     fsae = load_fsae(folder / "fsae")
     return [from_unit(fsae.decode(fsae.encode(to_unit(case.truth)[None]))[0]) for case in cases]
 
@@ -91,7 +91,7 @@ def reconstruct(folder: Path, cases: list[Case]) -> list[torch.Tensor]:
 def generation_figures(
     cases: list[Case], reconstructions: list[torch.Tensor], generations: list[torch.Tensor]
 ) -> dict[str, float]:
-    """Direction agreement, and PSNR of later frames beside that of repeating the (true) first frame."""
+    """Direction agreement, and PSNR of later frames, next to the PSNR of repeating the true first frame."""
     agree = [pan_direction(clip, MAX_SHIFT) == case.direction for case, clip in zip(cases, generations, strict=True)]
     generated = [_psnr(clip, case.truth) for case, clip in zip(cases, generations, strict=True)]
     repeated = [_psnr(case.truth[:1].expand_as(case.truth), case.truth) for case in cases]
@@ -131,8 +131,8 @@ def training_figures(folder: Path) -> dict[str, float]:
 def write_pictures(
     folder: Path, cases: list[Case], reconstructions: list[torch.Tensor], generations: list[torch.Tensor]
 ) -> None:
-    """The contact sheet of one first frame under the four prompts, and the four generations as one video."""
-    first = 4 * (len(cases) // 8)  # the middle one: neither the first nor the last film
+    """Write the contact sheet of one first frame under the four prompts, and the four clips as one video."""
+    first = 4 * (len(cases) // 8)  # the middle case, so that it is neither of the first nor of the last film
     chosen = range(first, first + 4)
     rows = []
     for k in chosen:

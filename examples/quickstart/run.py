@@ -21,7 +21,7 @@ NUM_PROCESSES = 2
 NUM_INFERENCE_STEPS = 6
 # Rows of a text embedding. The captions have at most five tokens; attention to rows of padding teaches nothing.
 TEXT_LENGTH = 8
-# Of the DiT, at the start and at the end; in the preset's batches of eight, all 32 held-out clips.
+# Validation batches of the DiT, at the start and at the end: all 32 held-out clips in the preset's batches of eight.
 VALIDATION_BATCHES = 4
 
 
@@ -45,7 +45,7 @@ class QuickstartJob:
 
 
 def quickstart(flags: QuickstartFlags) -> None:
-    """All phases."""
+    """Run all phases."""
     out = Path(flags.output_dir)
     phases = Phases(out, NUM_PROCESSES)
     videos = Path(flags.video_dir) if flags.video_dir else out / "videos"
@@ -78,7 +78,7 @@ def train_autoencoder(phases: Phases, out: Path, videos: Path, long: bool) -> No
 
 
 def make_latents(phases: Phases, out: Path, videos: Path) -> None:
-    """Captioned camera pans over real frames, and real clips; then their latents and text embeddings."""
+    """Make captioned camera pans over real frames, and real clips, then their latents and text embeddings."""
     pans = out / "pans"
     command = ["python", "examples/quickstart/make_pans.py", "--video-dir", videos, "--output-dir", pans]
     phases.run("make_pans", *command, "--bucket", BUCKET, outputs=[pans])
@@ -91,7 +91,7 @@ def make_latents(phases: Phases, out: Path, videos: Path) -> None:
 
 
 def train_dit(phases: Phases, out: Path, long: bool) -> None:
-    """Two processes share every layer (tensor and sequence parallelism)."""
+    """Train on two processes that share every layer (tensor and sequence parallelism)."""
     dit = out / "dit"
     command = ["torchrun", "--nproc-per-node", str(NUM_PROCESSES), "pretrain_dit.py", "--preset", "dit_quickstart"]
     command += ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -103,7 +103,7 @@ def train_dit(phases: Phases, out: Path, long: bool) -> None:
 
 
 def generate(phases: Phases, out: Path) -> None:
-    """One clip for each held-out first frame and prompt."""
+    """Generate one clip for each held-out first frame and prompt."""
     phases.run("requests", "python", "examples/quickstart/report.py", "--quickstart-dir", out, "--only-requests")
     command = ["python", "tools/generate.py", "--load", out / "dit", "--requests", out / "requests.jsonl"]
     command += ["--num-inference-steps", str(NUM_INFERENCE_STEPS), "--request-batch-size", "8", "--overwrite"]
@@ -111,7 +111,7 @@ def generate(phases: Phases, out: Path) -> None:
 
 
 def _longer(preset: str, long: bool) -> list[str]:
-    """Flags that train four times as long as a preset."""
+    """Flags for training four times as long as a preset."""
     if not long:
         return []
     return ["--train-iters", str(4 * (DIT_PRESETS | FSAE_PRESETS)[preset]["train_iters"])]
