@@ -1,4 +1,4 @@
-"""What a job is: dataclasses whose fields are command-line flags, presets, the parser. Imports nothing of ours."""
+"""Configuration of jobs: dataclasses whose fields are flags, presets, and the parser. Imports nothing of ours."""
 
 from megatron_fsvideo.config.cli import run_script
 from megatron_fsvideo.config.compression import Compression

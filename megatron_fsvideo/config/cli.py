@@ -1,4 +1,4 @@
-"""How every entry script ends: a user's mistake is one clear line and a non-zero exit code, not a traceback."""
+"""Runs entry scripts so that a user's mistake ends in one clear line and a non-zero exit code, not in a traceback."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 TRACEBACK_VARIABLE = "MEGATRON_FSVIDEO_TRACEBACK"
-# torchrun names a file for each process here, and repeats what the first process to fail wrote into it.
+# This variable names a file for each process. torchrun prints the content of the first failing process's file.
 _ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 _FAILED, _INTERRUPTED, _READER_GONE = 1, 130, 141
 
@@ -41,12 +41,12 @@ def report_error(line: str) -> None:
     """Print a line to standard error. Under torchrun only rank 0 prints; torchrun repeats the line of another rank."""
     if _write_error_file(line) and os.environ.get("RANK", "0") != "0":
         return
-    # File names that are not UTF-8 come as halves of surrogate pairs.
+    # Python represents bytes that are not UTF-8 in file names as halves of surrogate pairs.
     print(line.encode("utf-8", "backslashreplace").decode("utf-8"), file=sys.stderr, flush=True)
 
 
 def _write_error_file(text: str) -> bool:
-    """Hand a message to torchrun, in the format of torch.distributed.elastic; False without torchrun."""
+    """Pass a message to torchrun, in the format of torch.distributed.elastic; return False without torchrun."""
     path = os.environ.get(_ERROR_FILE_VARIABLE)
     if not path:
         return False
@@ -56,7 +56,7 @@ def _write_error_file(text: str) -> bool:
 
 
 def _exit(code: int) -> NoReturn:
-    # Other ranks may wait in a collective: end at once, without the interpreter's orderly shut-down.
+    # Other ranks may wait in a collective, so the process ends at once, without the interpreter's orderly shut-down.
     if code != _READER_GONE:
         sys.stdout.flush()
     os._exit(code)

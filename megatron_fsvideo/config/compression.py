@@ -1,4 +1,4 @@
-"""How an autoencoder shrinks a video: the sizes that it takes, and those of its latents."""
+"""The compression of an autoencoder: legal sizes of videos, and the sizes of their latents."""
 
 from dataclasses import dataclass
 
@@ -16,18 +16,18 @@ class Compression:
     temporal: int = 4
 
     def latent_frames(self, num_frames: int) -> int:
-        """Latent frames of a video; the last one may be short of frames."""
+        """Number of latent frames of a video; the last one may stand for fewer than `temporal` frames."""
         return 1 + -(-(num_frames - 1) // self.temporal)
 
     def video_frames(self, latent_frames: int) -> int:
-        """Frames of so many latent frames from the start."""
+        """Number of frames of the first `latent_frames` latent frames."""
         return 1 + (latent_frames - 1) * self.temporal
 
     def latent_shape(self, num_frames: int, height: int, width: int, name: str = "the clip") -> tuple[int, int, int]:
         """Latent frames, rows and columns.
 
         Raises:
-            ValueError: as `check`.
+            ValueError: the factors do not divide the sizes.
         """
         self.check(num_frames, height, width, name)
         return self.latent_frames(num_frames), height // self.spatial, width // self.spatial
@@ -36,7 +36,7 @@ class Compression:
         """Refuse sizes that the factors do not divide.
 
         Args:
-            name: what the sizes are of, for the message.
+            name: name of the object with these sizes, for the message.
 
         Raises:
             ValueError: with the numbers and the nearest sizes that work.

@@ -1,4 +1,4 @@
-"""What a job reads: videos for the autoencoder, latent datasets for the DiT."""
+"""The data of a job: videos for the autoencoder, latent datasets for the DiT."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What the DiT is: the shape of its network (paper section 2.3) and of its diffusion process (section 3)."""
+"""Configuration of the DiT: network (paper section 2.3) and diffusion process (section 3)."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

@@ -1,8 +1,8 @@
-"""The base DiT's training in stages (paper section 3): images, video, larger video, at steps 1 : 2 : 2; then SFT.
+"""Presets of the base DiT's training stages (paper section 3): images, video, larger video, with steps 1 : 2 : 2; SFT.
 
 The paper gives resolutions, frames, the ratio of the steps and 300,000 clips for SFT. Rates, shifts, batches and the
 number of steps are our choices (docs/pretraining.md). An optimizer step of the two video stages has about half a
-million tokens. Each stage has a seed of its own: a sample that several stages see gets other noise.
+million tokens. Each stage has its own seed, so that a sample gets different noise in each stage.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ _STAGES: dict[str, Preset] = {
         "train_iters": 100_000,
         "lr_warmup_iters": 2000,
     },
-    # train_iters counts the stages before: 200,000 steps each.
+    # train_iters includes the earlier stages; stages 2 and 3 have 200,000 steps each.
     "stage2_video256": {
         "bucket_frames": (121,),
         "bucket_resolution": 256,
@@ -40,7 +40,7 @@ _STAGES: dict[str, Preset] = {
         "new_stage": True,
         "seed": 1236,
     },
-    # Four times 300,000 clips.
+    # Four passes over 300,000 clips.
     "sft": {
         "bucket_frames": (121,),
         "bucket_resolution": 512,
@@ -55,8 +55,8 @@ _STAGES: dict[str, Preset] = {
     },
 }
 
-# The same in minutes on a CPU, on latents of the quickstart's autoencoder. Few steps: a short average, a rate that
-# does not decay within a stage.
+# The same stages in minutes on a CPU, on latents of the quickstart's autoencoder. Because they have few steps, the
+# moving average is short, and the rate does not decay within a stage.
 _SHORT: Preset = {"lr_decay_style": "constant", "lr_warmup_iters": 20, "lr_decay_start": 0.0}
 _SMALL_STAGES: dict[str, Preset] = {
     "stage1_image48": _SHORT

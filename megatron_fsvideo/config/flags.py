@@ -84,7 +84,7 @@ def spell_flags(group: Any, base: Any) -> list[str]:
 
 
 def build_job(job_class: type[JobT], values: Mapping[str, Any]) -> JobT:
-    """Deal flat `name -> value` pairs out to the groups of `job_class`; a name is a field's, after its group's prefix.
+    """Assign flat `name -> value` pairs to the groups of `job_class`; a name is a group's prefix and a field's name.
 
     Raises:
         ValueError: a name that no group has, a field without default and value, or a value that a group refuses.
@@ -251,7 +251,7 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # argparse prints its usage first; with a hundred flags that hides the one line that matters.
+        # argparse prints its usage first, which with a hundred flags hides the error.
         shown = " ".join(message.split())
         shown = shown if len(shown) <= _LONGEST_ERROR else f"{shown[:_LONGEST_ERROR]}..."
         report_error(f"{self.prog}: error: {shown} (--help lists the flags)")

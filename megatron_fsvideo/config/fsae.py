@@ -1,4 +1,4 @@
-"""What the video autoencoder is (paper section 2.2), and in which phase and memory it is trained."""
+"""Configuration of the video autoencoder (paper section 2.2), of its training phase and of its memory."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -121,17 +121,17 @@ class FSAEPhaseConfig(Checked):
 
     @property
     def trains_encoder(self) -> bool:
-        """Whether the encoder still changes; from phase 5 on it is frozen, so that latents stay what they are."""
+        """Whether the encoder is trained. From phase 5 on it is frozen, so that latents do not change."""
         return self.phase <= 4
 
     @property
     def has_adversary(self) -> bool:
-        """Whether the phase has a discriminator (where its weight is not 0)."""
+        """Whether the phase has a discriminator, if the weight of its loss is not 0."""
         return self.phase >= 2
 
     @property
     def has_alignment(self) -> bool:
-        """Whether the phase has the Video VF loss (where its weight is not 0)."""
+        """Whether the phase has the Video VF loss, if its weight is not 0."""
         return self.phase == 4
 
 
@@ -163,5 +163,5 @@ class FSAEMemoryConfig(Checked):
 
     @property
     def decodes_patch(self) -> bool:
-        """Whether the decoder's outer stages see a patch only."""
+        """Whether the decoder's outer stages see only a patch."""
         return max(self.patch_latents, self.patch_rows, self.patch_columns) > 0

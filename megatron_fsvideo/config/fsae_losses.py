@@ -1,4 +1,4 @@
-"""The autoencoder's losses: reconstruction, and what later phases add: adversary, alignment, latent regularisation."""
+"""The autoencoder's losses: reconstruction, and in later phases adversary, alignment and latent regularisation."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal

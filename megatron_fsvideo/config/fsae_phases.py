@@ -20,7 +20,7 @@ _COMMON: Preset = {
     "ema_decay": 0.999,
     "use_distributed_optimizer": True,
     "image_fraction": 0.2,
-    # Of validation, whatever the training's shapes are: the paper's protocol.
+    # Clips of validation follow the paper's protocol, whatever the shapes of training are.
     "num_frames": 17,
     "resolution": 256,
     "short_side": 256,
@@ -54,8 +54,8 @@ def _lengths(shapes: tuple[str, ...], *counts: int) -> tuple[str, ...]:
     return tuple(f"{count}x{shape}" for count in counts for shape in shapes)
 
 
-# So that 121x1024x1024 fits 80 GB: four processes share the frames of a clip, the encoder's outer stages run in tiles,
-# the decoder's on 320 x 320 pixels, of which at least 208 x 208 count.
+# Three means make 121x1024x1024 fit 80 GB: four processes share the frames of a clip, the encoder's outer stages run in
+# tiles, and the decoder's outer stages run on 320 x 320 pixels, of which at least 208 x 208 enter the loss.
 _LARGE: Preset = _COMMON | {
     "buckets": _MIXED,
     "context_parallel_size": 4,

@@ -1,4 +1,4 @@
-"""What generation is made of: the parts of the pipeline, besides the DiT."""
+"""Configuration of generation: the parts of the pipeline besides the DiT."""
 
 from dataclasses import dataclass
 from typing import Literal

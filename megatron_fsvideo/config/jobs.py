@@ -40,7 +40,7 @@ class DiTJob:
     profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def __post_init__(self) -> None:
-        # One spelling from here on, also in checkpoints: the layers of a chunk say nothing without those of the model.
+        # Here and in checkpoints only the number of stages is used: layers per stage mean nothing without the model.
         object.__setattr__(self, "parallel", count_virtual_stages(self.model, self.parallel))
         check_layout(self.model, self.parallel)
         check_stage(self.stage, self.checkpoint)
@@ -143,7 +143,7 @@ class FSAEJob:
 
 
 def check_stage(stage: StageConfig, checkpoint: CheckpointConfig) -> None:
-    """Refuse a new stage that would not know what it continues.
+    """Refuse --new-stage together with --finetune.
 
     Raises:
         ValueError: naming the flags.

@@ -1,4 +1,4 @@
-"""What the latent upsampler is (paper section 2.4.1) and what its losses weigh."""
+"""Configuration of the latent upsampler and the weights of its losses (paper section 2.4.1)."""
 
 from dataclasses import dataclass
 from typing import Literal

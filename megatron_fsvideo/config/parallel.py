@@ -1,4 +1,4 @@
-"""How a job is spread over processes: Megatron-LM's names and meanings."""
+"""The parallel layout of a job, with Megatron-LM's names and meanings."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from megatron_fsvideo.config.rules import Checked, Count, Positive, PositiveInt
 
 
 class GroupSizes(NamedTuple):
-    """Numbers of ranks along each axis of a layout."""
+    """Number of ranks along each axis of a layout."""
 
     tensor: int = 1
     context: int = 1
@@ -158,28 +158,28 @@ class DiTParallelConfig(ParallelConfig):
 
     @property
     def num_ranks_sharing_heads(self) -> int:
-        """Context-parallel ranks that deal the heads out among themselves in attention."""
+        """Number of context-parallel ranks that share the heads in attention."""
         if self.cp_comm_type == "a2a+p2p":
             return self.hierarchical_context_parallel_sizes[0]
         return self.context_parallel_size if self.cp_comm_type == "a2a" else 1
 
     @property
     def fp8_multiple(self) -> int:
-        """What FP8's matrix products want rows and columns to be a multiple of; 1 without FP8."""
+        """Number that must divide rows and columns of FP8 matrix products; 1 without FP8."""
         if self.fp8_format is None:
             return 1
         return 32 if self.fp8_recipe == "mxfp8" else 16
 
     @property
     def token_multiple(self) -> int:
-        """The tokens of every rank, and the text's and the image's, are padded to a multiple of this."""
+        """Number to whose multiple each rank's tokens are padded, and those of text and image."""
         if self.fp8_format is not None and self.fp8_recipe == "blockwise" and self.sequence_parallel:
-            return 128  # Transformer Engine gathers whole blocks
+            return 128  # Transformer Engine gathers whole FP8 blocks
         return self.fp8_multiple
 
     @property
     def num_chunks(self) -> int:
-        """Model chunks that each pipeline rank holds."""
+        """Number of model chunks of each pipeline rank."""
         return self.num_virtual_stages_per_pipeline_rank or 1
 
     @property

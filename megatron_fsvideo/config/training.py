@@ -1,4 +1,4 @@
-"""How long, how fast and with what record a job trains; shared by every entry script."""
+"""Flags of training that every entry script has: length, optimizer, checkpoints, stages and logs."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
