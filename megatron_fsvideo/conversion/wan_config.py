@@ -33,8 +33,8 @@ def config_from_diffusers(values: dict[str, Any], where: str) -> DiTConfig:
     Raises:
         ValueError: a field is missing, or describes a variant of Wan that this model does not support.
     """
-    check_fields(values, ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "patch_size"), where)
-    check_fields(values, ("in_channels", "out_channels", "text_dim", "freq_dim", "eps"), where)
+    check_sizes(values, ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim", "patch_size"), where)
+    check_sizes(values, ("in_channels", "out_channels", "text_dim", "freq_dim", "eps"), where)
     for name, only in _DIFFUSERS_FIXED.items():
         if values.get(name, only) != only:
             raise ValueError(f"{where}: {name} is {shown(values[name])}; only {only!r} can be converted")
@@ -90,7 +90,7 @@ def config_from_wan(values: dict[str, Any], shapes: Shapes, where: str) -> DiTCo
     Raises:
         ValueError: a field is missing, or a weight whose shape gives a size.
     """
-    check_fields(values, ("num_layers", "num_heads", "dim", "ffn_dim", "in_dim", "out_dim", "freq_dim", "eps"), where)
+    check_sizes(values, ("num_layers", "num_heads", "dim", "ffn_dim", "in_dim", "out_dim", "freq_dim", "eps"), where)
     for name, axes in (("patch_embedding.weight", 5), ("text_embedding.0.weight", 2)):
         if len(shapes.get(name, ())) != axes:
             raise ValueError(f"{where}: {name} has the shape {shapes.get(name)}; Wan2.1's has {axes} axes")
@@ -134,7 +134,7 @@ def config_to_wan(config: DiTConfig) -> dict[str, Any]:
     return values if config.patch_size == _WAN_PATCH else values | {"patch_size": list(config.patch_size)}
 
 
-def check_fields(values: dict[str, Any], names: tuple[str, ...], where: str) -> None:
+def check_sizes(values: dict[str, Any], names: tuple[str, ...], where: str) -> None:
     """Refuse a config that lacks a field, or has no number there: sizes are from 1 to 2^31.
 
     Raises:
