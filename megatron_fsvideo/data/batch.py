@@ -18,7 +18,6 @@ class Batch:
         epochs: int64 [b]: how often the sample has been seen before.
         latents: fp32 [b, c, t, h, w], normalised per channel with the dataset's mean and std.
         text: fp32 [b, l, e], zero rows after each caption's own; [b, l, 0] without text encoder.
-        text_lengths: int64 [b]: rows that are the caption's own.
         image: fp32 [b, n, e], or None without image encoder.
     """
 
@@ -26,5 +25,9 @@ class Batch:
     epochs: torch.Tensor
     latents: torch.Tensor
     text: torch.Tensor
-    text_lengths: torch.Tensor
     image: torch.Tensor | None
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the clips have one frame."""
+        return self.latents.shape[2] == 1

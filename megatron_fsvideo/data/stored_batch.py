@@ -55,7 +55,6 @@ class StoredBatch:
             epochs=self.epochs.to(device, non_blocking=True),
             latents=self.scale.normalize(self.latents.to(device, non_blocking=True).float()),
             text=text,
-            text_lengths=self.text_lengths.to(device, non_blocking=True),
             image=image if image.shape[2] else None,
         )
 

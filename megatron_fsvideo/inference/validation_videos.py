@@ -114,15 +114,13 @@ class ValidationVideos:
     def _sample(self, batch: Batch) -> Tensor:
         """Sample normalised latents [1, c, t, h, w] from the sample's text and, for a video, its first frame."""
         job = self.job
-        is_image = batch.latents.shape[2] == 1
-        hidden = torch.full((1,), is_image, device=batch.latents.device)
         conditional = first_frame_condition(
             batch.latents,
             job.model.mask_channels,
             batch.text,
             batch.image,
             repeat=job.diffusion.repeat_condition,
-            hidden=hidden,
+            hidden=torch.tensor([batch.is_image]),
         )
         negative = torch.zeros_like(batch.text)
         negative[0, : len(self.dataset.negative_text)] = self.dataset.negative_text.to(negative)

@@ -47,7 +47,6 @@ def expected_batch(found: list[LatentSample]) -> dict[str, torch.Tensor | None]:
         "epochs": torch.tensor([0, 7]),
         "latents": torch.stack([(sample.latents.float() - mean) / std for sample in found]),
         "text": text,
-        "text_lengths": torch.tensor([len(sample.text) for sample in found]),
         "image": image if image.shape[2] else None,
     }
 

@@ -70,7 +70,7 @@ def test_a_batch(folder):
         0,
         3,
     ]
-    assert batch.text_lengths.tolist() == [6, 6] and batch.text[:, 6:].abs().max() == 0
+    assert stored.text_lengths.tolist() == [6, 6] and batch.text[:, 6:].abs().max() == 0
     assert torch.equal(batch.text[0, :6], samples[0].text.float())
     mean, std = (torch.tensor(values)[:, None, None, None] for values in (dataset.scale.mean, dataset.scale.std))
     torch.testing.assert_close(batch.latents[1] * std + mean, samples[1].latents.float(), atol=1e-5, rtol=1e-5)

@@ -35,7 +35,6 @@ def batch_of(ids, epochs=None):
         epochs=torch.tensor(epochs or [0] * b),
         latents=torch.randn(b, MODEL.latent_channels, 2, 4, 4, generator=generator),
         text=torch.randn(b, 6, MODEL.text_embed_dim, generator=generator),
-        text_lengths=torch.full((b,), 6),
         image=torch.randn(b, 3, MODEL.image_embed_dim, generator=generator),
     )
 

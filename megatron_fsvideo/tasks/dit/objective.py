@@ -132,12 +132,7 @@ def validation_draws(batch: Batch, diffusion: DiffusionConfig, seed: int) -> tup
 def hidden_first_frames(batch: Batch, diffusion: DiffusionConfig, seed: int) -> Tensor:
     """Mask [b] of samples whose first frame is hidden. Images are always hidden: the condition would be the target."""
     drawn = [torch.rand((), generator=generator) for generator in _generators(batch, seed, "image_dropout")]
-    return (torch.stack(drawn) < diffusion.image_dropout) | is_image(batch)
-
-
-def is_image(batch: Batch) -> bool:
-    """Whether the clips have one frame."""
-    return batch.latents.shape[2] == 1
+    return (torch.stack(drawn) < diffusion.image_dropout) | batch.is_image
 
 
 def make_noisy(
@@ -156,7 +151,7 @@ def make_noisy(
     """
     latents = batch.latents
     if hidden is None:
-        hidden = torch.full((len(latents),), is_image(batch))
+        hidden = torch.full((len(latents),), batch.is_image)
     noise, sigmas, dropped = (tensor.to(latents.device) for tensor in draws)
     text = torch.where(dropped[:, None, None], null_text.to(batch.text), batch.text)
     condition = first_frame_condition(

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from megatron_fsvideo.checkpoint.run_record import RunDescription, RunRecord
 from megatron_fsvideo.config import DiTJob, to_dict
-from megatron_fsvideo.data.latent_dataset import LatentDataset
 from megatron_fsvideo.evaluation.router_images import RouterImages
 from megatron_fsvideo.inference.validation_videos import ValidationVideos
 from megatron_fsvideo.models.codecs import LatentScale
@@ -56,7 +55,7 @@ class DiTTask(Task):
     def train_step(self, state: TrainState) -> StepResult:
         """One optimizer step."""
         if self._source is None:
-            self._source = self._batches(self.dataset, state.consumed_samples, shuffle=True)
+            self._source = BatchSource(self.dataset, self.job, self.pgs, consumed_samples=state.consumed_samples)
         batches, num_samples, tokens = self._source.next()
         shape = tuple(batches[0].latents.shape[2:])
         self.objective.errors.clear()
@@ -89,7 +88,7 @@ class DiTTask(Task):
     def validate(self) -> dict[str, float]:
         """Velocity error of the averaged weights on normalised latents with fixed noise, also by noise level."""
         assert self.valid_dataset is not None, "checked when the job was made"
-        source = self._batches(self.valid_dataset, 0, shuffle=False)
+        source = BatchSource(self.valid_dataset, self.job, self.pgs, shuffle=False)
         sums = torch.zeros(3, NUM_SIGMA_BINS, dtype=torch.float64, device=self.pgs.device)
         with self.network.averaged(), torch.no_grad():
             for _ in range(self.job.training.eval_iters):
@@ -145,9 +144,6 @@ class DiTTask(Task):
                 file=sys.stderr,
                 flush=True,
             )
-
-    def _batches(self, dataset: LatentDataset, consumed_samples: int, shuffle: bool) -> BatchSource:
-        return BatchSource(dataset, self.job, self.pgs, consumed_samples=consumed_samples, shuffle=shuffle)
 
     def _mean_over_batch(self, collected: list[dict[str, Tensor]], num_microbatches: int) -> list[float]:
         """Loss and velocity error of the global batch, on every rank. Only the last stage has `collected`."""
