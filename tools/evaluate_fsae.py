@@ -248,7 +248,7 @@ def readable_clips(listed: ClipList, found: list[dict[int, Reconstructed | str]]
 
 
 def table_rows(names: list[str], autoencoders: list[Autoencoder], results: list[list[Reconstructed]]) -> list[Row]:
-    """One line for each way to decode."""
+    """Rows of the printed table, one for each way to decode."""
     from megatron_fsvideo.evaluation.reconstruction import summarize
     from megatron_fsvideo.evaluation.report import Row
 

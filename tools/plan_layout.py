@@ -71,7 +71,7 @@ def flags_of(plan: Plan) -> str:
 
 
 def describe(plan: Plan, rates: RateConfig) -> dict[str, Any]:
-    """One plan as JSON-able values."""
+    """Convert one plan to JSON-able values."""
     case, stage = plan.case, plan.stage
     traffic = [
         dataclasses.asdict(kind) | {"seconds": rates.message_seconds(kind.num_bytes, kind.messages, kind.span)}

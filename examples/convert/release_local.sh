@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A training run's newest checkpoint becomes a release folder, which runs no code: release_local.sh SAVE_FOLDER OUTPUT
+# Convert a run's newest checkpoint to a release folder, which runs no code: release_local.sh SAVE_FOLDER OUTPUT
 set -euo pipefail
 
 RUN=${1:-runs/quickstart/dit}

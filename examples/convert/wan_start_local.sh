@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A Wan2.1-I2V checkpoint becomes the start of FSVideo's base DiT: wan_start_local.sh WAN_FOLDER OUTPUT
-# One process and the memory of one tensor: a login node does. Then: START=OUTPUT sbatch examples/dit/stage1_slurm.sh
+# Convert a Wan2.1-I2V checkpoint to initial weights of FSVideo's base DiT: wan_start_local.sh WAN_FOLDER OUTPUT
+# One process with the memory of one tensor suffices. Next: START=OUTPUT sbatch examples/dit/stage1_slurm.sh
 set -euo pipefail
 
 WAN=${1:-Wan2.1-I2V-14B-720P}

@@ -4,18 +4,18 @@
 #
 #   make quickstart && examples/dit/sft_local.sh
 #
-# After stage3_local.sh. Run it again after a stop: encoding and training go on where they were.
+# After stage3_local.sh. Run it again after a stop: encoding and training continue.
 set -euo pipefail
 
 QUICKSTART=${QUICKSTART:-runs/quickstart}
 STAGES=${STAGES:-runs/stages}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# SFT's data are the best samples, by whatever measure; here, those whose caption is a pan to the left or right.
+# SFT uses the best samples by some measure. Here they are those whose caption is a pan to the left or right.
 python tools/list_samples.py --data-path "$STAGES/videos80-train" > "$STAGES/samples.txt"
 grep -E '"caption": "pan (left|right)"' "$STAGES/samples.txt" > "$STAGES/sft.txt"
 
-# Two processes share every layer.
+# Two processes share every layer (tensor parallelism).
 torchrun --nproc-per-node 2 pretrain_dit.py \
   --preset dit_quickstart_sft \
   --tensor-model-parallel-size 2 \

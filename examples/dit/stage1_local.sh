@@ -4,7 +4,7 @@
 #
 #   make quickstart && examples/dit/stage1_local.sh
 #
-# Run it again after a stop: encoding and training go on where they were.
+# Run it again after a stop: encoding and training continue.
 set -euo pipefail
 
 QUICKSTART=${QUICKSTART:-runs/quickstart}
@@ -22,7 +22,7 @@ for split in train heldout; do
     --output "$STAGES/images48-$split"
 done
 
-# Two processes share every layer.
+# Two processes share every layer (tensor parallelism).
 torchrun --nproc-per-node 2 pretrain_dit.py \
   --preset dit_quickstart_stage1_image48 \
   --tensor-model-parallel-size 2 \

@@ -3,9 +3,9 @@
 #
 #   GPU=h200 sbatch --nodes 8 examples/dit/stage1_slurm.sh
 #
-# 1, 8 or 32 nodes of eight H100 (GPU=h100) or H200 (GPU=h200). What it expects and costs: docs/pretraining.md.
-# Five minutes before its time is over the run saves, leaves and is queued again; so it does when it is preempted.
-# A requeued job continues from the newest checkpoint, at another number of nodes too.
+# It runs on 1, 8 or 32 nodes of eight H100 (GPU=h100) or H200 (GPU=h200). docs/pretraining.md has inputs and cost.
+# Five minutes before its time limit, and when it is preempted, the run saves, ends and is queued again.
+# A requeued job continues from the newest checkpoint, also at another number of nodes.
 #SBATCH --job-name=dit_stage1
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=8
@@ -27,7 +27,7 @@ export MASTER_PORT=${MASTER_PORT:-29500}
 start=(--load "$SAVE")
 if [ -n "${START:-}" ]; then start=(--load "$START" --finetune); fi
 
-# GPUs that share a sample, tokens of a micro-batch and recomputation, as tools/plan_layout.py plans them.
+# GPUs that share a sample, tokens of a micro-batch and recomputation come from tools/plan_layout.py.
 case "${GPU:-h100}-${SLURM_JOB_NUM_NODES:-8}" in
   h100-1) layout=(--tensor-model-parallel-size 4 --tokens-per-micro-batch 512 --recompute-granularity full) ;;
   h100-8 | h100-32) layout=(--tensor-model-parallel-size 4 --tokens-per-micro-batch 512) ;;
@@ -38,7 +38,7 @@ case "${GPU:-h100}-${SLURM_JOB_NUM_NODES:-8}" in
 esac
 
 save_and_requeue() {
-  # To the ranks, not to this script. They save at the end of their iteration and leave with 0.
+  # Send the signal to the ranks, not to this script. They save at the end of their iteration and exit with 0.
   scancel --signal=USR1 "$SLURM_JOB_ID"
   wait "$ranks" || exit 1
   scontrol requeue "$SLURM_JOB_ID"
@@ -66,5 +66,5 @@ srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS L
   --keep-checkpoints 3 \
   --tensorboard-dir "$SAVE/logs" &
 ranks=$!
-# In the background, because bash runs a trap only between commands; `wait` returns when the signal comes.
+# srun is in the background, because bash runs a trap only between commands; `wait` returns when the signal comes.
 wait "$ranks"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train the DiT on one machine, one process per GPU (NUM_PROCESSES says otherwise).
+# Train the DiT on one machine, one process per GPU (NUM_PROCESSES sets another number).
 #
 #   DATA=data/latents VALID=data/latents-valid SAVE=runs/dit examples/dit/train_local.sh
 #

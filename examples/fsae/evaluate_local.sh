@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Tables 1 and 2 of the paper for one autoencoder, on one machine, one process per GPU (NUM_PROCESSES says otherwise).
+# Tables 1 and 2 of the paper for one autoencoder on one machine, one process per GPU (or NUM_PROCESSES processes).
 #
 #   LOAD=runs/fsae_phase5 VIDEO_DIR=inter4k WAN=wan2.1 LTX=ltx-video HUNYUAN=hunyuanvideo examples/fsae/evaluate_local.sh
 #
-# VIDEO_DIR: videos that nobody trained on, 1000 of them for the paper's protocol. WAN, LTX, HUNYUAN: local folders of
+# VIDEO_DIR: videos that were not trained on, 1000 of them for the paper's protocol. WAN, LTX, HUNYUAN: local folders of
 # diffusers' VAEs, or of pipelines that hold them. VGG16 and I3D: the judging networks' weights; docs/evaluation.md says
 # where to get them.
 set -euo pipefail

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train one phase of the video autoencoder on one machine, one process per GPU (NUM_PROCESSES says otherwise).
+# Train one phase of the video autoencoder on one machine, one process per GPU (NUM_PROCESSES sets another number).
 #
 #   VIDEO_DIR=videos VGG16=vgg16_lpips.safetensors examples/fsae/train_local.sh PHASE [flags of pretrain_fsae.py]
 #

@@ -4,7 +4,7 @@
 #   sbatch --nodes 4 examples/fsae/train_slurm.sh PHASE [flags of pretrain_fsae.py]
 #
 # The phases and the variables are those of train_local.sh. Our plan: 4 nodes for phase 1, 8 for phase 2, 16 for the others.
-# Five minutes before its time is over the run saves, leaves and is queued again; so it does when it is preempted.
+# Five minutes before its time limit, and when it is preempted, the run saves, ends and is queued again.
 # A requeued job continues from the newest checkpoint.
 #SBATCH --job-name=fsae
 #SBATCH --ntasks-per-node=8
@@ -37,7 +37,7 @@ if [ -n "${INIT:-}" ]; then start+=(--init-from "$INIT"); fi
 if [ "$PHASE" = 4 ]; then start+=(--vf-encoder-path "$DINOV2"); fi
 
 save_and_requeue() {
-  # To the ranks, not to this script. They save at the end of their iteration and leave with 0.
+  # Send the signal to the ranks, not to this script. They save at the end of their iteration and exit with 0.
   scancel --signal=USR1 "$SLURM_JOB_ID"
   wait "$ranks" || exit 1
   scontrol requeue "$SLURM_JOB_ID"
@@ -65,5 +65,5 @@ srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS L
   --tensorboard-dir "$SAVE/logs" \
   "$@" &
 ranks=$!
-# In the background, because bash runs a trap only between commands; `wait` returns when the signal comes.
+# srun is in the background, because bash runs a trap only between commands; `wait` returns when the signal comes.
 wait "$ranks"

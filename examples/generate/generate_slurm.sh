@@ -3,8 +3,8 @@
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=4
 #SBATCH --time=01:00:00
-# Generate every request of a JSONL file (image, prompt, out, seed a line) with the DiT cut over four GPUs. The encoders
-# are those of the training; a checkpoint alone does not say where files are loaded from.
+# Generate every request of a JSONL file (image, prompt, out, seed a line) with the DiT split over four GPUs. Give the
+# encoders of the training: no file is loaded from a place that only the checkpoint names.
 set -euo pipefail
 
 LOAD=${LOAD:-checkpoints/dit_14b}

@@ -40,11 +40,11 @@ class OwnLatentsFlags(Checked):
     temporal_factor: PositiveInt = 4
     """Frames per latent frame after the first."""
     text_encoder_name: PathText = "umt5-xxl"
-    """What made the text embeddings."""
+    """Name of the model that made the text embeddings."""
     text_max_length: PositiveInt = 512
     """Rows that the DiT pads a text to."""
     image_encoder_name: PathText = "clip-vit-h-14"
-    """What made the image embeddings, if there are some."""
+    """Name of the model that made the image embeddings, if there are any."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def clips(files: list[Path], fps: float) -> Iterator[OwnClip]:
-    """The clips, each read when it is asked for."""
+    """Yield the clips; each is read on demand."""
     for path in files:
         tensors = safetensors.torch.load_file(path)
         caption = path.with_suffix(".txt")

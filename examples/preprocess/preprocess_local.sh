@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Encode a folder of videos to a latent dataset on one machine, one process per GPU (NUM_PROCESSES says otherwise).
+# Encode a folder of videos to a latent dataset on one machine, one process per GPU (NUM_PROCESSES sets another number).
 #
 #   VIDEO_DIR=videos FSAE=runs/fsae OUTPUT=data/latents examples/preprocess/preprocess_local.sh
 #

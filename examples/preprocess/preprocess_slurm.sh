@@ -3,7 +3,7 @@
 #
 #   sbatch --nodes 8 examples/preprocess/preprocess_slurm.sh
 #
-# The processes do not talk to each other, so a requeued or enlarged job simply goes on. Submit it again until it says
+# The processes do not communicate, so a requeued or enlarged job continues. Submit it again until it prints
 # "complete".
 #SBATCH --job-name=preprocess_latents
 #SBATCH --nodes=4
@@ -19,7 +19,7 @@ export OUTPUT=${OUTPUT:-data/latents}
 export TEXT_ENCODER=${TEXT_ENCODER:-umt5:google/umt5-xxl}
 export IMAGE_ENCODER=${IMAGE_ENCODER:-clip:laion/CLIP-ViT-H-14-laion2B-s32B-b79K}
 
-# One task per GPU; RANK and WORLD_SIZE are all that the tool needs to know.
+# One task runs per GPU. The tool needs only RANK and WORLD_SIZE.
 # shellcheck disable=SC2016
 srun bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID exec "$@"' preprocess \
   python tools/preprocess_latents.py \

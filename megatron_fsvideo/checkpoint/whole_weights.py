@@ -26,7 +26,7 @@ class StoredWeights(Protocol):
 
 
 class OldAutoencoder:
-    """One set of weights in the training.pt that the autoencoder's training wrote up to format 1.
+    """One set of weights in a training.pt, which the autoencoder's training wrote in format 1.
 
     Args:
         kind: `weights`, `ema` or `adversary`.

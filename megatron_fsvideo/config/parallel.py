@@ -96,7 +96,7 @@ class DiTParallelConfig(ParallelConfig):
     fp8_amax_history_len: PositiveInt = 1
     """Number of iterations whose largest values delayed scaling remembers."""
     fp8_amax_compute_algo: Literal["most_recent", "max"] = "most_recent"
-    """Which remembered value sets the delayed scaling factor."""
+    """Remembered value that sets the delayed scaling factor."""
     layer_memory_kernel: Literal["auto", "torch", "triton"] = "auto"
     """Implementation of layer memory's mixing. auto uses Triton on CUDA and torch elsewhere."""
 

@@ -112,7 +112,7 @@ class PlanConfig(Checked):
 
 @dataclass(frozen=True)
 class Plan:
-    """One legal layout and what it costs.
+    """One legal layout with its memory and time.
 
     Attributes:
         stage: pipeline stage that needs most memory.

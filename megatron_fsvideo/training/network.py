@@ -184,7 +184,7 @@ class TrainedNetwork:
             self.average.restart()
 
     def record(self) -> dict[str, Any]:
-        """What a checkpoint's job.json says about the network, as JSON can hold it.
+        """Description of the network in a checkpoint's job.json.
 
         The keys are `kind`, `model`, `bf16`, `average`, `optimizer`; a DiT has `diffusion` and `codec` too.
         """
@@ -206,7 +206,7 @@ class TrainedNetwork:
         return prefixed(content, f"{self.name}.")
 
     def load_section(self, content: dict[str, Any], *, with_optimizer: bool = True, with_average: bool = True) -> None:
-        """Take in what was read into `section(...)`; an average that was not read starts from the weights."""
+        """Load the content that was read into `section(...)`; an average that was not read starts from the weights."""
         missing, unexpected = self.chunks.load_state_dict(content["model"], strict=False)
         assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
         if with_optimizer:

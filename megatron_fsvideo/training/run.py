@@ -41,7 +41,7 @@ def run(job: JobT, build_task: Callable[[JobT, groups.ProcessGroups], Task]) -> 
     """Join the processes, build the task, continue from a checkpoint if there is one, train, leave.
 
     Raises:
-        ValueError: the job does not fit the machine, its data, or what its folders hold.
+        ValueError: the job does not fit the machine, its data, or the content of its folders.
     """
     pgs = groups.initialize(job.parallel)
     profiler = IterationProfiler(job.profiling, profile_folder(job.logging, job.checkpoint), pgs.rank)
@@ -65,7 +65,7 @@ def run(job: JobT, build_task: Callable[[JobT, groups.ProcessGroups], Task]) -> 
 
 
 def checkpoints_of(job: Job, task: Task, pgs: groups.ProcessGroups) -> RunCheckpoints:
-    """Where the task's networks are loaded from and saved to."""
+    """Build the `RunCheckpoints` that load and save the task's networks."""
     return RunCheckpoints(
         job.checkpoint,
         task.describe,

@@ -102,7 +102,7 @@ def step_sizes(tokens: Mapping[Bucket, int], training: TrainingConfig, data: Dat
     """Number of samples of an optimizer step, by bucket; equal for all layouts.
 
     Args:
-        tokens: of one sample of each bucket.
+        tokens: tokens of one sample, by bucket.
     """
     return global_batch_sizes(tokens, training.global_batch_size, training.batch_size_multiple, data.tokens_per_batch)
 
@@ -128,7 +128,7 @@ def sharing(tokens: Mapping[Bucket, int], job: DiTJob, dp_size: int) -> dict[Buc
     """How `dp_size` data-parallel ranks divide the batches of each bucket.
 
     Args:
-        tokens: of one sample of each bucket.
+        tokens: tokens of one sample, by bucket.
     """
     budget, parallel = job.data.tokens_per_micro_batch, job.parallel
     # With virtual stages, Megatron's schedule takes micro-batches in groups of the pipeline's size.

@@ -53,7 +53,7 @@ class DiTTask(Task):
         self._source: BatchSource | None = None
 
     def train_step(self, state: TrainState) -> StepResult:
-        """One optimizer step."""
+        """Do one optimizer step."""
         if self._source is None:
             self._source = BatchSource(self.dataset, self.job, self.pgs, consumed_samples=state.consumed_samples)
         batches, num_samples, tokens = self._source.next()

@@ -54,7 +54,7 @@ class Adversary:
         """Add the discriminator's gradients of one micro-batch, and return the parts of its loss.
 
         Args:
-            weight, is_last: as `TrainedNetwork.backward` takes them.
+            weight, is_last: the arguments of `TrainedNetwork.backward`.
         """
         with self._autocast():
             fake = self.model(_wide(reconstruction.detach()))

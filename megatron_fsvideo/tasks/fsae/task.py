@@ -44,7 +44,7 @@ class FSAETask(Task):
         self.networks = self.learner.networks
 
     def train_step(self, state: TrainState) -> StepResult:
-        """One optimizer step on images or on clips."""
+        """Do one optimizer step on images or on clips."""
         self._begin_video(state.iteration)
         plan = self.batches.plan(state.iteration)
         self.batches.expect(state.iteration, state.consumed_samples, self._place)
