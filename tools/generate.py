@@ -79,7 +79,7 @@ def requests_of(flags: GenerateFlags) -> list[Request]:
     """The requests of the flags or of the --requests file, checked so that their outputs can be written.
 
     Raises:
-        ValueError: neither or both are given, a request cannot be read, or its files would destroy something.
+        ValueError: neither or both are given, a request cannot be read, or its output would overwrite another file.
     """
     from megatron_fsvideo.inference.requests import Request, check_request_files, read_requests
 

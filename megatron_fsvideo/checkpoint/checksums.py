@@ -53,7 +53,7 @@ def read_checksums(folder: Path) -> dict[str, int]:
     """Read checksums.json of a folder: file name -> checksum.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: checksums.json is missing or damaged.
     """
     path = folder / CHECKSUM_FILE
     try:

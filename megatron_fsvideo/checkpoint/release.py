@@ -128,7 +128,7 @@ def load_fsae(path: str | Path, device: str | torch.device = "cpu", dtype: torch
         path: a release folder, or the --save folder of pretrain_fsae.py, whose latest checkpoint is taken.
 
     Raises:
-        ValueError: not an autoencoder, or weights that do not fit its config; the message names them.
+        ValueError: the folder holds no autoencoder, or its weights do not fit its config; the message names them.
     """
     folder = resolve_release(path)
     config, weights = load_release(folder, device)
@@ -149,7 +149,7 @@ def load_codec(path: str | Path, tiling: Tiling | None = None) -> FSAECodec:
     """Load an autoencoder as a codec, in fp32 on the CPU: its identity is that of the stored weights.
 
     Raises:
-        ValueError: as `load_fsae`.
+        ValueError: `load_fsae` refuses the folder.
     """
     return FSAECodec(load_fsae(path), tiling=tiling)
 

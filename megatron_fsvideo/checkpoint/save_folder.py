@@ -99,7 +99,7 @@ def read_record(folder: Path, iteration: int) -> dict[str, Any]:
     """Read the job.json of a checkpoint.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: job.json is missing or damaged.
     """
     path = iteration_folder(folder, iteration) / JOB_FILE
     try:

@@ -39,7 +39,7 @@ class Compression:
             name: name of the object with these sizes, for the message.
 
         Raises:
-            ValueError: with the numbers and the nearest sizes that work.
+            ValueError: a size is not divisible; the message has the nearest sizes that are.
         """
         self.check_frames(num_frames)
         for side_name, side in (("height", height), ("width", width)):
@@ -55,7 +55,7 @@ class Compression:
         """Refuse a frame count that is not `temporal` k + 1.
 
         Raises:
-            ValueError: with the neighbouring counts that work.
+            ValueError: the count is not of this form; the message has the neighbouring counts that are.
         """
         if num_frames < 1 or num_frames % self.temporal != 1 % self.temporal:
             below = max(0, num_frames - 1) // self.temporal * self.temporal + 1

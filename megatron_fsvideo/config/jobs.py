@@ -146,7 +146,7 @@ def check_stage(stage: StageConfig, checkpoint: CheckpointConfig) -> None:
     """Refuse --new-stage together with --finetune.
 
     Raises:
-        ValueError: naming the flags.
+        ValueError: both flags are given.
     """
     if stage.new_stage and checkpoint.finetune:
         raise ValueError(
@@ -180,7 +180,7 @@ def check_layout(model: DiTConfig, parallel: DiTParallelConfig) -> None:
     """Refuse a parallel layout that the model's sizes do not allow.
 
     Raises:
-        ValueError: naming both numbers.
+        ValueError: two sizes do not fit; the message has both.
     """
     if parallel.num_layers_per_virtual_pipeline_stage is not None:
         raise ValueError(
@@ -210,7 +210,7 @@ def check_token_count(num_tokens: int, source: str, parallel: DiTParallelConfig)
     """Refuse samples whose tokens the ranks cannot share evenly; `source` names what has so many.
 
     Raises:
-        ValueError: naming the numbers.
+        ValueError: the tokens cannot be shared; the message has the numbers.
     """
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     num_ranks = cp * (tp if parallel.sequence_parallel else 1)

@@ -127,7 +127,7 @@ def parse_json(text: str | bytes, source: str) -> Any:
     """Parse a JSON text. NaN, infinities and nesting beyond the interpreter's recursion limit are refused.
 
     Raises:
-        ValueError: naming `source`.
+        ValueError: the text is no such JSON; the message names `source`.
     """
     try:
         return msgspec.json.decode(text)

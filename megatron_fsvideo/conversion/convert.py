@@ -119,7 +119,7 @@ def check_start(source: Source, target: DiTConfig) -> None:
     """Refuse a source whose architecture differs from the target's in more than latents and layer memory.
 
     Raises:
-        ValueError: naming the fields and both values.
+        ValueError: further fields differ; the message has their names and both values.
     """
     names = [field.name for field in fields(DiTConfig) if field.name not in _MAY_DIFFER]
     pairs = [(name, getattr(source.config, name), getattr(target, name)) for name in names]
@@ -165,10 +165,10 @@ def write_target(
 
 
 def check_output(output: Path, num_bytes: int) -> None:
-    """Refuse to write over something, or onto a disk without room.
+    """Refuse an existing output, or a disk without room.
 
     Raises:
-        ValueError: with the numbers.
+        ValueError: the output exists, or the disk is too small; the message has both sizes.
     """
     if output.exists():
         raise ValueError(f"--output {output} exists already: name another folder, or remove it")

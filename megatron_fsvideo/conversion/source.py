@@ -77,7 +77,7 @@ class Source:
             weights: the weights of that model, on the "meta" device.
 
         Raises:
-            ValueError: naming tensors that are missing, unexpected, or of another shape.
+            ValueError: the message names tensors that are missing, unexpected, or of another shape.
         """
         expected = {self._stored_name(name): self._stored_shape(name, value) for name, value in weights.items()}
         found = {name: info.shape for name, info in self._of_the_model().items()}

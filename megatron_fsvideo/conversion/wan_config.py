@@ -138,7 +138,7 @@ def check_sizes(values: dict[str, Any], names: tuple[str, ...], where: str) -> N
     """Refuse a config that lacks a field, or has no number there: sizes are from 1 to 2^31.
 
     Raises:
-        ValueError: naming the fields.
+        ValueError: a field is missing or out of range; the message names all such fields.
     """
     if missing := [name for name in names if values.get(name) is None]:
         raise ValueError(f"{where} lacks {', '.join(missing)}")

@@ -85,7 +85,7 @@ def check_request_files(requests: Sequence[Request], inputs: Sequence[str | Path
             of a contact sheet or a record never is.
 
     Raises:
-        OutputError: naming the file.
+        OutputError: the message names the file.
     """
     read = [*inputs, *(request.image for request in requests)]
     check_outputs(

@@ -121,7 +121,7 @@ class RunCheckpoints:
         """Wait for the checkpoint that is being written, if any, and make it the newest.
 
         Raises:
-            SaveError: it could not be written.
+            SaveError: the checkpoint could not be written.
         """
         if self._writer is not None:
             self._writer.finish()

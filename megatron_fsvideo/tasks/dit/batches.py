@@ -176,7 +176,7 @@ def check_data_fits_model(dataset: LatentDataset, model: DiTConfig, parallel: Di
     """Refuse a dataset whose sizes are not the model's, or whose tokens the ranks cannot share.
 
     Raises:
-        ValueError: naming the flag and both numbers.
+        ValueError: they do not fit; the message has the flag and both numbers.
     """
     for name, has, wants in (
         ("latent_channels", dataset.latent_channels, model.latent_channels),
