@@ -25,6 +25,7 @@ def draw_patch(fsae: FSAE, job: FSAEJob, first: int, video: Tensor) -> PatchBox 
         return None
     generator = sample_generator(job.training.seed, first, 0, "patch_box")
     frames, height, width = video.shape[2:]
+    # Of 4k+1 frames, or of the 4k that each process but the first has of a shared clip.
     latents = (frames + fsae.temporal_factor - 1) // fsae.temporal_factor
     shape = (len(video), fsae.latent_channels, latents, height // fsae.spatial_factor, width // fsae.spatial_factor)
     size = (memory.patch_latents or latents, memory.patch_rows or height, memory.patch_columns or width)
