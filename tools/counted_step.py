@@ -168,17 +168,18 @@ def account(job: FSAEJob, clip: Bucket, *, fake: bool = True) -> dict[str, Any]:
     Returns:
         peak_gb and the part of the peak; for each part the GB it leaves allocated and its own peak.
     """
-    group = _fake_group(job.parallel.context_parallel_size)
     counter = ByteCounter()
-    with FakeTensorMode() if fake else nullcontext(), counter:
+    with (
+        _fake_group(job.parallel.context_parallel_size) as group,
+        FakeTensorMode() if fake else nullcontext(),
+        counter,
+    ):
         step = CountedStep(job, counter, group)
         step.run(clip)
         counter.parts = {name: value for name, value in counter.parts.items() if name not in _STEP_PARTS}
         with counter.part("gradients and optimizer state"):
             pass
         step.run(clip)
-    if group is not None:
-        dist.destroy_process_group()
     part, (_, peak) = max(counter.parts.items(), key=lambda item: item[1][1])
     return {
         "peak_gb": round(peak / GB, 3),
@@ -194,11 +195,16 @@ def account(job: FSAEJob, clip: Bucket, *, fake: bool = True) -> dict[str, Any]:
 _STEP_PARTS = ("clip", "forward pass", "losses", "backward pass", "discriminator's passes")
 
 
-def _fake_group(size: int) -> dist.ProcessGroup | None:
-    """A process group that sends nothing, in which this process is a rank in the middle."""
+@contextmanager
+def _fake_group(size: int) -> Iterator[dist.ProcessGroup | None]:
+    """Context with a process group that sends nothing, in which this process is a rank in the middle."""
     if size == 1:
-        return None
+        yield None
+        return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=size // 2, world_size=size, store=FakeStore())
-    return dist.group.WORLD
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()

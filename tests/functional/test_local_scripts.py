@@ -26,8 +26,8 @@ FSAE_DEBUG = (
     "--widths 4 8 8 --encoder-depths 0 1 1 --decoder-depths 0 1 1 --attention-stages 1 --latent-channels 8 "
     "--attention-head-dim 4 --first-frame-head-dim 4 --train-iters 2 --buckets 9x32x32 1x32x32 --num-frames 9 "
     "--resolution 32 --short-side 32 --holdout-every 3 --global-batch-size 2 --image-batch-size 2 "
-    "--micro-batch-size 1 --perceptual-trunk none --context-parallel-size 1 --encoder-tile 0 --patch-rows 0 "
-    "--patch-columns 0 --image-warmup-iters 0 --discriminator-warmup-iters 0 --discriminator-width 4 "
+    "--micro-batch-size 1 --perceptual-trunk none --perceptual-weight 0 --context-parallel-size 1 --encoder-tile 0 "
+    "--patch-rows 0 --patch-columns 0 --image-warmup-iters 0 --discriminator-warmup-iters 0 --discriminator-width 4 "
     "--discriminator-scales 1 --discriminator-layers 1 --lr-warmup-iters 0 --no-bf16"
 ).split()
 
@@ -52,7 +52,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in LINKED:
         (folder / name).symlink_to(ROOT / name)
     for k in range(3):
-        film(folder / "videos" / f"film{k}.mp4", 48)
+        film(folder / "videos" / f"film{k}.mp4", 48).with_suffix(".txt").write_text("stripes that move")
     quickstart = folder / "runs" / "quickstart"
     torch.manual_seed(0)
     save_fsae(quickstart / "fsae", FSAE(build_job(FSAEJob, FSAE_PRESETS["fsae_quickstart"]).model))

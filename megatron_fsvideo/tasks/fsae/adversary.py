@@ -22,9 +22,12 @@ class Adversary:
 
     Attributes:
         network: the trained network `discriminator`.
+
+    Args:
+        network_type: the class of the network, from `FSAELearner`.
     """
 
-    def __init__(self, job: FSAEJob, pgs: ProcessGroups) -> None:
+    def __init__(self, job: FSAEJob, pgs: ProcessGroups, network_type: type[TrainedNetwork] = TrainedNetwork) -> None:
         self.config = job.adversary
         torch.manual_seed(derive_seed(job.training.seed, "discriminator"))
         sizes = (self.config.discriminator_width, self.config.discriminator_scales, self.config.discriminator_layers)
@@ -32,7 +35,7 @@ class Adversary:
         settings = replace(job.optimizer, optimizer="adam", weight_decay=0.0, clip_grad=0.0, ema_decay=0.0)
         record = {"kind": "discriminator", "model": to_dict(self.config), "bf16": False}
         rules = fsae_parameter_rules(self.model)
-        self.network = TrainedNetwork(
+        self.network = network_type(
             "discriminator", [self.model], plain_config(), rules, settings, job.parallel, job.training, pgs, record
         )
         # torch 2.13 on CPU: the bf16 weight gradient of a Conv3d with fewer frames than its kernel is not initialised.

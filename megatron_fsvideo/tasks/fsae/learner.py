@@ -66,10 +66,13 @@ class FSAELearner:
     Attributes:
         networks: `fsae`; in phase 4 `projection`, of the latents to the vision features; with an adversary
             `discriminator`.
+
+    Args:
+        network_type: the class of the networks; the memory account passes one that counts (tools/counted_step.py).
     """
 
-    def __init__(self, job: FSAEJob, pgs: ProcessGroups) -> None:
-        self.job, self.pgs = job, pgs
+    def __init__(self, job: FSAEJob, pgs: ProcessGroups, network_type: type[TrainedNetwork] = TrainedNetwork) -> None:
+        self.job, self.pgs, self._network_type = job, pgs, network_type
         self.objective = FSAEObjective(job, pgs.device)
         torch.manual_seed(derive_seed(job.training.seed, "fsae"))
         self.model = FSAE(job.model).to(pgs.device)
@@ -88,7 +91,7 @@ class FSAELearner:
                 "projection", projection, dict.fromkeys(projection.parameters(), UNDECAYED), sizes, 0.0
             )
         self._autoencoding = list(self.networks.values())
-        self.adversary = Adversary(job, pgs) if job.uses_gan else None
+        self.adversary = Adversary(job, pgs, network_type) if job.uses_gan else None
         if self.adversary is not None:
             self.networks["discriminator"] = self.adversary.network
 
@@ -188,6 +191,6 @@ class FSAELearner:
         job = self.job
         record = {"kind": name, "model": sizes, "bf16": job.training.bf16}
         settings = replace(job.optimizer, ema_decay=ema_decay)
-        return TrainedNetwork(
+        return self._network_type(
             name, [module], plain_config(), rules, settings, job.parallel, job.training, self.pgs, record
         )
