@@ -96,7 +96,6 @@ class PreprocessJob:
 def run(job: PreprocessJob) -> None:
     """Load the encoders and encode this process's share."""
     from megatron_fsvideo.data.clips import ClipOptions
-    from megatron_fsvideo.data.folder_lock import FolderLock
     from megatron_fsvideo.data.manifest import require_captions
     from megatron_fsvideo.data.preprocessing import PreprocessOptions, preprocess
 
@@ -117,8 +116,7 @@ def run(job: PreprocessJob) -> None:
         job.encode.negative_prompt,
     )
     encoders = _load_encoders(job)
-    with FolderLock(Path(job.encode.output), "encoding", rank):
-        done = preprocess(Path(job.encode.output), entries, encoders, options, rank, world_size)
+    done = preprocess(Path(job.encode.output), entries, encoders, options, rank, world_size)
     logging.info("%s: %s", job.encode.output, "complete" if done else "this process is done, others still work")
 
 

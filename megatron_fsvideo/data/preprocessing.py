@@ -36,6 +36,7 @@ from megatron_fsvideo.data.dataset_json import (
     TextRecord,
     write_dataset_json,
 )
+from megatron_fsvideo.data.folder_lock import FolderLock
 from megatron_fsvideo.data.frame_files import ImageReader
 from megatron_fsvideo.data.latent_shards import (
     DATASET_FILE,
@@ -157,36 +158,38 @@ def preprocess(
 
     Raises:
         ShardError: the folder holds latents of another autoencoder, or damaged shards.
-        ValueError: sizes that the autoencoder cannot divide, or too many unreadable videos. Finished shards stay.
+        ValueError: sizes that the autoencoder cannot divide, a folder that another run writes, or too many unreadable
+            videos. Finished shards stay.
     """
     for bucket in options.clips.buckets:
         compression = encoders.autoencoder.compression
         bucket.check_factors(compression.spatial, compression.temporal)
-    manifests, fingerprint = check_cache(output, encoders.autoencoder.identity)
-    entries = tuple(dict.fromkeys(entries))
-    earlier = {
-        sample.latent_key: (output / SHARD_FOLDER / manifest.shard, sample)
-        for manifest in manifests.values()
-        for sample in manifest.samples
-    }
-    plan = plan_shards(entries, fingerprint, encoders, options)
-    job = Job(output, fingerprint, entries, encoders, options, plan, earlier)
-    skipped = 0
-    for index in range(rank, len(job.plan), world_size):
-        shard = job.plan[index]
-        began = time.monotonic()
-        manifest = manifests.get(shard.name)
-        what = "finished before"
-        if manifest is None:
-            manifest = _make_shard(job, shard, skipped)
-            seconds = time.monotonic() - began
-            what = f"{seconds:.1f} s, {len(manifest.samples) / seconds:.1f} clips/s"
-        skipped += len(manifest.skipped)
-        logger.info(
-            "shard %d of %d: %d clips, %d skipped, %s",
-            index + 1, len(job.plan), len(manifest.samples), len(manifest.skipped), what,
-        )  # fmt: skip
-    return _finish(job)
+    with FolderLock(output, "encoding", rank):
+        manifests, fingerprint = check_cache(output, encoders.autoencoder.identity)
+        entries = tuple(dict.fromkeys(entries))
+        earlier = {
+            sample.latent_key: (output / SHARD_FOLDER / manifest.shard, sample)
+            for manifest in manifests.values()
+            for sample in manifest.samples
+        }
+        plan = plan_shards(entries, fingerprint, encoders, options)
+        job = Job(output, fingerprint, entries, encoders, options, plan, earlier)
+        skipped = 0
+        for index in range(rank, len(job.plan), world_size):
+            shard = job.plan[index]
+            began = time.monotonic()
+            manifest = manifests.get(shard.name)
+            what = "finished before"
+            if manifest is None:
+                manifest = _make_shard(job, shard, skipped)
+                seconds = time.monotonic() - began
+                what = f"{seconds:.1f} s, {len(manifest.samples) / seconds:.1f} clips/s"
+            skipped += len(manifest.skipped)
+            logger.info(
+                "shard %d of %d: %d clips, %d skipped, %s",
+                index + 1, len(job.plan), len(manifest.samples), len(manifest.skipped), what,
+            )  # fmt: skip
+        return _finish(job)
 
 
 def check_cache(output: Path, identity: CodecIdentity) -> tuple[dict[str, ShardManifest], str]:

@@ -108,7 +108,7 @@ def test_the_autoencoder_goes_through_its_phases_and_is_judged(checkout: Path, d
     linear = {f"lin{k}.model.1.weight": torch.rand(1, width, 1, 1) for k, width in enumerate(VGG_WIDTHS)}
     save_file(VGG16Trunk().state_dict() | linear, checkout / "vgg16_lpips.safetensors")
     sizes = ["--num-clips", "2", "--num-frames", "9", "--resolution", "32", "--short-side", "32"]
-    run(checkout, "fsae/evaluate_local.sh", *sizes, VIDEO_DIR="videos", NUM_POINTS="32")
+    run(checkout, "fsae/evaluate_local.sh", *sizes, VIDEO_DIR="videos", NUM_POINTS="96")
     assert json.loads((checkout / "runs/fsae_evaluation/table2.json").read_text())["table"]
 
 
