@@ -2,8 +2,8 @@
 
 import torch
 
+import megatron_fsvideo.kernels.torch_mixing as torch_mixing
 from megatron_fsvideo.config import require
-from megatron_fsvideo.kernels import torch_mixing
 from megatron_fsvideo.kernels.mixing import Mixer
 
 
@@ -18,6 +18,6 @@ def mixer_for(implementation: str, device: torch.device) -> Mixer:
     if implementation == "torch":
         return torch_mixing
     require("triton", "kernels")
-    from megatron_fsvideo.kernels import triton_mixing
+    import megatron_fsvideo.kernels.triton_mixing as triton_mixing
 
     return triton_mixing

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_fsvideo.kernels import torch_mixing
+import megatron_fsvideo.kernels.torch_mixing as torch_mixing
 from megatron_fsvideo.kernels.mixing import MixResult, MixSettings
 
 # The gradients of shift and scale are summed over this many tokens by one program, and then over programs.
